@@ -1,0 +1,35 @@
+# make train   creates the environment, trains a sparse network, writes a report with plots
+# make test    creates the environment, checks style and types, runs every test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: train test test-fast lint env clean
+
+train: $(STAMP)
+	$(BIN)/python -m experiments.train --workdir=runs/quickstart
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-fast: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxsparse needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,notebooks]"
+	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt libtpu
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
