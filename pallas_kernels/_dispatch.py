@@ -1,0 +1,56 @@
+"""Which implementation runs: shared by every operation of the package.
+
+An operation lists its implementations, best first, each with the reason why it cannot take the
+present arguments (`None` if it can):
+
+    choose(implementation, {"tpu": why_not_tpu(x, w), "xla": None, "reference": None})
+"""
+
+from collections.abc import Mapping
+
+import jax
+
+
+def choose(implementation: str | None, reasons: Mapping[str, str | None]) -> str:
+    """Return the name of the implementation to run.
+
+    Args:
+      implementation: one of the names, or None for the first that supports the arguments.
+      reasons: name -> None if it supports the arguments, else the reason why not; best first.
+
+    Raises:
+      ValueError: if the name is unknown, or the named (or every) implementation has a reason
+        against it.
+
+    >>> choose(None, {"tpu": "no TPU here", "xla": None})
+    'xla'
+    >>> choose("tpu", {"tpu": "no TPU here", "xla": None})
+    Traceback (most recent call last):
+    ValueError: implementation='tpu' does not support these arguments: no TPU here
+    """
+    if implementation is None:
+        for name, reason in reasons.items():
+            if reason is None:
+                return name
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"no implementation supports these arguments ({why})")
+    if implementation not in reasons:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; choose None or one of {list(reasons)}"
+        )
+    if reasons[implementation] is not None:
+        raise ValueError(
+            f"implementation={implementation!r} does not support these arguments: "
+            f"{reasons[implementation]}"
+        )
+    return implementation
+
+
+def target_platform() -> str:
+    """The platform that code traced now will run on: 'cpu', 'gpu' or 'tpu'.
+
+    An abstract device in context (ahead-of-time compilation for another machine, see
+    `jax.sharding.use_abstract_mesh`) decides before the default backend does.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
