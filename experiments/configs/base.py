@@ -1,0 +1,61 @@
+"""Every field that the training job reads, with its default and what it means.
+
+A config file calls `get_config()` of this file and changes what its experiment needs; the command line
+changes single fields: --config.sparsity=0.95 --config.options.allocation=erk
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    c = config_dict.ConfigDict()
+
+    # The method, a key of jaxsparse.METHODS, and the sparsity it is asked for (ignored by methods
+    # that learn it). Options that stay None are left at the method's own default.
+    c.method = "rigl"
+    c.sparsity = 0.9
+    c.options = config_dict.ConfigDict()
+    c.options.update_every = config_dict.placeholder(int)
+    c.options.begin_step = config_dict.placeholder(int)
+    c.options.end_step = config_dict.placeholder(int)
+    c.options.drop_fraction = config_dict.placeholder(float)
+    c.options.allocation = config_dict.placeholder(str)  # uniform, er, erk, global, lamp, ...
+    c.options.structure = config_dict.placeholder(str)  # such as "2:4", "block:128x128"
+    c.options.seed = config_dict.placeholder(int)  # of random masks; None: c.seed
+    c.options.pack_masks = config_dict.placeholder(bool)
+
+    # Data: see experiments/datasets.
+    c.dataset = "mnist1d"
+    c.data_dir = config_dict.placeholder(str)  # None: ~/tensorflow_datasets
+    c.image_size = config_dict.placeholder(int)  # None: the data set's own
+    c.length = 256  # characters per example of stdlib_text
+    c.reader_threads = 2
+    c.reader_processes = 0
+
+    # Model: see experiments/models. model_options are the arguments of its class.
+    c.model = "mlp"
+    c.model_options = config_dict.ConfigDict()
+
+    # Training.
+    c.seed = 0
+    c.batch_size = 128  # of all devices together
+    c.steps = 4000
+    c.optimizer = "adamw"  # adamw, sgd, lion, muon
+    c.learning_rate = 1e-3  # the peak: linear warm-up, cosine decay to zero
+    c.warmup_steps = 100
+    c.weight_decay = 0.0  # on leaves with two or more axes
+    c.momentum = 0.9  # of sgd
+    c.label_smoothing = 0.0
+    c.clip_norm = config_dict.placeholder(float)
+
+    # Devices: none (one device), pmap (replicas), fsdp (sharded parameters). See parallel.py.
+    c.parallel = "none"
+    c.tensor = 1  # fsdp: devices that share each layer of a Transformer
+
+    # Book-keeping, in steps.
+    c.log_every = 100
+    c.eval_every = 500
+    c.checkpoint_every = 500
+    c.keep_checkpoints = 3
+    c.max_loss = 1e4  # a larger loss, or one that is not finite, stops the run
+    return c

@@ -1,0 +1,31 @@
+"""Fully connected network with ReLU."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+
+class MLP(nnx.Module):
+    """Flattens its input; one linear layer per entry of `hidden`, and one to the logits."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        rngs: nnx.Rngs,
+        hidden: Sequence[int] = (100, 100),
+        dtype=None,
+    ):
+        widths = [math.prod(shape), *hidden, num_classes]
+        self.layers = nnx.List(
+            [nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in zip(widths, widths[1:])]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)

@@ -1,0 +1,371 @@
+"""Trains a network with any method of jaxsparse, and writes a report.
+
+  python -m experiments.train --workdir=runs/first
+  python -m experiments.train --config=experiments/configs/digits_cnn.py \\
+      --config.method=st3 --config.sparsity=0.95 --workdir=runs/st3
+
+Without --config: RigL at 90 % on mnist1d, about a minute on two cores. Every field of the config can be
+set from the command line; experiments/configs/base.py lists them with their meaning. Run the same
+command again to go on where a run was stopped or killed; SIGTERM and Ctrl-C save first.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+from absl import logging as absl_logging
+from flax import nnx
+from ml_collections import config_flags
+
+import jaxsparse
+from experiments import datasets, models, parallel, report
+from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.logs import Logs
+from jaxsparse.targets import path_name
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    os.path.join(os.path.dirname(__file__), "configs", "mnist1d_mlp.py"),
+    "the experiment: a file with get_config(); set single fields with --config.field=value",
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/latest", "where checkpoints, metrics and the report go"
+)
+
+
+class State(NamedTuple):
+    """All that a checkpoint holds. `stats` are the running statistics of batch normalisation."""
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+class Task(NamedTuple):
+    """A training problem as pure functions; see `make_task`."""
+
+    init: Callable[[], State]
+    train_step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
+    eval_step: Callable[[State, Any], dict[str, jax.Array]]
+    apply: Callable[..., Any]
+    tx: optax.GradientTransformationExtraArgs
+
+
+def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer, and the method around it: the one line that makes a network sparse."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(config.warmup_steps, config.steps - 1), config.steps
+    )
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    inner = {
+        "adamw": lambda: optax.adamw(schedule, weight_decay=config.weight_decay, mask=matrices),
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=matrices),
+            optax.sgd(schedule, momentum=config.momentum, nesterov=True),
+        ),
+        "lion": lambda: optax.lion(schedule, weight_decay=config.weight_decay, mask=matrices),
+        "muon": lambda: optax.contrib.muon(schedule, weight_decay=config.weight_decay),
+    }
+    if config.optimizer not in inner:
+        raise ValueError(f"optimizer={config.optimizer!r}: choose from {', '.join(inner)}")
+    known = jaxsparse.METHODS[config.method].options
+    options = {k: v for k, v in config.options.items() if v is not None}
+    if "structure" in options:
+        options["structure"] = make_structure(options["structure"])
+    for name, value in {
+        "sparsity": config.sparsity,
+        "total_steps": config.steps,
+        "seed": config.seed,
+        # Scanned layers are stacked: each has its own budget.
+        "targets": [(r"^layers/.*kernel", jaxsparse.targets.stacked(1))]
+        if config.model_options.get("scan_layers")
+        else None,
+    }.items():
+        if name in known:
+            options.setdefault(name, value)
+    tx = jaxsparse.make(config.method, inner[config.optimizer](), **options)
+    if config.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    return optax.with_extra_args_support(tx)
+
+
+def make_structure(text: str) -> jaxsparse.structures.Structure:
+    """`2:4`, `block:16x16`, `channel` or `fan_in`."""
+    kind, _, size = text.partition(":")
+    try:
+        if kind.isdigit():
+            return jaxsparse.structures.NM(int(kind), int(size))
+        if kind == "block":
+            return jaxsparse.structures.Block(*map(int, size.split("x")))
+        return {"channel": jaxsparse.structures.Channel, "fan_in": jaxsparse.structures.FanIn}[
+            kind
+        ]()
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"structure={text!r}: write 2:4, block:16x16, channel or fan_in ({error})"
+        ) from error
+
+
+def make_task(config, data: datasets.Dataset, axis_name: str | None = None) -> Task:
+    """`axis_name` is the device axis under `jax.pmap`; otherwise the batch that a step sees is whole."""
+    tx = make_optimizer(config)
+
+    def create():
+        return models.create(
+            config.model,
+            data.shape,
+            data.num_classes,
+            rngs=nnx.Rngs(config.seed),
+            axis_name=axis_name,
+            **config.model_options,
+        )
+
+    graphdef, _, _ = nnx.split(nnx.eval_shape(create), nnx.Param, ...)
+
+    def init() -> State:
+        _, params, stats = nnx.split(create(), nnx.Param, ...)
+        params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+        opt_state = tx.init(params)
+        if jaxsparse.masking.find_states(opt_state):  # none if the method is `dense`
+            params = jaxsparse.apply_masks(params, opt_state)  # sparse from the first forward pass
+        return State(jnp.zeros((), jnp.int32), params, stats, opt_state)
+
+    def apply(params, stats, x, train: bool):
+        model = nnx.merge(graphdef, params, stats)
+        model.train() if train else model.eval()
+        logits = model(x)
+        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    def losses(logits, labels):
+        logits = logits.astype(jnp.float32)
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
+        targets = optax.smooth_labels(targets, config.label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets), jnp.argmax(logits, -1) == labels
+
+    def train_step(state: State, batch):
+        def loss_fn(params):
+            logits, stats = apply(params, state.stats, batch["x"], train=True)
+            loss, correct = losses(logits, batch["y"])
+            return jnp.mean(loss), (stats, jnp.mean(correct))
+
+        (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        if axis_name is not None:
+            loss, accuracy, grads = jax.lax.pmean((loss, accuracy, grads), axis_name)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        numbers = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads)}
+        return State(state.step + 1, params, stats, opt_state), numbers
+
+    def eval_step(state: State, batch):
+        logits, _ = apply(state.params, state.stats, batch["x"], train=False)
+        loss, correct = losses(logits, batch["y"])
+        rows = batch["weight"].reshape(-1, *[1] * (loss.ndim - 1))
+        sums = {
+            "loss": jnp.sum(loss * rows),
+            "accuracy": jnp.sum(correct * rows),
+            "count": jnp.sum(jnp.broadcast_to(rows, loss.shape)),
+        }
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return Task(init, train_step, eval_step, apply, tx)
+
+
+def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Runs the experiment to its end, from the last checkpoint in `workdir` if there is one.
+
+    Returns the last evaluation.
+
+    Raises:
+      ValueError: for a config that cannot be run, or a `workdir` of another run.
+      Diverged: if the loss is not finite or above `config.max_loss`.
+      CheckpointError: if checkpoints cannot be written or read.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    first_process = jax.process_index() == 0
+    strategy = parallel.create(config)
+    host = (jax.process_index(), jax.process_count())
+    data = datasets.load(
+        config.dataset, data_dir=config.data_dir, image_size=config.image_size, length=config.length
+    )
+    task = make_task(config, data, strategy.axis_name)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.to_dict(), config.keep_checkpoints)
+
+    state = strategy.init(task.init)
+    restored = checkpoints.restore(strategy.saved_shape(state))
+    if restored is not None:
+        state = strategy.from_saved(restored[1])
+    first = restored[0] if restored else 0
+    train_step = strategy.compile(task.train_step, donate=True)
+    eval_step = strategy.compile(task.eval_step)
+    pattern_stats = jax.jit(_pattern_stats)
+
+    def evaluate(state):
+        sums = [
+            eval_step(state, strategy.put(batch))
+            for batch in datasets.evaluation_batches(data, config.batch_size, host=host)
+        ]
+        total = jax.tree.map(lambda *x: sum(float(v) for v in x), *jax.device_get(sums))
+        return {k: total[k] / total["count"] for k in ("loss", "accuracy")}
+
+    logs = Logs(workdir, first_step=first, steps=config.steps, active=first_process)
+    if first_process:
+        _write_config(config, workdir)
+    logs.say(
+        f"{config.method} on {config.dataset} with {config.model}, {config.steps} steps; "
+        + (f"resumed at step {first}" if restored else "a new run")
+        + f"\n  writes to {workdir}\n  watch with: tensorboard --logdir {workdir / 'tensorboard'}"
+    )
+
+    pending, evaluation = [], None  # numbers of the steps since the last log, still on the device
+    pattern = jax.jit(_pattern)(strategy.to_save(state))
+    started, started_step = time.monotonic(), first
+
+    def flush(step):
+        """Logs what is pending; from here on the steps up to `step` are known to be sound."""
+        nonlocal pattern, pending, started, started_step
+        numbers = jax.device_get(pending)
+        for i, number in enumerate(numbers):
+            loss, norm = float(number["loss"]), float(number["grad_norm"])
+            if not (loss <= config.max_loss and norm < float("inf")):
+                at = step - len(numbers) + i + 1
+                raise Diverged(
+                    f"step {at} of {config.steps} (loss {loss:.4g}, |gradient| {norm:.4g})"
+                )
+        if numbers:
+            mean = {k: sum(float(n[k]) for n in numbers) / len(numbers) for k in numbers[0]}
+            pattern, counts = pattern_stats(strategy.to_save(state), pattern)
+            speed = (step - started_step) / (time.monotonic() - started)
+            logs.write(step, mean | report.pattern_numbers(counts) | {"steps_per_second": speed})
+            logs.progress(step, f"loss {mean['loss']:.4f}")
+        pending, started, started_step = [], time.monotonic(), step
+
+    stream = datasets.batches(
+        data,
+        config.batch_size,
+        start=first,
+        stop=config.steps,
+        seed=config.seed,
+        host=host,
+        threads=config.reader_threads,
+        workers=config.reader_processes,
+    )
+    try:
+        with StopSignal() as stop, jax.transfer_guard("disallow"):
+            for step, batch in enumerate(stream, start=first + 1):
+                state, numbers = train_step(state, strategy.put(batch))
+                pending.append(numbers)
+                last, stopping = step == config.steps, stop.requested(step)
+                save = last or stopping or step % config.checkpoint_every == 0
+                if save or step % config.log_every == 0:
+                    flush(step)
+                if last or step % config.eval_every == 0:
+                    evaluation = evaluate(state)
+                    logs.write(step, {f"eval_{k}": v for k, v in evaluation.items()})
+                    logs.say(
+                        f"step {step}: test accuracy {evaluation['accuracy']:.4f}, "
+                        f"loss {evaluation['loss']:.4f}"
+                    )
+                if save:
+                    checkpoints.save(step, strategy.to_save(state), wait=last or stopping)
+                if stopping and not last:
+                    logs.say(
+                        f"stopped at step {step} and saved; the same command goes on from here"
+                    )
+                    logs.close()
+                    checkpoints.close()
+                    sys.exit(0)
+    except (Diverged, FloatingPointError) as error:
+        checkpoints.wait()
+        good = checkpoints.latest()
+        logs.close()
+        raise Diverged(
+            f"the run diverged: {error}. "
+            + (f"The last good checkpoint is that of step {good}" if good else "No step was saved")
+            + f" in {checkpoints.directory}. A lower --config.learning_rate or "
+            "--config.clip_norm=1.0 may help (in another --workdir)."
+        ) from error
+    if evaluation is None:  # nothing was left to do
+        evaluation = evaluate(state)
+    logs.close()
+    checkpoints.close()
+    logical = strategy.to_save(state)
+    if first_process:
+        path = report.write(config, workdir, data, task, logical, evaluation)
+        print(f"test accuracy {evaluation['accuracy']:.4f}; report: {path}")
+    return evaluation
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not finite, or the loss is larger than `config.max_loss`."""
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks for a stop at the end of the step; a second Ctrl-C interrupts at once."""
+
+    def __enter__(self):
+        self._received = False
+        self._previous = {s: signal.signal(s, self._on) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _on(self, number, frame):
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = True
+
+    def requested(self, step: int) -> bool:
+        return self._received
+
+    def __exit__(self, *exc):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _pattern_stats(state: State, previous):
+    """The zero pattern of the sparse leaves, and counts by leaf for `report.pattern_numbers`."""
+    pattern = _pattern(state)
+    # Sums over one axis only: the rest is added on the host, where integers do not overflow.
+    count = lambda m: jnp.sum(m, axis=-1, dtype=jnp.int32)
+    return pattern, {
+        "kept": {name: count(m) for name, m in pattern.items()},
+        "born": {name: count(m & ~previous[name]) for name, m in pattern.items()},
+        "size": {name: m.size for name, m in pattern.items()},
+    }
+
+
+def _pattern(state: State) -> dict[str, jax.Array]:
+    """Which weights are kept, by path: the masks; without a mask anywhere, the nonzeros of matrices."""
+    if jaxsparse.masking.find_states(state.opt_state):
+        leaves = jax.tree_util.tree_flatten_with_path(jaxsparse.get_masks(state.opt_state))[0]
+        return {path_name(path): mask for path, mask in leaves}
+    leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    return {path_name(path): p != 0 for path, p in leaves if p.ndim > 1}
+
+
+def _write_config(config, workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not WORKDIR.value:
+        raise app.UsageError("give --workdir: where checkpoints, metrics and the report go")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    try:
+        train(CONFIG.value, WORKDIR.value)
+    except (ValueError, Diverged, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

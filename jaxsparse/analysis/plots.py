@@ -1,0 +1,145 @@
+"""The plots of a report. Each function returns a `matplotlib.figure.Figure`; matplotlib is imported
+when the first is made, and its global state is left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by readers with any colour vision; then dashes, then markers.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX<>"
+
+Points = tuple[Sequence[float], Sequence[float]]
+
+
+def _figure(width: float = 6.4, height: float = 3.8) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {
+        "color": _COLORS[i % len(_COLORS)],
+        "linestyle": ("-", "--", ":")[i // len(_COLORS) % 3],
+    }
+
+
+def curves(
+    series: Mapping[str, Points],
+    *,
+    title: str,
+    ylabel: str,
+    xlabel: str = "step",
+    log: bool = False,
+    ylim: tuple[float, float] | None = None,
+) -> Figure:
+    """One line per entry of `series`, each a pair `(x, y)`; the legend is left out for a single one.
+
+    Example:
+      >>> figure = curves({"train": ([1, 2], [0.5, 0.4])}, title="Loss", ylabel="loss")
+      >>> [axes.get_title() for axes in figure.axes]
+      ['Loss']
+    """
+    figure, axes = _figure()
+    for i, (label, (x, y)) in enumerate(series.items()):
+        few = "o" if len(x) <= 30 else None
+        axes.plot(x, y, label=label, marker=few, markersize=3.5, **_style(i))
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=ylim)
+    if log:
+        axes.set_yscale("log")
+    if len(series) > 1:
+        axes.legend(frameon=False, ncols=math.ceil(len(series) / 10), fontsize="small")
+    return figure
+
+
+def density_bars(densities: Mapping[str, float], *, title: str = "Density per layer") -> Figure:
+    """A bar per layer, in the order given, with the fraction of its weights that is not zero."""
+    names = list(densities)
+    figure, axes = _figure(height=max(2.2, 0.9 + 0.26 * len(names)))
+    bars = axes.barh(range(len(names)), [densities[n] for n in names], color=_COLORS[0])
+    axes.bar_label(bars, [f"{100 * densities[n]:.3g} %" for n in names], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="nonzero weights / weights", xlim=(0, 1.12))
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def churn(steps: Sequence[float], total: Sequence[float], layers: Mapping[str, Sequence[float]]):
+    """How much of the mask is new since the last look, in total and per layer, over the steps."""
+    figure, axes = _figure()
+    for i, (name, values) in enumerate(layers.items()):
+        style = _style(i + 1)
+        axes.plot(steps, values, label=name, linewidth=0.9, alpha=0.8, **style)
+    axes.plot(steps, total, label="all", color=_COLORS[0], linewidth=2)
+    axes.set(
+        title="New weights at each look at the mask",
+        xlabel="step",
+        ylabel="newly kept / kept",
+        ylim=(0, None),
+    )
+    if 0 < len(layers) <= 12:
+        axes.legend(frameon=False, fontsize="x-small")
+    return figure
+
+
+def accuracy_over_sparsity(
+    results: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    dense: float | None = None,
+    title: str = "Accuracy over sparsity",
+) -> Figure:
+    """One line per method, with the spread of its seeds as error bars.
+
+    Args:
+      results: by method, points with `sparsity`, `accuracy` and `deviation`.
+      dense: accuracy of the dense network, drawn as a horizontal line.
+      title: title of the plot.
+
+    The axis of sparsity is that of the remaining density, logarithmic: 90 % to 95 % is as far as 95 %
+    to 97.5 %, as in the memory that it saves.
+    """
+    figure, axes = _figure(8.0, 5.0)
+    if dense is not None:
+        axes.axhline(dense, color="0.4", linestyle="--", linewidth=1, label="dense")
+    densities: list[float] = []
+    for i, (method, points) in enumerate(results.items()):
+        points = sorted(points, key=lambda p: p["sparsity"])
+        density = [max(1e-4, 1 - p["sparsity"]) for p in points]
+        densities += density
+        axes.errorbar(
+            # A small shift per method keeps the error bars from hiding each other.
+            [d * 1.012 ** (i - len(results) / 2) for d in density],
+            [p["accuracy"] for p in points],
+            [p["deviation"] for p in points],
+            label=method,
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            elinewidth=0.8,
+            **_style(i),
+        )
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    ticks = [t for t in (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if _covers(densities, t)]
+    axes.set_xticks(ticks, [f"{100 * (1 - t):g} %" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set(title=title, xlabel="sparsity", ylabel="test accuracy")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _covers(values, x):
+    return not values or min(values) / 1.1 <= x <= max(values) * 1.1
