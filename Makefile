@@ -5,6 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Where there is no accelerator, an installed libtpu must not look for one.
+ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
+export JAX_PLATFORMS ?= cpu
+endif
+
 .PHONY: train test test-fast lint env clean
 
 train: $(STAMP)

@@ -1,0 +1,46 @@
+"""jaxsparse: sparse neural networks in JAX by changing one line.
+
+    tx = jaxsparse.rigl(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)
+
+A method wraps any optax optimizer; after every `optax.apply_updates` the parameters are exactly
+sparse. `METHODS` lists the methods, `make` builds one by name. The axes that methods are made of are
+modules of their own: `structures`, `scores`, `allocations`, `schedules`, `targets`, `selection`,
+`masking`.
+"""
+
+from jaxsparse import allocations, masking, schedules, scores, selection, structures, targets
+from jaxsparse._version import __version__
+from jaxsparse.masking import apply_masks, get_masks, get_raw_params
+from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
+from jaxsparse.methods import __all__ as _methods
+from jaxsparse.plan import prune
+from jaxsparse.summary import Summary, summarize
+
+__all__ = [
+    *_methods,
+    "Summary",
+    "__version__",
+    "allocations",
+    "apply_masks",
+    "get_masks",
+    "get_raw_params",
+    "masking",
+    "prune",
+    "schedules",
+    "scores",
+    "selection",
+    "structures",
+    "summarize",
+    "targets",
+]
+
+
+def __getattr__(name: str):
+    """Modules that are imported on first use, so that `import jaxsparse` stays light."""
+    import importlib
+
+    if name in ("analysis", "nn", "post_training"):
+        return importlib.import_module(f"jaxsparse.{name}")
+    if name == "compact":
+        return importlib.import_module("jaxsparse.nn").compact
+    raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -1,0 +1,237 @@
+"""How a sparsity budget is split over the layers.
+
+Two kinds:
+
+- a *rule of shapes* (`Uniform`, `ErdosRenyi`, `Explicit`) gives each layer a sparsity of its own;
+- a *ranking* (`Global`) ranks the weights of all layers together by score, perhaps rescaled per
+  layer (LAMP), so that the split follows from the scores.
+
+`allocation=` takes one of these objects, or one of the names "uniform", "er", "erk", "global",
+"lamp".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxsparse._counts import is_concrete
+from jaxsparse.targets import unmatched_message
+
+if TYPE_CHECKING:
+    from jaxsparse.plan import Leaf
+
+
+class ByShape:
+    """A rule that gives each layer its sparsity from the shapes alone."""
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        """The sparsity of a layer of each leaf; Python floats unless `sparsity` is traced."""
+        raise NotImplementedError  # abstract
+
+
+def _natural(path: str) -> list:
+    """A sort key in which `layer_10` comes after `layer_9`."""
+    return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path)]
+
+
+def _dense_leaves(leaves: Sequence[Leaf], first_dense: bool, dense: Sequence[str]) -> set[str]:
+    paths = [leaf.path for leaf in leaves]
+    unmatched = [p for p in dense if not any(re.search(p, path) for path in paths)]
+    if unmatched:
+        raise ValueError(unmatched_message("allocation(dense=...)", unmatched, paths))
+    chosen = {path for path in paths if any(re.search(p, path) for p in dense)}
+    return chosen | ({min(paths, key=_natural)} if first_dense and paths else set())
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(ByShape):
+    """The same sparsity everywhere; `first_dense` keeps the first layer (by the natural order of
+    the paths) dense, `dense` those whose path matches one of the patterns. The others are not made
+    up for: the total is then denser than asked."""
+
+    first_dense: bool = False
+    dense: tuple[str, ...] = ()
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        dense = _dense_leaves(leaves, self.first_dense, self.dense)
+        return [0.0 if leaf.path in dense else sparsity for leaf in leaves]
+
+
+@dataclasses.dataclass(frozen=True)
+class ErdosRenyi(ByShape):
+    r"""Densities that follow the shape: $\epsilon\,(\sum_i s_i / \prod_i s_i)^{power}$.
+
+    With `kernel=True` (ERK) the sum runs over all dimensions of a kernel, otherwise (ER) over
+    inputs and outputs only. Layers whose density would exceed 1 become dense, and the rest is
+    scaled anew until nothing exceeds it, so that the total is the one asked for. `dense` layers and
+    `first_dense` are left out of both sums. (Mocanu et al., SET, 2018; Evci et al., Rigging the
+    lottery, 2020.)
+    """
+
+    kernel: bool = True
+    power: float = 1.0
+    first_dense: bool = False
+    dense: tuple[str, ...] = ()
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        dense = _dense_leaves(leaves, self.first_dense, self.dense)
+        free = [leaf for leaf in leaves if leaf.path not in dense]
+        densities = dict.fromkeys(dense, 1.0)
+        if free:
+            raw = [self._raw(leaf.layer_shape) for leaf in free]
+            sizes = [leaf.layer_size * leaf.layers for leaf in free]
+            found = _saturate(raw, sizes, sparsity)
+            densities |= dict(zip([leaf.path for leaf in free], found))
+        return [1.0 - densities[leaf.path] for leaf in leaves]
+
+    def _raw(self, shape: tuple[int, ...]) -> float:
+        shape = shape if self.kernel else shape[-2:]
+        return (sum(shape) / math.prod(shape)) ** self.power
+
+
+def _saturate(raw: list[float], sizes: list[int], sparsity) -> list:
+    """Densities min(1, eps raw) with eps such that the budget is met; at ties all the largest
+    saturate together."""
+    n, r = np.asarray(sizes, np.float64), np.asarray(raw, np.float64)
+    if is_concrete(sparsity):
+        zeros = np.floor(np.round(float(sparsity) * n, 9))
+        full = np.zeros(len(n), bool)
+        while not full.all():
+            budget = (n - zeros)[~full].sum() - zeros[full].sum()
+            eps = budget / (r * n)[~full].sum()
+            top = r[~full].max()
+            if top * eps <= 1.0:
+                break
+            full |= r == top
+        return [1.0 if f else max(float(eps * x), 0.0) for f, x in zip(full, r)]
+    # The same with a traced sparsity, in units of the whole network so that float32 does.
+    share, r32 = jnp.asarray(n / n.sum(), jnp.float32), jnp.asarray(r / r.max(), jnp.float32)
+
+    def eps_of(full):
+        budget = jnp.sum(jnp.where(full, -sparsity, 1.0 - sparsity) * share)
+        return budget / jnp.sum(jnp.where(full, 0.0, r32 * share))
+
+    def over(full):
+        return jnp.max(jnp.where(full, 0.0, r32)) * eps_of(full) > 1.0
+
+    def grow(full):
+        return full | (r32 >= jnp.max(jnp.where(full, 0.0, r32)))
+
+    full = jax.lax.while_loop(over, grow, jnp.zeros(len(n), bool))
+    density = jnp.where(full, 1.0, eps_of(full) * r32)
+    return [density[i] for i in range(len(sizes))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explicit(ByShape):
+    """Sparsities by path: `{pattern: sparsity}`, the first pattern that matches decides; leaves
+    that no pattern matches take `default` (the method's `sparsity` if None)."""
+
+    by_path: Mapping[str, float]
+    default: float | None = None
+
+    def __post_init__(self):
+        for pattern, s in self.by_path.items():
+            if is_concrete(s) and not 0.0 <= s < 1.0:
+                raise ValueError(f"allocation: sparsity {s} for {pattern!r} is not in [0, 1)")
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        paths = [leaf.path for leaf in leaves]
+        unmatched = [p for p in self.by_path if not any(re.search(p, path) for path in paths)]
+        if unmatched:
+            raise ValueError(unmatched_message("allocation", unmatched, paths))
+
+        def of(path: str):
+            for pattern, value in self.by_path.items():
+                if re.search(pattern, path):
+                    return value
+            value = sparsity if self.default is None else self.default
+            if value is None:
+                raise ValueError(
+                    f"allocation: no pattern matches {path!r}, and neither default= nor sparsity= "
+                    "is given"
+                )
+            return value
+
+        return [of(path) for path in paths]
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """One ranking over all layers.
+
+    Args:
+      rescale: "none"; "l2" divides each layer's scores by their Euclidean norm; "lamp" replaces the
+        score s of a weight by s^2 / (sum of the s'^2 of the weights of its layer that rank no lower)
+        (Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021), by which every
+        layer keeps its largest weight.
+      minimum: the number of weights that every layer keeps whatever its scores: an integer, or a
+        fraction (below 1) of all weights of the network. Layers that have no more stay dense
+        (Gupta et al., Is complexity required for neural network pruning?, 2022, use 0.0005).
+    """
+
+    rescale: str = "none"
+    minimum: int | float = 0
+
+    def __post_init__(self):
+        if self.rescale not in ("none", "l2", "lamp"):
+            raise ValueError(f"Global(rescale={self.rescale!r}): use 'none', 'l2' or 'lamp'")
+        if self.minimum < 0:
+            raise ValueError(f"Global(minimum={self.minimum}): must not be negative")
+
+    def floor(self, sizes: Sequence[int]) -> list[int]:
+        """The least number of weights kept in each leaf of `sizes`."""
+        least = self.minimum
+        if isinstance(least, float) and least < 1:
+            least = int(sum(sizes) * least)
+        return [min(int(least), n) for n in sizes]
+
+    def rank(self, scores: Array, lead: int = 0) -> Array:
+        """The scores of one leaf on the scale that is compared across leaves."""
+        if self.rescale == "none":
+            return scores
+        axes = tuple(range(lead, scores.ndim))
+        s = scores.astype(jnp.float32)
+        if self.rescale == "l2":
+            return s / jnp.maximum(jnp.sqrt(jnp.sum(s * s, axis=axes, keepdims=True)), 1e-30)
+        from jaxsparse.selection import lamp_scores
+
+        return lamp_scores(s, lead=lead)
+
+
+Allocation = ByShape | Global
+
+NAMED: dict[str, Allocation] = {
+    "uniform": Uniform(),
+    "er": ErdosRenyi(kernel=False),
+    "erk": ErdosRenyi(),
+    "global": Global(),
+    "lamp": Global(rescale="lamp"),
+}
+
+
+def resolve(allocation: Any) -> Allocation:
+    """An allocation by name, as a mapping from path patterns to sparsities, or the object itself.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(allocation, ByShape | Global):
+        return allocation
+    if isinstance(allocation, Mapping):
+        return Explicit(allocation)
+    if isinstance(allocation, str) and allocation in NAMED:
+        return NAMED[allocation]
+    raise ValueError(
+        f"allocation={allocation!r}: give one of {sorted(NAMED)}, a mapping from path patterns to "
+        "sparsities, or an object of jaxsparse.allocations"
+    )

@@ -1,0 +1,223 @@
+"""Trees of masks: apply, count, pack to bits, and find in the state of an optimizer.
+
+A tree of masks has the structure of the parameters, a boolean array (True: the weight is kept) at
+every sparse leaf and `None` at every dense one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+
+class SparseState(NamedTuple):
+    """The state of every method of the library.
+
+    The parameters that the model sees are a function of it: `where(mask, p, 0)` for methods that
+    hold masks, `where(mask, scale sign(z) (|z| - shift), 0)` for those that hold raw weights z.
+
+    Attributes:
+      count: int32 scalar, updates done.
+      masks: tree of masks; bool, or `PackedMask` with `pack_masks=True`.
+      raw: tree of raw weights z at sparse leaves, or None.
+      shift: tree of thresholds that are subtracted from |z|, or None (0).
+      scale: tree of factors per leaf or per output, or None (1).
+      inner: the state of the inner optimizer.
+      aux: what a method keeps besides (counters, thresholds in training), or None.
+    """
+
+    count: Array
+    masks: Any
+    raw: Any
+    shift: Any
+    scale: Any
+    inner: Any
+    aux: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+    """A mask as one bit per weight: `bits` is uint8 `[..., ceil(length / 8)]`, the packed axis is
+    the last of the mask. The other axes stay, and with them their sharding."""
+
+    bits: Array
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mask."""
+        return (*self.bits.shape[:-1], self.length)
+
+    def unpack(self) -> Array:
+        """The boolean mask."""
+        return jnp.unpackbits(self.bits, axis=-1, count=self.length).astype(bool)
+
+
+def pack(mask: Array) -> PackedMask:
+    """One bit per weight; `unpack` inverts it.
+
+    >>> p = pack(jnp.array([[True, False, True]]))
+    >>> p.bits.nbytes, p.unpack().tolist()
+    (1, [[True, False, True]])
+    """
+    return PackedMask(jnp.packbits(mask, axis=-1), mask.shape[-1])
+
+
+def unpack(mask):
+    """The boolean mask of a bool array, a `PackedMask`, or None."""
+    return mask.unpack() if isinstance(mask, PackedMask) else mask
+
+
+def is_mask(x) -> bool:
+    """True at what stands at one leaf of a tree of masks."""
+    return x is None or isinstance(x, PackedMask | optax.MaskedNode)
+
+
+def apply(params, masks):
+    """`where(mask, p, 0)` at every masked leaf; NaN and infinities do not pass a mask.
+
+    >>> apply({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
+    [1.0, 0.0]
+    """
+
+    def one(p, m):
+        if m is None or isinstance(m, optax.MaskedNode):
+            return p
+        return jnp.where(unpack(m), p, jnp.zeros((), p.dtype))
+
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([one(p, m) for p, m in zip(leaves, treedef.flatten_up_to(masks))])
+
+
+def count_kept(masks) -> int:
+    """How many weights the (concrete) masks keep, over all sparse leaves.
+
+    >>> count_kept({"w": jnp.array([True, False]), "b": None})
+    1
+    """
+    found = [unpack(m) for m in jax.tree.leaves(masks, is_leaf=is_mask) if m is not None]
+    return sum(int(np.count_nonzero(np.asarray(m))) for m in found)
+
+
+def from_zeros(params, targets=None):
+    """The masks of a model that is sparse already: True where a weight is not exactly 0."""
+    from jaxsparse.targets import select
+
+    leaves, treedef = jax.tree.flatten(params)
+    chosen = select(params, targets)
+    return treedef.unflatten([p != 0 if s.selected else None for p, s in zip(leaves, chosen)])
+
+
+def find_states(opt_state) -> list[SparseState]:
+    """Every `SparseState` inside an optimizer state, however deeply wrapped."""
+    opt_state = _plain(opt_state)
+    found = []
+
+    def visit(node):
+        for x in jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, SparseState)):
+            if isinstance(x, SparseState):
+                found.append(x)
+                visit(x.inner)
+
+    visit(opt_state)
+    return found
+
+
+def _plain(opt_state):
+    """The state without Flax NNX variables around its arrays."""
+    from flax import nnx
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    if any(isinstance(x, nnx.Variable) for x in leaves) or isinstance(opt_state, nnx.State):
+        return nnx.pure(opt_state)
+    return opt_state
+
+
+def _states(opt_state) -> list[SparseState]:
+    found = find_states(opt_state)
+    if not found:
+        raise ValueError(
+            "opt_state holds no state of a jaxsparse method; pass the state that "
+            "jaxsparse.<method>(...).init(params) returned, alone or inside optax wrappers"
+        )
+    return found
+
+
+def _merge(trees: list):
+    """One tree from several that are None or MaskedNode where another one has its leaf."""
+    if not trees:
+        return None
+
+    def first(*xs):
+        return next((x for x in xs if not (x is None or isinstance(x, optax.MaskedNode))), None)
+
+    return jax.tree.map(first, *trees, is_leaf=is_mask)
+
+
+def get_masks(opt_state):
+    """The tree of boolean masks of the methods inside `opt_state`; `None` at dense leaves.
+
+    Finds them in any nesting of optax wrappers, and merges the masks of several methods that share
+    the leaves between them (`optax.partition`).
+
+    Raises:
+      ValueError: `opt_state` holds no state of a jaxsparse method.
+    """
+    merged = _merge([s.masks for s in _states(opt_state)])
+    return jax.tree.map(unpack, merged, is_leaf=is_mask)
+
+
+def get_raw_params(opt_state):
+    """The tree of raw weights of methods that keep them, `None` at other leaves; `None` if no
+    method inside `opt_state` keeps any.
+
+    Raises:
+      ValueError: `opt_state` holds no state of a jaxsparse method.
+    """
+    trees = [s.raw for s in _states(opt_state) if s.raw is not None]
+    return _merge(trees)
+
+
+def project(z: Array, mask: Array, shift=None, scale=None, dtype=None) -> Array:
+    r"""$S(z) = scale \cdot sign(z)(|z| - shift)$ where `mask`, 0 elsewhere."""
+    p = z if shift is None else jnp.sign(z) * (jnp.abs(z) - shift)
+    p = p if scale is None else p * scale
+    return jnp.where(mask, p, jnp.zeros((), p.dtype)).astype(dtype or z.dtype)
+
+
+def apply_masks(params, opt_state):
+    """The sparse network of this state: what `params` are after an update, for the forward pass
+    before the first one.
+
+    Masked methods: `where(mask, p, 0)`. Methods that keep raw weights z: S(z).
+
+    >>> import jaxsparse, optax
+    >>> params = {"kernel": jnp.ones((4, 4))}
+    >>> tx = jaxsparse.static(optax.sgd(0.1), sparsity=0.75)
+    >>> int((jaxsparse.apply_masks(params, tx.init(params))["kernel"] != 0).sum())
+    4
+
+    Raises:
+      ValueError: `opt_state` holds no state of a jaxsparse method.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def read(tree):
+        return [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
+
+    for state in _states(opt_state):
+        rows = zip(leaves, read(state.masks), read(state.raw), read(state.shift), read(state.scale))
+        leaves = [
+            p
+            if m is None or isinstance(m, optax.MaskedNode)
+            else project(p if z is None else z, unpack(m), shift, scale, p.dtype)
+            for p, m, z, shift, scale in rows
+        ]
+    return treedef.unflatten(leaves)

@@ -1,0 +1,40 @@
+"""Published methods, each a short recipe on the engines; `METHODS` lists them."""
+
+from jaxsparse.methods._registry import METHODS, Method, make
+from jaxsparse.methods.autosparse import autosparse
+from jaxsparse.methods.dense import dense
+from jaxsparse.methods.magnitude_ste import magnitude_ste
+from jaxsparse.methods.pruning import (
+    global_magnitude,
+    magnitude,
+    one_shot,
+    random_pruning,
+    saliency,
+)
+from jaxsparse.methods.rigl import rigl
+from jaxsparse.methods.set import set_
+from jaxsparse.methods.sr_ste import sr_ste
+from jaxsparse.methods.st3 import st3, st3_sigma
+from jaxsparse.methods.static import static
+from jaxsparse.methods.str import str_
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "autosparse",
+    "dense",
+    "global_magnitude",
+    "magnitude",
+    "magnitude_ste",
+    "make",
+    "one_shot",
+    "random_pruning",
+    "rigl",
+    "saliency",
+    "set_",
+    "sr_ste",
+    "st3",
+    "st3_sigma",
+    "static",
+    "str_",
+]

@@ -1,0 +1,55 @@
+"""The arguments that several methods share, read in one place."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxsparse import allocations, plan, schedules, scores, structures
+from jaxsparse._counts import is_concrete
+from jaxsparse.transforms import Step, keep_best
+
+
+def plan_for(targets: Any, structure: Any):
+    """The function from parameters to the plan; checks `structure`."""
+    kind = structure if isinstance(structure, dict) else structures.resolve(structure)
+    return functools.partial(plan.make, target_rules=targets, structure=kind)
+
+
+def sparsity_of(sparsity: Any, structure: Any):
+    """The sparsity asked for, or that of the structure; checked."""
+    kind = structure if isinstance(structure, dict) else structures.resolve(structure)
+    return plan.check_sparsity(sparsity, kind)
+
+
+def allocation_of(allocation: Any):
+    """The allocation object; checked."""
+    return allocations.resolve(allocation)
+
+
+def random_masks(allocation: Any, sparsity: Any, seed: Any):
+    """The rule that draws masks uniformly at random, with exact counts."""
+    return keep_best(scores.random, allocations.resolve(allocation), sparsity, seed=seed)
+
+
+def all_kept(step: Step) -> list:
+    """The rule that keeps everything."""
+    return [jnp.ones(v.w.shape, bool) for v in step.views]
+
+
+def drop_schedule(drop_fraction: Any, end_step: Any) -> Any:
+    """A schedule as it is; a number as the start of a cosine to 0 at `end_step`.
+
+    Raises:
+      ValueError: a number not in [0, 1].
+    """
+    if callable(drop_fraction):
+        return drop_fraction
+    if is_concrete(drop_fraction) and not 0.0 <= float(drop_fraction) <= 1.0:
+        raise ValueError(
+            f"drop_fraction={drop_fraction}: the part of the kept weights that an update replaces "
+            "must be in [0, 1]"
+        )
+    return schedules.cosine(drop_fraction, end_step)

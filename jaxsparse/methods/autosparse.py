@@ -1,0 +1,129 @@
+"""AutoSparse: learned thresholds, and a gradient for pruned weights that is annealed away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import schedules, selection
+from jaxsparse._counts import is_concrete, kept_count
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import (
+    Projection,
+    Step,
+    soft_threshold_learner,
+    straight_through,
+    threshold_of,
+)
+
+
+def learned_threshold(
+    inner, *, backward, threshold_init, threshold_optimizer, targets, raw_dtype, pack_masks
+) -> optax.GradientTransformationExtraArgs:
+    r"""The frame of STR and AutoSparse: $p = sign(z)\,relu(|z| - \sigma(s))$ with s trained;
+    `backward(view, step)` is the derivative taken for the relu."""
+
+    def rule(step: Step) -> Projection:
+        thresholds, _ = step.aux
+        by_path = {v.leaf.path: v for v in step.views}
+        shifts = [threshold_of(v, s) for v, s in zip(by_path.values(), _leaves(thresholds))]
+        return Projection(
+            [jnp.abs(v.w) > t for v, t in zip(step.views, shifts)], shifts, aux=step.aux
+        )
+
+    learner = soft_threshold_learner(
+        inner if threshold_optimizer is None else threshold_optimizer, threshold_init, backward
+    )
+    return straight_through(
+        inner, recipe.plan_for(targets, None), rule,
+        pull_back=lambda v, step: v.g * backward(v, step).astype(v.g.dtype),
+        learner=learner, raw_dtype=raw_dtype, pack_masks=pack_masks,
+    )  # fmt: skip
+
+
+def _leaves(tree) -> list:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+@register(
+    "autosparse",
+    reference="Kundu et al., AutoSparse: towards automated sparse training of deep neural networks, "
+    "2023",
+    controls_sparsity=False,
+    keeps_raw=True,
+    dynamics="projected",
+    structures="unstructured",
+)
+def autosparse(
+    inner: optax.GradientTransformation,
+    *,
+    total_steps: Any,
+    alpha: Any = 0.5,
+    reset_step: Any = None,
+    backward_sparsity: float | None = None,
+    threshold_init: float = -5.0,
+    threshold_optimizer: optax.GradientTransformation | None = None,
+    targets: Any = None,
+    raw_dtype: Any = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Learns its thresholds, one per layer, and so its sparsity, which cannot be asked for.
+
+    $$p = sign(z)\,relu(x), \quad x = |z| - \sigma(s), \qquad
+      \frac{\partial relu}{\partial x} := \begin{cases}1 & x > 0\\ \alpha_t & x \le 0\end{cases}$$
+
+    for the gradients of z and of s alike. $\alpha_t = \alpha_0 \max(\text{cosine}, \text{sigmoid})$
+    decays over the run (`schedules.gradient_annealing`) and is 0 from `reset_step` on. More
+    `alpha` gives less sparsity: 0 throughout is STR, 1 throughout is straight-through.
+
+    Args:
+      inner: the optimizer of z, and of s unless `threshold_optimizer` is given.
+      total_steps: the length of the run, in steps.
+      alpha: $\alpha_0$, or a schedule of $\alpha_t$.
+      reset_step: 90 % of the run by default.
+      backward_sparsity: with this, only the largest |z| (all but this fraction of a layer) have a
+        gradient at all: the sparse backward pass.
+      threshold_init: s at the start; $\sigma(-5) = 0.0067$.
+      threshold_optimizer: the optimizer of s.
+      targets, pack_masks: see the guide of options.
+      raw_dtype: the dtype of z; see `magnitude_ste`.
+
+    The method is taken from a third-party implementation; that one multiplies alpha in place by
+    the decay of every epoch, which compounds. Here it is $\alpha_0$ times the curve.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.autosparse(optax.sgd(0.1), total_steps=1000)
+
+    Raises:
+      ValueError: `total_steps` below 1, `alpha` or `backward_sparsity` out of [0, 1].
+    """
+    if is_concrete(total_steps) and total_steps < 1:
+        raise ValueError(f"total_steps={total_steps}: a run has at least one step")
+    if isinstance(alpha, float | int) and not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha={alpha}: must be in [0, 1]")
+    if backward_sparsity is not None and not 0.0 <= backward_sparsity < 1.0:
+        raise ValueError(f"backward_sparsity={backward_sparsity}: must be in [0, 1)")
+    reset = total_steps * 9 // 10 if reset_step is None else reset_step
+    anneal = (
+        alpha if callable(alpha) else schedules.gradient_annealing(alpha, total_steps, reset=reset)
+    )
+
+    def backward(v, step):
+        pruned = jnp.asarray(anneal(step), jnp.float32)
+        if backward_sparsity is None:
+            return jnp.where(v.m, 1.0, pruned)
+        axes = tuple(range(v.leaf.lead, v.w.ndim))
+        kept = kept_count(v.leaf.layer_size, backward_sparsity)
+        near = selection.topk_mask(jnp.abs(v.w), kept, axis=axes)
+        return jnp.where(v.m, 1.0, jnp.where(near, pruned, 0.0))
+
+    return learned_threshold(
+        inner, backward=backward, threshold_init=threshold_init,
+        threshold_optimizer=threshold_optimizer, targets=targets, raw_dtype=raw_dtype,
+        pack_masks=pack_masks,
+    )  # fmt: skip

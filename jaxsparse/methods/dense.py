@@ -1,0 +1,14 @@
+"""The dense network, so that sweeps and jobs treat it like any other method."""
+
+from __future__ import annotations
+
+import optax
+
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms._common import check_inner
+
+
+@register("dense", reference="", controls_sparsity=False, dynamics="none", dense_phase="all steps")
+def dense(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """No sparsity: the inner optimizer as it is."""
+    return check_inner(inner)

@@ -1,0 +1,58 @@
+"""STR: a learned soft threshold per layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxsparse.methods._registry import register
+from jaxsparse.methods.autosparse import learned_threshold
+
+
+@register(
+    "str",
+    reference="Kusupati et al., Soft threshold weight reparameterization for learnable sparsity, "
+    "2020",
+    controls_sparsity=False,
+    keeps_raw=True,
+    dynamics="projected",
+    structures="unstructured",
+)
+def str_(
+    inner: optax.GradientTransformation,
+    *,
+    threshold_init: float = -3200.0,
+    threshold_optimizer: optax.GradientTransformation | None = None,
+    targets: Any = None,
+    raw_dtype: Any = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Learns its thresholds, one per layer, and so its sparsity, which cannot be asked for.
+
+    $$p = sign(z)\,relu(|z| - \sigma(s)), \quad
+      \frac{\partial L}{\partial z} = g \odot 1[|z| > \sigma(s)], \quad
+      \frac{\partial L}{\partial s} = -\sigma'(s) \sum sign(z)\, g\, 1[|z| > \sigma(s)]$$
+
+    Weight decay drives s up from `threshold_init` towards 0 until the thresholds wake, and the loss
+    pushes back: the final sparsity is set by the decay and by `threshold_init` only. **An inner
+    optimizer without weight decay leaves the network dense.** It must reach s too: a `mask` of
+    the decay that spares small leaves would spare s.
+
+    Args:
+      inner: the optimizer of z, and of s unless `threshold_optimizer` is given.
+      threshold_init: s at the start; the authors use -3200 with a decay of about 2e-5 over 100
+        epochs of ImageNet, and -200 elsewhere. Short runs need values near 0.
+      threshold_optimizer: the optimizer of s.
+      targets, pack_masks: see the guide of options.
+      raw_dtype: the dtype of z; see `magnitude_ste`.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.str_(optax.adamw(1e-3, weight_decay=1e-3), threshold_init=-5.0)
+    """
+    return learned_threshold(
+        inner, backward=lambda v, _: v.m.astype(jnp.float32), threshold_init=threshold_init,
+        threshold_optimizer=threshold_optimizer, targets=targets, raw_dtype=raw_dtype,
+        pack_masks=pack_masks,
+    )  # fmt: skip

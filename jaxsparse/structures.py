@@ -1,0 +1,252 @@
+"""Which patterns of zeros are allowed.
+
+A structure says how the weights of a layer form *units* that live or die together, and within which
+*slices* units compete. Everything that ranks weights (one-shot pruning, schedules, drop-and-grow,
+straight-through projection) is written once, on units and slices:
+
+| structure       | unit                      | slices that rank separately      |
+|-----------------|---------------------------|----------------------------------|
+| `Unstructured`  | one weight                | the whole layer                  |
+| `Block(bh, bw)` | a tile of the matrix      | the whole layer                  |
+| `Channel(axis)` | all weights of a channel  | the whole layer                  |
+| `FanIn()`       | one weight                | the weights of one output        |
+| `NM(n, m)`      | one weight                | a group of m weights             |
+
+A kernel is `[..., in, out]` as everywhere in Flax. `lead` counts leading axes that stack independent
+layers (see `targets.stacked`): they are slices of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsparse import selection
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """The base: units are single weights that compete within the whole layer."""
+
+    def check(self, path: str, shape: Shape) -> None:
+        """Raises `ValueError` if a layer of this shape (without stacked axes) cannot have this
+        structure."""
+
+    def pool(self, x: Array, lead: int = 0) -> Array:
+        """Sums per-weight scores (or counts) to scores of units."""
+        return x
+
+    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
+        """The mask of weights, of `shape`, that a mask of units stands for."""
+        return units
+
+    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
+        """The axes of the units of a leaf of `shape` within which units compete."""
+        return tuple(range(lead, len(shape)))
+
+    def unit_size(self, shape: Shape) -> int:
+        """Weights in a unit of a layer of `shape`."""
+        return 1
+
+    def slices(self, shape: Shape) -> int:
+        """Slices in a layer of `shape`."""
+        return 1
+
+    def budget(self, shape: Shape, kept):
+        """Units kept in each slice when `kept` weights of a layer are asked for; rounded so that
+        no more weights stay than asked."""
+        return kept // (self.unit_size(shape) * self.slices(shape))
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that the structure fixes by itself, if any."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured(Structure):
+    """Any pattern."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Structure):
+    """Tiles of `height` x `width` of the kernel seen as a matrix `[in, out]` (the leading axes of a
+    convolution are merged with its input channels)."""
+
+    height: int
+    width: int
+
+    def __post_init__(self):
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"Block({self.height}, {self.width}): both sides must be at least 1")
+
+    def check(self, path: str, shape: Shape) -> None:
+        rows, cols = math.prod(shape[:-1]), shape[-1]
+        for side, size, name in ((self.height, rows, "rows"), (self.width, cols, "columns")):
+            if side > size or size % side:
+                raise ValueError(
+                    f"structure=Block({self.height}, {self.width}) does not tile {path!r} of shape "
+                    f"{shape}: {side} must divide its {size} {name}"
+                )
+
+    def _tiles(self, shape: Shape, lead: int) -> Shape:
+        rows, cols = math.prod(shape[lead:-1]), shape[-1]
+        return (*shape[:lead], rows // self.height, self.height, cols // self.width, self.width)
+
+    def pool(self, x: Array, lead: int = 0) -> Array:
+        return x.reshape(self._tiles(x.shape, lead)).sum(axis=(lead + 1, lead + 3), dtype=x.dtype)
+
+    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
+        tiles = jnp.broadcast_to(
+            jnp.expand_dims(units, (lead + 1, lead + 3)), self._tiles(shape, lead)
+        )
+        return tiles.reshape(shape)
+
+    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
+        return (lead, lead + 1)
+
+    def unit_size(self, shape: Shape) -> int:
+        return self.height * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel(Structure):
+    """Whole channels: all weights with one index along `axis` (-1: outputs, -2: inputs)."""
+
+    axis: int = -1
+
+    def check(self, path: str, shape: Shape) -> None:
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"structure=Channel(axis={self.axis}): {path!r} has shape {shape}; give an axis "
+                f"from {-len(shape)} to {len(shape) - 1}"
+            )
+
+    def _others(self, ndim: int, lead: int) -> tuple[int, ...]:
+        axis = self.axis if self.axis < 0 else self.axis + lead - ndim
+        return tuple(a for a in range(lead, ndim) if a != ndim + axis)
+
+    def pool(self, x: Array, lead: int = 0) -> Array:
+        return x.sum(axis=self._others(x.ndim, lead), dtype=x.dtype)
+
+    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
+        return jnp.broadcast_to(jnp.expand_dims(units, self._others(len(shape), lead)), shape)
+
+    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
+        return (lead,)
+
+    def unit_size(self, shape: Shape) -> int:
+        return math.prod(shape) // shape[self.axis]
+
+
+@dataclasses.dataclass(frozen=True)
+class FanIn(Structure):
+    """The same number of weights for every output (the last axis): constant fan-in."""
+
+    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
+        return tuple(range(lead, len(shape) - 1))
+
+    def slices(self, shape: Shape) -> int:
+        return shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class NM(Structure):
+    """At most `n` nonzeros in each group of `m` weights along `axis` (-2: along the inputs, the
+    contraction of a product). Groups are consecutive, or, with `strided=True`, the weights i,
+    i + L/m, i + 2 L/m, ... of an axis of length L: then the same group positions lie in contiguous
+    runs, which vector units and TPU lanes prefer.
+
+    >>> NM(2, 4).sparsity
+    0.5
+    """
+
+    n: int
+    m: int
+    axis: int = -2
+    strided: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.n <= self.m:
+            raise ValueError(f"NM({self.n}, {self.m}): need 1 <= n <= m")
+
+    def check(self, path: str, shape: Shape) -> None:
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"structure={self}: {path!r} has shape {shape}; give an axis from {-len(shape)} to "
+                f"{len(shape) - 1}"
+            )
+        if shape[self.axis] % self.m:
+            raise ValueError(
+                f"structure={self}: m={self.m} does not divide axis {self.axis} of {path!r} with "
+                f"shape {shape}; choose another axis, or keep the leaf dense with "
+                f"targets=[({path!r}, False)]"
+            )
+
+    def _axis(self, ndim: int, lead: int) -> int:
+        return ndim + self.axis if self.axis < 0 else lead + self.axis
+
+    def pool(self, x: Array, lead: int = 0) -> Array:
+        a = self._axis(x.ndim, lead)
+        groups = x.shape[a] // self.m
+        split = (self.m, groups) if self.strided else (groups, self.m)
+        return x.reshape(*x.shape[:a], *split, *x.shape[a + 1 :])
+
+    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
+        return units.reshape(shape)
+
+    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
+        a = self._axis(len(shape), lead)
+        return (a if self.strided else a + 1,)
+
+    def slices(self, shape: Shape) -> int:
+        return math.prod(shape) // self.m
+
+    def budget(self, shape: Shape, kept):
+        """Per group, rounded up: a ramp towards n:m tightens m, m-1, ..., n."""
+        return -(-kept // self.slices(shape))
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.n / self.m
+
+
+def resolve(structure: Structure | None) -> Structure:
+    """`None` means `Unstructured()`; anything else must be a `Structure`."""
+    if structure is None:
+        return Unstructured()
+    if not isinstance(structure, Structure):
+        raise ValueError(
+            f"structure={structure!r}: give None, Unstructured(), NM(n, m), Block(h, w), "
+            "Channel(axis) or FanIn()"
+        )
+    return structure
+
+
+def topk(
+    structure: Structure, scores: Array, units, *, lead: int = 0, where: Any = None,
+    ties: str = "position", seed: Any = None,
+) -> Array:  # fmt: skip
+    """The mask with the structure that keeps `units` units of highest pooled score in each slice.
+
+    `where` (bool, of the shape of `scores`) restricts the choice to units whose weights it holds.
+    """
+    where = None if where is None else unit_mask(structure, where, lead)
+    kept = selection.topk_mask(
+        structure.pool(scores, lead), units, where=where, ties=ties, seed=seed,
+        axis=structure.axes(scores.shape, lead),
+    )  # fmt: skip
+    return structure.expand(kept, scores.shape, lead)
+
+
+def unit_mask(structure: Structure, mask: Array, lead: int = 0) -> Array:
+    """The units that a mask of weights holds (any weight of the unit)."""
+    if structure.unit_size(mask.shape[lead:]) == 1:
+        return structure.pool(mask, lead)
+    return structure.pool(mask.astype(jnp.int32), lead) > 0

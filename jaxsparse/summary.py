@@ -1,0 +1,163 @@
+"""A table of what is sparse: per leaf and in total."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsparse import masking
+from jaxsparse.targets import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf: `sparsity` is the fraction of exact zeros, `mask_sparsity` that of the mask (None
+    at dense leaves), `bytes` the size of the array."""
+
+    path: str
+    shape: tuple[int, ...]
+    size: int
+    nonzeros: int
+    masked: int | None
+    bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of entries that are exactly 0."""
+        return 1.0 - self.nonzeros / self.size if self.size else 0.0
+
+    @property
+    def mask_sparsity(self) -> float | None:
+        """The fraction of entries that the mask removes."""
+        return None if self.masked is None or not self.size else self.masked / self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The rows of `summarize`; prints as a table in a terminal and in a notebook."""
+
+    rows: tuple[Row, ...]
+
+    def _total(self, rows, name: str) -> Row:
+        masked = [r.masked for r in rows if r.masked is not None]
+        return Row(
+            name, (), sum(r.size for r in rows), sum(r.nonzeros for r in rows),
+            sum(masked) if masked else None, sum(r.bytes for r in rows),
+        )  # fmt: skip
+
+    @property
+    def total(self) -> Row:
+        """All leaves together."""
+        return self._total(self.rows, "total")
+
+    @property
+    def sparse(self) -> Row:
+        """The leaves that have a mask (all of them, if none has), together."""
+        rows = [r for r in self.rows if r.masked is not None]
+        return self._total(rows or self.rows, "sparse leaves")
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity of the leaves that have a mask (of all, if none has)."""
+        return self.sparse.sparsity
+
+    def _table(self) -> list[tuple[str, ...]]:
+        some = any(r.masked is not None for r in self.rows)
+        totals = ([self.sparse] if some else []) + [self.total]
+        body = []
+        for r in (*self.rows, *totals):
+            mask = "-" if r.mask_sparsity is None else f"{r.mask_sparsity:.2%}"
+            shape = "x".join(map(str, r.shape)) if r.shape else ("" if r in totals else "scalar")
+            body.append(
+                (r.path, shape, f"{r.size:,}", f"{r.nonzeros:,}", f"{r.sparsity:.2%}", mask,
+                 _bytes(r.bytes))
+            )  # fmt: skip
+        head = ("leaf", "shape", "size", "nonzero", "sparsity", "mask", "bytes")
+        return [head, *body]
+
+    def __str__(self) -> str:
+        table = self._table()
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+            )
+            for row in table
+        ]
+        rule = "-" * len(lines[0])
+        totals = 2 if any(r.masked is not None for r in self.rows) else 1
+        return "\n".join([lines[0], rule, *lines[1:-totals], rule, *lines[-totals:]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *body = self._table()
+        bold = {"sparse leaves", "total"}
+
+        def cells(row, tag):
+            align = ["left", "left"] + ["right"] * (len(row) - 2)
+            return "".join(
+                f'<{tag} style="text-align:{a};padding:2px 10px">{html.escape(c)}</{tag}>'
+                for c, a in zip(row, align)
+            )
+
+        rows = "".join(f"<tr>{cells(r, 'th' if r[0] in bold else 'td')}</tr>" for r in body)
+        return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for logs: `sparsity`, `nonzeros`, `size`, `bytes`, and `leaves`, a dict of
+        the same (and `mask_sparsity`) by path."""
+
+        def of(r: Row) -> dict[str, Any]:
+            return {
+                "shape": list(r.shape), "size": r.size, "nonzeros": r.nonzeros,
+                "sparsity": r.sparsity, "mask_sparsity": r.mask_sparsity, "bytes": r.bytes,
+            }  # fmt: skip
+
+        total = self.total
+        return {
+            "sparsity": self.sparsity, "nonzeros": total.nonzeros, "size": total.size,
+            "bytes": total.bytes, "leaves": {r.path: of(r) for r in self.rows},
+        }  # fmt: skip
+
+
+def _bytes(n: int) -> str:
+    value, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def summarize(params, opt_state=None) -> Summary:
+    """Shape, nonzeros, sparsity, sparsity of the mask and bytes, per leaf and in total.
+
+    Args:
+      params: any pytree of concrete arrays.
+      opt_state: the optimizer state, to show the masks as well.
+
+    >>> import jax.numpy as jnp
+    >>> print(summarize({"kernel": jnp.eye(4)}))
+    leaf    shape  size  nonzero  sparsity  mask  bytes
+    ---------------------------------------------------
+    kernel  4x4      16        4    75.00%     -   64 B
+    ---------------------------------------------------
+    total            16        4    75.00%     -   64 B
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    masks = [None] * len(leaves)
+    if opt_state is not None and masking.find_states(opt_state):
+        masks = treedef.flatten_up_to(masking.get_masks(opt_state))
+    rows = []
+    for (path, leaf), mask in zip(leaves, masks):
+        x = np.asarray(jax.device_get(leaf))
+        removed = None if mask is None else int(x.size - np.count_nonzero(np.asarray(mask)))
+        rows.append(
+            Row(path_name(path), x.shape, x.size, int(np.count_nonzero(x)), removed, x.nbytes)
+        )
+    return Summary(tuple(rows))

@@ -1,0 +1,135 @@
+"""The engine of methods that hold masks: fixed, pruned gradually, or rewired.
+
+At every step
+
+    m'  = rule(step)  if the step is one of the updates,  m  otherwise
+    d   = inner(g seen through the mask)
+    p'  = where(m', p + d, 0)
+
+and the update returned is p' - p: exactly -p where a weight is pruned, exactly d where it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxsparse._counts import when
+from jaxsparse.masking import SparseState, unpack
+from jaxsparse.schedules import Updates
+from jaxsparse.transforms._common import (
+    PlanFor,
+    Step,
+    broken,
+    check_inner,
+    check_params,
+    like,
+    store_masks,
+    views,
+)
+from jaxsparse.transforms._restart import restart
+
+Rule = Callable[[Step], list[Array]]
+
+
+def masked(
+    inner: optax.GradientTransformation,
+    plan_for: PlanFor,
+    init: Rule,
+    *,
+    rule: Callable[[Step], Any] | None = None,
+    updates: Updates | None = None,
+    inner_sees: Literal["masked", "dense"] = "masked",
+    replaces_step: bool = False,
+    restarts: bool = False,
+    init_aux: Callable[[list], Any] | None = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the transformation of a method that holds masks.
+
+    Args:
+      inner: the optimizer of the weights.
+      plan_for: makes the plan from the parameters.
+      init: the masks at `init`.
+      rule: the masks at an update, from a `Step` whose views hold the weights before this step,
+        their dense gradients and the masks so far. With `init_aux`, returns `(masks, aux)`.
+      updates: the steps at which `rule` runs.
+      inner_sees: "masked": gradients of pruned weights are 0 for the inner optimizer; "dense": it
+        sees all of them, and only what is applied is masked.
+      replaces_step: an update of the masks takes the place of the gradient step, as in RigL: the
+        weights and the inner state then change at mask flips only.
+      restarts: the inner state of a weight that is grown starts as at `init` (the slots of pruned
+        weights are held there).
+      init_aux: what the method keeps besides, from the sparse leaves of the parameters.
+      pack_masks: store masks as bits.
+    """
+    inner, events = check_inner(inner), updates
+
+    def init_fn(params):
+        plan = plan_for(params)
+        ws = plan.take(params)
+        masks = [like(m, w) for m, w in zip(init(Step(jnp.int32(0), views(plan, ws))), ws)]
+        return SparseState(
+            count=jnp.zeros((), jnp.int32),
+            masks=store_masks(plan, masks, pack_masks),
+            raw=None,
+            shift=None,
+            scale=None,
+            inner=inner.init(params),
+            aux=None if init_aux is None else init_aux(ws),
+        )
+
+    def update_fn(updates, state, params=None, **extra):
+        check_params(params, "jaxsparse")
+        plan = plan_for(params)
+        ws, gs, stored = plan.take(params), plan.take(updates), plan.take(state.masks)
+        masks, aux, fire = plan.masks(state.masks), state.aux, jnp.zeros((), bool)
+
+        if rule is not None and events is not None:
+            # Scores that are NaN choose nothing: the masks stay, and the NaN shows in the weights.
+            fire = events.fires(state.count)
+            if restarts:  # nothing has been trained at step 0, and the weights may still be dense
+                fire &= state.count > 0
+            fire = when(fire, lambda _, gs, ws: ~broken(gs, ws), fire, gs, ws)
+
+            def run(carry, count, ws, gs, inner_state):
+                old, old_aux = carry
+                old = [unpack(m) for m in old]
+                step = Step(count, views(plan, ws, gs, old), inner_state, old_aux)
+                new, new_aux = rule(step) if init_aux else (rule(step), old_aux)  # type: ignore[misc]
+                return plan.take(store_masks(plan, new, pack_masks)), new_aux
+
+            stored, aux = when(fire, run, (stored, aux), state.count, ws, gs, state.inner)
+            masks = [unpack(m) for m in stored]
+
+        # A weight that is grown at this step is 0, takes no step yet and starts with fresh slots.
+        # Its value tells it apart, so that the old masks need not be kept beside the new ones.
+        live = [m & (~fire | (w != 0)) for m, w in zip(masks, ws)] if restarts else masks
+        seen = [jnp.where(m, g, jnp.zeros((), g.dtype)) for m, g in zip(live, gs)]
+        seen = updates if inner_sees == "dense" else plan.put(updates, seen)
+        deltas, new_inner = inner.update(seen, state.inner, params, **extra)
+        if replaces_step:
+            deltas = jax.tree.map(lambda d: jnp.where(fire, jnp.zeros((), d.dtype), d), deltas)
+            new_inner = jax.tree.map(lambda old, new: jnp.where(fire, old, new),
+                                     state.inner, new_inner)  # fmt: skip
+        if restarts:
+            new_inner = restart(inner, new_inner, live, plan, params)
+
+        def applied(d, w, m, alive):
+            return jnp.where(m, jnp.where(alive, d.astype(w.dtype), jnp.zeros((), w.dtype)), -w)
+
+        out = [applied(*row) for row in zip(plan.take(deltas), ws, masks, live)]
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            masks=plan.scatter(stored),
+            inner=new_inner,
+            aux=aux,
+        )
+        return plan.put(deltas, out), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

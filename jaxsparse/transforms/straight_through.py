@@ -1,0 +1,198 @@
+r"""The engine of methods that keep dense raw weights z and hand out $p = S(z)$.
+
+At every step
+
+    d  = inner(pull_back(g), params=z)        g is the gradient at p
+    z' = z + d
+    p' = where(m', scale sign(z') (|z'| - shift), 0)    with (m', shift, scale) = rule(z')
+
+and the update returned is p' - p. With the identity as `pull_back` this is the straight-through
+estimator, exactly, without a custom gradient. Weight decay of the inner optimizer acts on z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxsparse import masking
+from jaxsparse._counts import when
+from jaxsparse.masking import SparseState
+from jaxsparse.plan import Plan
+from jaxsparse.transforms._common import (
+    PlanFor,
+    Step,
+    View,
+    check_inner,
+    check_params,
+    like,
+    store_masks,
+    views,
+)
+from jaxsparse.transforms.masked import Rule
+
+
+class Projection(NamedTuple):
+    """S for all sparse leaves: masks, and per leaf what is subtracted from |z| and what the result
+    is multiplied with (lists, or None for 0 and 1); `aux` is what the method keeps besides."""
+
+    masks: list[Array]
+    shift: list | None = None
+    scale: list | None = None
+    aux: Any = None
+
+
+class Learner(NamedTuple):
+    """Parameters that a method trains besides the weights (thresholds): `init(plan, zs) -> aux`,
+    `update(step, grads, plan, extra) -> aux`; the step's views hold z and g, its `aux` theirs."""
+
+    init: Callable[[Plan, list[Array]], Any]
+    update: Callable[[Step, Plan, dict], Any]
+
+
+def straight_through(
+    inner: optax.GradientTransformation,
+    plan_for: PlanFor,
+    rule: Callable[[Step], Projection],
+    *,
+    pull_back: Callable[[View, Array], Array] | None = None,
+    learner: Learner | None = None,
+    init_aux: Callable[[list], Any] | None = None,
+    raw_dtype: Any = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the transformation of a method that keeps raw weights.
+
+    Args:
+      inner: the optimizer of z.
+      plan_for: makes the plan from the parameters.
+      rule: S, from a `Step` whose views hold the new z, the gradient, and the masks so far.
+      pull_back: the gradient that the inner optimizer sees, from a view (z, g, mask so far) and the
+        step; None: g itself.
+      learner: what is trained besides the weights.
+      init_aux: what the method keeps besides, from the raw weights (not together with `learner`).
+      raw_dtype: the dtype of z; None: that of the parameters. bfloat16 weights stall where steps
+        are small: give float32 then.
+      pack_masks: store masks as bits.
+    """
+    inner = check_inner(inner)
+
+    def initial_aux(plan, zs):
+        if learner is not None:
+            return learner.init(plan, zs)
+        return None if init_aux is None else init_aux(zs)
+
+    def store(plan: Plan, state_count, zs, projection: Projection, inner_state):
+        def tree(values):
+            return None if values is None else plan.scatter(values)
+
+        return SparseState(
+            count=state_count,
+            masks=store_masks(plan, projection.masks, pack_masks),
+            raw=plan.scatter(zs),
+            shift=tree(projection.shift),
+            scale=tree(projection.scale),
+            inner=inner_state,
+            aux=projection.aux,
+        )
+
+    def cast(x: Array) -> Array:
+        return x if raw_dtype is None else x.astype(raw_dtype)
+
+    def init_fn(params):
+        plan = plan_for(params)
+        ws = plan.take(params)
+        # A buffer of its own: z must survive the donation of the parameters.
+        zs = [like(jnp.array(cast(w), copy=True), w) for w in ws]
+        aux = initial_aux(plan, zs)
+        found = rule(Step(jnp.int32(0), views(plan, zs), aux=aux))
+        found = found._replace(masks=[like(m, w) for m, w in zip(found.masks, ws)])
+        return store(plan, jnp.zeros((), jnp.int32), zs, found, inner.init(plan.put(params, zs)))
+
+    def update_fn(updates, state, params=None, **extra):
+        check_params(params, "jaxsparse")
+        plan = plan_for(params)
+        ws, gs, zs = plan.take(params), plan.take(updates), plan.take(state.raw)
+        masks = plan.masks(state.masks)
+        before = Step(
+            state.count, views(plan, zs, [cast(g) for g in gs], masks), state.inner, state.aux
+        )
+        seen = [v.g if pull_back is None else pull_back(v, state.count) for v in before.views]
+        deltas, new_inner = inner.update(
+            plan.put(updates, seen), state.inner, plan.put(params, zs), **extra
+        )
+        zs = [z + d.astype(z.dtype) for z, d in zip(zs, plan.take(deltas))]
+        aux = state.aux if learner is None else learner.update(before, plan, extra)
+        found = rule(Step(state.count, views(plan, zs, gs, masks), new_inner, aux))
+        none = [None] * len(zs)
+        ps = [
+            masking.project(z, m, shift, scale, w.dtype)
+            for z, w, m, shift, scale in zip(
+                zs, ws, found.masks, found.shift or none, found.scale or none
+            )
+        ]
+        # p' - p: -p exactly where a weight is pruned; elsewhere p + u is p' up to one rounding,
+        # which does not accumulate, since the next step starts from z again.
+        out = [p - w for p, w in zip(ps, ws)]
+        count = optax.safe_increment(state.count)
+        return plan.put(deltas, out), store(plan, count, zs, found, new_inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def refresh(fires, rule: Rule, step: Step) -> list[Array]:
+    """The masks of `rule` where `fires`, those so far otherwise (at `init`: those of `rule`)."""
+    if any(v.m is None for v in step.views):
+        return rule(step)
+
+    def run(old, count, ws):
+        seen = [View(v.leaf, w, None, m) for v, w, m in zip(step.views, ws, old)]
+        return rule(Step(count, seen))
+
+    return when(fires, run, step.masks, step.count, [v.w for v in step.views])
+
+
+def soft_threshold_learner(
+    inner: optax.GradientTransformation, init_value: float, backward: Callable[[View, Array], Array]
+) -> Learner:
+    r"""One trained s per layer, with the threshold $\sigma(s)$ of
+    $p = sign(z)\,relu(|z| - \sigma(s))$:
+
+    $\partial L/\partial s = -\sigma'(s) \sum sign(z)\, g\, c$,
+
+    where c = `backward(view, step)` is the derivative that the method takes for the relu. s is
+    trained by a second copy of the inner optimizer, weight decay included.
+
+    The thresholds are the `aux` of the state: `(tree of s, state of their optimizer)`.
+    """
+    inner = check_inner(inner)
+
+    def init(plan: Plan, zs):
+        s = plan.scatter([jnp.full(leaf.shape[: leaf.lead], init_value, jnp.float32)
+                          for leaf in plan.leaves])  # fmt: skip
+        return s, inner.init(s)
+
+    def update(step: Step, plan: Plan, extra):
+        tree, opt = step.aux
+        grads = []
+        for v, s in zip(step.views, plan.take(tree)):
+            axes = tuple(range(v.leaf.lead, len(v.leaf.shape)))
+            g = v.g.astype(jnp.float32) * jnp.sign(v.w).astype(jnp.float32)
+            total = jnp.sum(g * backward(v, step.count), axis=axes)
+            sigma = jax.nn.sigmoid(s)
+            grads.append(-sigma * (1.0 - sigma) * total)
+        deltas, opt = inner.update(plan.scatter(grads), opt, tree, **extra)
+        return optax.apply_updates(tree, deltas), opt
+
+    return Learner(init, update)
+
+
+def threshold_of(view: View, s: Array) -> Array:
+    """sigma(s) of a leaf, broadcastable against it."""
+    sigma = jax.nn.sigmoid(s).astype(view.w.dtype)
+    return sigma.reshape(*sigma.shape, *[1] * (view.w.ndim - sigma.ndim))
