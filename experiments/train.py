@@ -60,8 +60,13 @@ class Task(NamedTuple):
     tx: optax.GradientTransformationExtraArgs
 
 
-def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer, and the method around it: the one line that makes a network sparse."""
+def make_optimizer(
+    config, *, seed: Any = None, sparsity: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer, and the method around it: the one line that makes a network sparse.
+
+    `seed` and `sparsity` may be traced, for sweeps in one program; else they are the config's.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(config.warmup_steps, config.steps - 1), config.steps
     )
@@ -82,9 +87,9 @@ def make_optimizer(config) -> optax.GradientTransformationExtraArgs:
     if "structure" in options:
         options["structure"] = make_structure(options["structure"])
     for name, value in {
-        "sparsity": config.sparsity,
+        "sparsity": config.sparsity if sparsity is None else sparsity,
         "total_steps": config.steps,
-        "seed": config.seed,
+        "seed": config.seed if seed is None else seed,
         # Scanned layers are stacked: each has its own budget.
         "targets": [(r"^layers/.*kernel", jaxsparse.targets.stacked(1))]
         if config.model_options.get("scan_layers")
@@ -115,16 +120,23 @@ def make_structure(text: str) -> jaxsparse.structures.Structure:
         ) from error
 
 
-def make_task(config, data: datasets.Dataset, axis_name: str | None = None) -> Task:
+def make_task(
+    config,
+    data: datasets.Dataset,
+    axis_name: str | None = None,
+    *,
+    seed: Any = None,
+    sparsity: Any = None,
+) -> Task:
     """`axis_name` is the device axis under `jax.pmap`; otherwise the batch that a step sees is whole."""
-    tx = make_optimizer(config)
+    tx = make_optimizer(config, seed=seed, sparsity=sparsity)
 
     def create():
         return models.create(
             config.model,
             data.shape,
             data.num_classes,
-            rngs=nnx.Rngs(config.seed),
+            rngs=nnx.Rngs(jax.random.key(config.seed if seed is None else seed)),
             axis_name=axis_name,
             **config.model_options,
         )
