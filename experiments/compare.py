@@ -41,6 +41,10 @@ OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/co
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps its files")
 
 
+# SR-STE is defined for N:M patterns: it is swept over these instead.
+NM_STRUCTURES = ("2:4", "1:4", "1:8")
+
+
 def make_config(dataset: str, model: str):
     """That of `configs/<dataset>_<model>.py` where it exists, else the defaults with both set."""
     try:
@@ -58,10 +62,20 @@ def on_device(data: datasets.Dataset, split: str) -> dict[str, jax.Array]:
     return {key: jnp.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def make_run(config, data: datasets.Dataset, method: str):
+def _sweep(method: str, sparsities) -> list[tuple[float | None, str | None]]:
+    """What to train: pairs of a sparsity and an N:M structure, one of them at most."""
+    if method == "sr_ste":
+        return [(None, structure) for structure in NM_STRUCTURES]
+    if not jaxsparse.METHODS[method].controls_sparsity:
+        return [(None, None)]
+    return [(sparsity, None) for sparsity in sparsities]
+
+
+def make_run(config, data: datasets.Dataset, method: str, structure: str | None = None):
     """The function `(seeds [S], sparsity) -> results [S]` that trains the networks of one point."""
-    config = config.copy_and_resolve_references()
-    config.method = method
+    config = _with_method(config, method)
+    if structure is not None:
+        config.options.structure = structure
     splits = {split: on_device(data, split) for split in ("train", "test")}
     size, batch_size = splits["train"]["y"].shape[0], config.batch_size
     per_epoch = size // batch_size
@@ -81,7 +95,9 @@ def make_run(config, data: datasets.Dataset, method: str):
                 lambda: order,
             )
             rows = lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
-            state, numbers = task.train_step(state, jax.tree.map(lambda x: x[rows], splits["train"]))
+            state, numbers = task.train_step(
+                state, jax.tree.map(lambda x: x[rows], splits["train"])
+            )
             return (state, order), numbers["loss"]
 
         carry = (task.init(), jnp.arange(size))
@@ -110,10 +126,11 @@ def compare(config, methods, sparsities, num_seeds: int) -> dict[str, Any]:
     seeds = jnp.arange(num_seeds)
     points = []
     for method in methods:
-        run = make_run(config, data, method)
         masked = _masked_leaves(config, data, method)
-        sweep = sparsities if jaxsparse.METHODS[method].controls_sparsity else [None]
-        for sparsity in sweep:
+        run, compiled_for = None, ""
+        for sparsity, structure in _sweep(method, sparsities):
+            if run is None or structure != compiled_for:
+                run, compiled_for = make_run(config, data, method, structure), structure
             started = time.monotonic()
             result = jax.device_get(run(seeds, sparsity))
             seconds = time.monotonic() - started
@@ -125,6 +142,7 @@ def compare(config, methods, sparsities, num_seeds: int) -> dict[str, Any]:
             point = {
                 "method": method,
                 "asked": sparsity,
+                "structure": structure,
                 "sparsity": 1 - sum(kept[n] for n in of) / sum(sizes[n] for n in of),
                 "accuracy": float(np.mean(result["accuracy"])),
                 "deviation": float(np.std(result["accuracy"], ddof=min(1, num_seeds - 1))),
@@ -136,7 +154,7 @@ def compare(config, methods, sparsities, num_seeds: int) -> dict[str, Any]:
             }
             points.append(point)
             print(
-                f"{method:>17} {'-' if sparsity is None else sparsity!s:>5}: accuracy "
+                f"{method:>17} {sparsity or structure or '-'!s:>5}: accuracy "
                 f"{point['accuracy']:.4f} +- {point['deviation']:.4f}, sparsity "
                 f"{point['sparsity']:.4f}, {seconds:.1f} s",
                 flush=True,
@@ -176,12 +194,13 @@ def write(results: dict[str, Any], out: pathlib.Path, command: str) -> list[path
 def _page(results, series, dense, command, image):
     asked = sorted({p["asked"] for ps in series.values() for p in ps if p["asked"] is not None})
     cell = lambda p: f"{100 * p['accuracy']:.1f} ± {100 * p['deviation']:.1f}"
-    controlled, learned = [], []
+    controlled, own = [], []
     for method, ps in series.items():
         by_asked = {p["asked"]: p for p in ps}
         if None in by_asked:
-            p = by_asked[None]
-            learned.append([method, f"{p['sparsity']:.2%}", cell(p), f"{p['forward_flops']:.3f}"])
+            for p in ps:
+                name = f"{method} {p['structure']}" if p["structure"] else method
+                own.append([name, f"{p['sparsity']:.2%}", cell(p), f"{p['forward_flops']:.3f}"])
         else:
             controlled.append([method, *(cell(by_asked[s]) for s in asked)])
     parts = [
@@ -196,10 +215,10 @@ def _page(results, series, dense, command, image):
         parts.append(f"Dense: {cell(dense)}.")
     if controlled:
         parts.append(markdown_table(["method", *(f"{s:.0%}" for s in asked)], controlled))
-    if learned:
-        parts.append("Methods that learn their sparsity:")
+    if own:
+        parts.append("Methods that learn their sparsity, and N:M patterns, which fix it:")
         parts.append(
-            markdown_table(["method", "sparsity", "accuracy", "forward FLOPs / dense"], learned)
+            markdown_table(["method", "sparsity", "accuracy", "forward FLOPs / dense"], own)
         )
     off = [
         f"{p['method']} at {p['asked']:.0%}: {p['sparsity']:.2%}"

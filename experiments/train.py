@@ -9,6 +9,7 @@ set from the command line; experiments/configs/base.py lists them with their mea
 command again to go on where a run was stopped or killed; SIGTERM and Ctrl-C save first.
 """
 
+import inspect
 import os
 import pathlib
 import signal
@@ -82,12 +83,14 @@ def make_optimizer(
     }
     if config.optimizer not in inner:
         raise ValueError(f"optimizer={config.optimizer!r}: choose from {', '.join(inner)}")
-    known = jaxsparse.METHODS[config.method].options
+    method = jaxsparse.METHODS[config.method]
     options = {k: v for k, v in config.options.items() if v is not None}
     if "structure" in options:
         options["structure"] = make_structure(options["structure"])
+    structure = options.get("structure", _default(method.fn, "structure"))
+    fixed = structure is not None and structure.sparsity is not None  # N:M says how many zeros
     for name, value in {
-        "sparsity": config.sparsity if sparsity is None else sparsity,
+        "sparsity": None if fixed else config.sparsity if sparsity is None else sparsity,
         "total_steps": config.steps,
         "seed": config.seed if seed is None else seed,
         # Scanned layers are stacked: each has its own budget.
@@ -95,12 +98,17 @@ def make_optimizer(
         if config.model_options.get("scan_layers")
         else None,
     }.items():
-        if name in known:
+        if name in method.options:
             options.setdefault(name, value)
     tx = jaxsparse.make(config.method, inner[config.optimizer](), **options)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     return optax.with_extra_args_support(tx)
+
+
+def _default(fn, argument):
+    parameter = inspect.signature(fn).parameters.get(argument)
+    return None if parameter is None else parameter.default
 
 
 def make_structure(text: str) -> jaxsparse.structures.Structure:
