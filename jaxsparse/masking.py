@@ -93,7 +93,8 @@ def apply(params, masks):
         return jnp.where(unpack(m), p, jnp.zeros((), p.dtype))
 
     leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([one(p, m) for p, m in zip(leaves, treedef.flatten_up_to(masks))])
+    masks = jax.tree.structure(plain(params)).flatten_up_to(plain(masks))
+    return treedef.unflatten([one(p, m) for p, m in zip(leaves, masks)])
 
 
 def count_kept(masks) -> int:
@@ -117,7 +118,6 @@ def from_zeros(params, targets=None):
 
 def find_states(opt_state) -> list[SparseState]:
     """Every `SparseState` inside an optimizer state, however deeply wrapped."""
-    opt_state = _plain(opt_state)
     found = []
 
     def visit(node):
@@ -126,18 +126,25 @@ def find_states(opt_state) -> list[SparseState]:
                 found.append(x)
                 visit(x.inner)
 
-    visit(opt_state)
+    visit(plain(opt_state))
     return found
 
 
-def _plain(opt_state):
-    """The state without Flax NNX variables around its arrays."""
+def plain(tree):
+    """The tree of arrays behind what Flax users have at hand: an `nnx.Module` (its `nnx.Param`s), an
+    `nnx.Optimizer` or a Linen `TrainState` (their optimizer state), any tree with NNX variables.
+
+    >>> from flax import nnx
+    >>> [x.shape for x in jax.tree.leaves(plain(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))]
+    [(3,), (2, 3)]
+    """
     from flax import nnx
 
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    if any(isinstance(x, nnx.Variable) for x in leaves) or isinstance(opt_state, nnx.State):
-        return nnx.pure(opt_state)
-    return opt_state
+    if not isinstance(tree, tuple):  # of optax's own states, which are tuples, the whole counts
+        tree = getattr(tree, "opt_state", tree)
+    if isinstance(tree, nnx.Module):
+        tree = nnx.state(tree, nnx.Param)
+    return nnx.as_pure(tree)
 
 
 def _states(opt_state) -> list[SparseState]:
@@ -208,9 +215,10 @@ def apply_masks(params, opt_state):
       ValueError: `opt_state` holds no state of a jaxsparse method.
     """
     leaves, treedef = jax.tree.flatten(params)
+    arrays = jax.tree.structure(plain(params))  # leaf by leaf the same, without NNX variables
 
     def read(tree):
-        return [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
+        return [None] * len(leaves) if tree is None else arrays.flatten_up_to(tree)
 
     for state in _states(opt_state):
         rows = zip(leaves, read(state.masks), read(state.raw), read(state.shift), read(state.scale))

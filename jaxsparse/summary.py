@@ -138,8 +138,8 @@ def summarize(params, opt_state=None) -> Summary:
     """Shape, nonzeros, sparsity, sparsity of the mask and bytes, per leaf and in total.
 
     Args:
-      params: any pytree of concrete arrays.
-      opt_state: the optimizer state, to show the masks as well.
+      params: any pytree of concrete arrays, or an `nnx.Module`.
+      opt_state: the optimizer state, or an `nnx.Optimizer`, to show the masks as well.
 
     >>> import jax.numpy as jnp
     >>> print(summarize({"kernel": jnp.eye(4)}))
@@ -149,7 +149,7 @@ def summarize(params, opt_state=None) -> Summary:
     ---------------------------------------------------
     total            16        4    75.00%     -   64 B
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(masking.plain(params))
     masks = [None] * len(leaves)
     if opt_state is not None and masking.find_states(opt_state):
         masks = treedef.flatten_up_to(masking.get_masks(opt_state))

@@ -51,6 +51,18 @@ class Dataset:
     def num_examples(self, split: str) -> int:
         return len(self.splits[split])
 
+    def arrays(self, split: str) -> Batch:
+        """A whole split as evaluation sees it, stacked: for data sets that fit in memory.
+
+        Raises:
+          ValueError: for a split that there is not.
+        """
+        if split not in self.splits:
+            raise ValueError(f"split={split!r}: {self.name} has {', '.join(self.splits)}")
+        source = self.splits[split]
+        examples = [self.prepare(source[i], None) for i in range(len(source))]
+        return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+
 
 def load(
     name: str, *, data_dir: str | None = None, image_size: int | None = None, length: int = 256
