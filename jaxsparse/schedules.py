@@ -7,7 +7,7 @@ schedule does where one of these is asked for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,9 @@ def constant(value) -> Schedule:
     return lambda step: jnp.asarray(value, jnp.float32)
 
 
-def cosine(value, end) -> Schedule:
-    r"""$\alpha/2\,(1 + \cos(\pi t / T))$, 0 after $T$: RigL's drop fraction (Evci et al., Rigging
-    the lottery, 2020).
+def cosine(value, end, *, final=0.0) -> Schedule:
+    r"""$\alpha_T + (\alpha - \alpha_T)/2\,(1 + \cos(\pi t / T))$, $\alpha_T$ (`final`) from $T$ on;
+    with `final` 0, RigL's drop fraction (Evci et al., Rigging the lottery, 2020).
 
     >>> f = cosine(0.3, 100)
     >>> [round(float(f(t)), 3) for t in (0, 50, 100, 101)]
@@ -69,7 +69,8 @@ def cosine(value, end) -> Schedule:
 
     def schedule(step):
         progress = _progress(step, 0, end)
-        return jnp.where(progress >= 1.0, 0.0, value / 2 * (1.0 + jnp.cos(jnp.pi * progress)))
+        decayed = final + (value - final) / 2 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.where(progress >= 1.0, final, decayed)
 
     return schedule
 
@@ -122,6 +123,26 @@ class Updates:
         due = (step - self.begin) % self.every == 0
         due = due | (step == self.end) if self.at_end else due
         return (step >= self.begin) & (step <= self.end) & due
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Single steps at which masks are recomputed.
+
+    >>> [t for t in range(10) if At((2, 5)).fires(t)]
+    [2, 5]
+    """
+
+    steps: Sequence[int | jax.Array]
+
+    def fires(self, step) -> jax.Array:
+        """Whether masks are recomputed at `step` (bool scalar)."""
+        return jnp.any(jnp.asarray(step) == jnp.stack([jnp.asarray(s) for s in self.steps]))
+
+    def passed(self, step) -> jax.Array:
+        """How many of the steps are at or before `step` (int32 scalar)."""
+        return jnp.sum(jnp.asarray(step) >= jnp.stack([jnp.asarray(s) for s in self.steps]),
+                       dtype=jnp.int32)  # fmt: skip
 
 
 def window(

@@ -31,8 +31,7 @@ class View:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What a rule is given: the step (int32, 0 at `init` and at the first update), the sparse
-    leaves, the inner optimizer's state before this step (None at `init`), and what the method keeps
-    besides."""
+    leaves, the inner optimizer's state before this step, and what the method keeps besides."""
 
     count: Array
     views: Sequence[View]

@@ -12,19 +12,24 @@ from jax import Array
 from jaxsparse.plan import Plan
 
 
-def restart(inner: optax.GradientTransformation, state, live: Sequence[Array], plan: Plan, params):
-    """The inner optimizer's state with the slots of weights that are not `live` as at `init`.
+def restart(
+    inner: optax.GradientTransformation, state, live: Sequence[Array] | None, plan: Plan, params
+):
+    """The inner optimizer's state with the slots of weights that are not `live` as at `init`; with
+    `live=None` those of all weights, of dense leaves too. Counts go on.
 
     Which leaves are per-weight slots is asked of optax (`tree_map_params`), not of a list of known
     optimizers. Slots of another shape than the weight (factored moments, row and column
     statistics) belong to no single weight and stay.
     """
-    flags = plan.scatter(live, fill=True)
+    flags = jax.tree.map(lambda _: False, params) if live is None else plan.scatter(live, fill=True)
     fresh = inner.init(params)
 
     def choose_slot(slot, start, flag):
-        if isinstance(flag, bool) or isinstance(slot, optax.MaskedNode):
+        if flag is True or isinstance(slot, optax.MaskedNode):
             return slot
+        if flag is False:
+            return jnp.asarray(start, slot.dtype)
         if jnp.shape(slot) != jnp.shape(flag):
             return slot
         return jnp.where(flag, slot, start.astype(slot.dtype))

@@ -6,12 +6,13 @@ At every step
     d   = inner(g seen through the mask)
     p'  = where(m', p + d, 0)
 
-and the update returned is p' - p: exactly -p where a weight is pruned, exactly d where it stays.
+and the update returned is p' - p: exactly -p where a weight is pruned, exactly d where it stays
+(unless a method settles p' in a way of its own, see `settle`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,7 +22,7 @@ from jax import Array
 
 from jaxsparse._counts import when
 from jaxsparse.masking import SparseState, unpack
-from jaxsparse.schedules import Updates
+from jaxsparse.schedules import At, Updates
 from jaxsparse.transforms._common import (
     PlanFor,
     Step,
@@ -43,11 +44,14 @@ def masked(
     init: Rule,
     *,
     rule: Callable[[Step], Any] | None = None,
-    updates: Updates | None = None,
-    inner_sees: Literal["masked", "dense"] = "masked",
+    updates: Updates | At | None = None,
+    rule_sees: Literal["masked", "dense"] = "dense",
+    inner_sees: Literal["masked", "dense"] | Callable[[Step], list[Array]] = "masked",
+    settle: Callable[[Step], tuple[list[Array], list[Array]]] | None = None,
     replaces_step: bool = False,
     restarts: bool = False,
-    init_aux: Callable[[list], Any] | None = None,
+    resets: Callable[[Array], Any] | None = None,
+    init_aux: Callable[[Step], Any] | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a method that holds masks.
@@ -55,33 +59,42 @@ def masked(
     Args:
       inner: the optimizer of the weights.
       plan_for: makes the plan from the parameters.
-      init: the masks at `init`.
+      init: the masks at `init`, from a `Step` that holds the weights and the inner state.
       rule: the masks at an update, from a `Step` whose views hold the weights before this step,
-        their dense gradients and the masks so far. With `init_aux`, returns `(masks, aux)`.
+        their gradients and the masks so far. With `init_aux`, returns `(masks, aux)`.
       updates: the steps at which `rule` runs.
+      rule_sees: "dense": all gradients; "masked": those of pruned weights are 0 for the rule, which
+        then needs no dense gradient, whatever it reads.
       inner_sees: "masked": gradients of pruned weights are 0 for the inner optimizer; "dense": it
-        sees all of them, and only what is applied is masked.
+        sees all of them, and only what is applied is masked; a function: the gradients that it
+        returns, from a `Step` with the weights before this step and the masks after.
+      settle: what becomes of the weights after the step: returns masks and weights, from a `Step`
+        whose views hold the weights after the step.
       replaces_step: an update of the masks takes the place of the gradient step, as in RigL: the
         weights and the inner state then change at mask flips only.
       restarts: the inner state of a weight that is grown starts as at `init` (the slots of pruned
         weights are held there).
-      init_aux: what the method keeps besides, from the sparse leaves of the parameters.
+      resets: the steps (a function of the count) at which the inner state of every weight, of dense
+        leaves too, starts as at `init`, before the step is taken; its counts go on.
+      init_aux: what the method keeps besides, from a `Step` that holds the weights and their masks.
       pack_masks: store masks as bits.
     """
     inner, events = check_inner(inner), updates
 
     def init_fn(params):
         plan = plan_for(params)
-        ws = plan.take(params)
-        masks = [like(m, w) for m, w in zip(init(Step(jnp.int32(0), views(plan, ws))), ws)]
+        ws, inner_state = plan.take(params), inner.init(params)
+        found = init(Step(jnp.int32(0), views(plan, ws), inner_state))
+        masks = [like(m, w) for m, w in zip(found, ws)]
+        start = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
         return SparseState(
             count=jnp.zeros((), jnp.int32),
             masks=store_masks(plan, masks, pack_masks),
             raw=None,
             shift=None,
             scale=None,
-            inner=inner.init(params),
-            aux=None if init_aux is None else init_aux(ws),
+            inner=inner_state,
+            aux=None if init_aux is None else init_aux(start),
         )
 
     def update_fn(updates, state, params=None, **extra):
@@ -95,11 +108,15 @@ def masked(
             fire = events.fires(state.count)
             if restarts:  # nothing has been trained at step 0, and the weights may still be dense
                 fire &= state.count > 0
-            fire = when(fire, lambda _, gs, ws: ~broken(gs, ws), fire, gs, ws)
+            readable = lambda gs, ms: hidden(gs, ms) if rule_sees == "masked" else gs
+            fire = when(
+                fire, lambda _, gs, ws, ms: ~broken(readable(gs, ms), ws), fire, gs, ws, masks
+            )
 
             def run(carry, count, ws, gs, inner_state):
                 old, old_aux = carry
                 old = [unpack(m) for m in old]
+                gs = readable(gs, old)
                 step = Step(count, views(plan, ws, gs, old), inner_state, old_aux)
                 new, new_aux = rule(step) if init_aux else (rule(step), old_aux)  # type: ignore[misc]
                 return plan.take(store_masks(plan, new, pack_masks)), new_aux
@@ -110,13 +127,18 @@ def masked(
         # A weight that is grown at this step is 0, takes no step yet and starts with fresh slots.
         # Its value tells it apart, so that the old masks need not be kept beside the new ones.
         live = [m & (~fire | (w != 0)) for m, w in zip(masks, ws)] if restarts else masks
-        seen = [jnp.where(m, g, jnp.zeros((), g.dtype)) for m, g in zip(live, gs)]
-        seen = updates if inner_sees == "dense" else plan.put(updates, seen)
-        deltas, new_inner = inner.update(seen, state.inner, params, **extra)
+        before = state.inner
+        if resets is not None:
+            anew = lambda old, params: restart(inner, old, None, plan, params)
+            before = when(resets(state.count), anew, before, params)
+        if callable(inner_sees):
+            seen = inner_sees(Step(state.count, views(plan, ws, gs, masks), before, aux))
+        else:
+            seen = gs if inner_sees == "dense" else hidden(gs, live)
+        deltas, new_inner = inner.update(plan.put(updates, seen), before, params, **extra)
         if replaces_step:
             deltas = jax.tree.map(lambda d: jnp.where(fire, jnp.zeros((), d.dtype), d), deltas)
-            new_inner = jax.tree.map(lambda old, new: jnp.where(fire, old, new),
-                                     state.inner, new_inner)  # fmt: skip
+            new_inner = jax.tree.map(lambda old, new: jnp.where(fire, old, new), before, new_inner)
         if restarts:
             new_inner = restart(inner, new_inner, live, plan, params)
 
@@ -124,6 +146,11 @@ def masked(
             return jnp.where(m, jnp.where(alive, d.astype(w.dtype), jnp.zeros((), w.dtype)), -w)
 
         out = [applied(*row) for row in zip(plan.take(deltas), ws, masks, live)]
+        if settle is not None:
+            after = [w + d for w, d in zip(ws, out)]
+            masks, after = settle(Step(state.count, views(plan, after, gs, masks), new_inner, aux))
+            out = [jnp.where(m, p - w, -w) for m, p, w in zip(masks, after, ws)]
+            stored = plan.take(store_masks(plan, masks, pack_masks))
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             masks=plan.scatter(stored),
@@ -133,3 +160,8 @@ def masked(
         return plan.put(deltas, out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def hidden(gs: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+    """The gradients with zeros at pruned weights."""
+    return [jnp.where(m, g, jnp.zeros((), g.dtype)) for m, g in zip(masks, gs)]

@@ -34,7 +34,7 @@ from jaxsparse.transforms._common import (
     store_masks,
     views,
 )
-from jaxsparse.transforms.masked import Rule
+from jaxsparse.transforms.masked import Rule, hidden
 
 
 class Projection(NamedTuple):
@@ -61,6 +61,7 @@ def straight_through(
     rule: Callable[[Step], Projection],
     *,
     pull_back: Callable[[View, Array], Array] | None = None,
+    moves: Callable[[Step], list[Array]] | None = None,
     learner: Learner | None = None,
     init_aux: Callable[[list], Any] | None = None,
     raw_dtype: Any = None,
@@ -74,6 +75,8 @@ def straight_through(
       rule: S, from a `Step` whose views hold the new z, the gradient, and the masks so far.
       pull_back: the gradient that the inner optimizer sees, from a view (z, g, mask so far) and the
         step; None: g itself.
+      moves: masks of the raw weights that may move, from the `Step` before this one is taken; the
+        others have no gradient and stay where they are, whatever the inner optimizer does.
       learner: what is trained besides the weights.
       init_aux: what the method keeps besides, from the raw weights (not together with `learner`).
       raw_dtype: the dtype of z; None: that of the parameters. bfloat16 weights stall where steps
@@ -123,9 +126,12 @@ def straight_through(
             state.count, views(plan, zs, [cast(g) for g in gs], masks), state.inner, state.aux
         )
         seen = [v.g if pull_back is None else pull_back(v, state.count) for v in before.views]
+        free = None if moves is None else moves(before)
+        seen = seen if free is None else hidden(seen, free)
         deltas, new_inner = inner.update(
             plan.put(updates, seen), state.inner, plan.put(params, zs), **extra
         )
+        deltas = deltas if free is None else plan.put(deltas, hidden(plan.take(deltas), free))
         zs = [z + d.astype(z.dtype) for z, d in zip(zs, plan.take(deltas))]
         aux = state.aux if learner is None else learner.update(before, plan, extra)
         found = rule(Step(state.count, views(plan, zs, gs, masks), new_inner, aux))
