@@ -3,6 +3,8 @@ when the first is made, and its global state is left alone."""
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by readers with any colour vision; then dashes, then markers.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX<>"
+_INK = "#222222"
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -21,11 +24,25 @@ Points = tuple[Sequence[float], Sequence[float]]
 def _figure(width: float = 6.4, height: float = 3.8) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    axes = figure.add_subplot()
+    # Every colour is set here: a dark style of the reader's must not meet our light background, and
+    # on a dark page the figure stays a card that can be read.
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110, facecolor="white")
+    axes = figure.add_subplot(facecolor="white")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.tick_params(which="both", colors=_INK)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(_INK)
+    axes.grid(alpha=0.25, color="0.5")
+    # Notebooks show a figure that is the value of a cell, whether or not pyplot was imported.
+    setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010
     return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -59,7 +76,9 @@ def curves(
     if log:
         axes.set_yscale("log")
     if len(series) > 1:
-        axes.legend(frameon=False, ncols=math.ceil(len(series) / 10), fontsize="small")
+        axes.legend(
+            frameon=False, labelcolor=_INK, ncols=math.ceil(len(series) / 10), fontsize="small"
+        )
     return figure
 
 
@@ -68,7 +87,9 @@ def density_bars(densities: Mapping[str, float], *, title: str = "Density per la
     names = list(densities)
     figure, axes = _figure(height=max(2.2, 0.9 + 0.26 * len(names)))
     bars = axes.barh(range(len(names)), [densities[n] for n in names], color=_COLORS[0])
-    axes.bar_label(bars, [f"{100 * densities[n]:.3g} %" for n in names], padding=3, fontsize=8)
+    axes.bar_label(
+        bars, [f"{100 * densities[n]:.3g} %" for n in names], padding=3, fontsize=8, color=_INK
+    )
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set(title=title, xlabel="nonzero weights / weights", xlim=(0, 1.12))
@@ -90,7 +111,7 @@ def churn(steps: Sequence[float], total: Sequence[float], layers: Mapping[str, S
         ylim=(0, None),
     )
     if 0 < len(layers) <= 12:
-        axes.legend(frameon=False, fontsize="x-small")
+        axes.legend(frameon=False, labelcolor=_INK, fontsize="x-small")
     return figure
 
 
@@ -137,7 +158,13 @@ def accuracy_over_sparsity(
     axes.set_xticks(ticks, [f"{100 * (1 - t):g} %" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set(title=title, xlabel="sparsity", ylabel="test accuracy")
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(
+        frameon=False,
+        labelcolor=_INK,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
     return figure
 
 
