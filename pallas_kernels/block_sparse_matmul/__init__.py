@@ -1,0 +1,1 @@
+"""Dense times block-sparse: `api` (public), `reference`, `xla`, `tpu`."""

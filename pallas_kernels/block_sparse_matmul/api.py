@@ -1,0 +1,173 @@
+"""`block_sparse_matmul`: checks its arguments, picks an implementation, defines the gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._dispatch import choose
+from pallas_kernels.block_sparse_matmul import reference, tpu, xla
+from pallas_kernels.formats.block_sparse import Array, BlockSparse
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """Everything about a product that is known when it is traced."""
+
+    implementation: str
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+    precision: lax.PrecisionLike
+    out_dtype: jnp.dtype
+    interpret: bool
+
+
+def block_sparse_matmul(
+    x: Array,
+    w: BlockSparse,
+    *,
+    implementation: str | None = None,
+    precision: lax.PrecisionLike = None,
+    out_dtype: jnp.dtype | None = None,
+    interpret: bool = False,
+) -> Array:
+    """The product `y = x w` with a block-sparse w: work and memory follow the stored blocks.
+
+    Gradients with respect to x and to the stored blocks of w cost the like; the gradient of w is
+    a `BlockSparse` (its pattern is that of w: `w.with_values(g.values)`).
+    A NaN in a row of x reaches that row of y only.
+
+    Args:
+      x: `[..., in]`.
+      w: `[in, out]`, as `BlockSparse`. Operands of different dtypes are promoted as usual.
+      implementation: "tpu" (Pallas: bfloat16 and float32, blocks of multiples of 128), "xla"
+        (anywhere; made for CPU), "reference" (builds the dense matrix); None takes the first of
+        them that supports the arguments.
+      precision: of the products, as in `jax.lax.dot_general`. They are summed in float32.
+      out_dtype: of y, by default the promoted dtype; `jnp.float32` keeps the sums of bfloat16
+        operands as they are.
+      interpret: run the TPU kernels in the interpreter, for tests on a machine without a TPU.
+
+    Returns:
+      `[..., out]`.
+
+    Raises:
+      ValueError: if the shapes do not match, x is not floating point, or the named
+        implementation does not support the arguments.
+
+    The products and their transposes are those of Gale, Narayanan, Young, Zaharia, MegaBlocks:
+    Efficient Sparse Training with Mixture-of-Experts (2023).
+
+    >>> w = BlockSparse.from_dense(jnp.diag(jnp.arange(4.0)), block_shape=(2, 2))
+    >>> block_sparse_matmul(jnp.ones((1, 4)), w)
+    Array([[0., 1., 2., 3.]], dtype=float32)
+    >>> jax.grad(lambda w: block_sparse_matmul(jnp.ones((1, 4)), w).sum())(w).values.shape
+    (2, 2, 2)
+    """
+    if not isinstance(w, BlockSparse):
+        raise ValueError(f"w must be a BlockSparse, not {type(w).__name__}")
+    x = jnp.asarray(x)
+    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"x.shape={x.shape} must end in {w.shape[0]}, the rows of w {w.shape}")
+    for name, a in (("x", x), ("w", w)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    dtype = jnp.result_type(x.dtype, w.dtype)
+    out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
+    x, w = x.astype(dtype), w.astype(dtype)
+    reasons = {
+        "tpu": tpu.why_not(x, w, interpret),
+        "xla": "interpret=True is about the TPU kernels" if interpret else None,
+        "reference": "interpret=True is about the TPU kernels" if interpret else None,
+    }
+    name = choose(implementation, reasons)
+    static = _Static(name, w.shape, w.block_shape, precision, out_dtype, interpret)
+    if w.num_blocks == 0 or x.size == 0:
+        return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
+    y = _product(static, x.reshape(-1, x.shape[-1]), w.values, w.pattern)
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static: _Static, x: Array, values: Array, pattern: Array) -> Array:
+    return _multiply(static, False, static.out_dtype, x, values, pattern)
+
+
+def _product_fwd(static: _Static, x: Array, values: Array, pattern: Array):
+    return _product(static, x, values, pattern), (x, values, pattern)
+
+
+def _product_bwd(static: _Static, residuals, dy: Array):
+    x, values, pattern = residuals
+    dy = dy.astype(x.dtype)
+    dx = _multiply(static, True, x.dtype, dy, values, pattern)
+    dvalues = _weight_gradient(static, x, dy, values, pattern)
+    return dx, dvalues, jnp.zeros_like(pattern)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _multiply(
+    static: _Static, transposed: bool, out_dtype: jnp.dtype, x: Array, values: Array, pattern: Array
+) -> Array:
+    kwargs = dict(transposed=transposed, precision=static.precision, out_dtype=out_dtype)
+
+    def run(x, values, pattern):
+        w = BlockSparse(values, pattern, static.shape, static.block_shape)
+        if static.implementation == "tpu":
+            return tpu.matmul(x, w, interpret=static.interpret, **kwargs)
+        return {"xla": xla, "reference": reference}[static.implementation].matmul(x, w, **kwargs)
+
+    if static.implementation != "tpu":
+        return run(x, values, pattern)
+    kernel = jax.custom_batching.custom_vmap(run)
+
+    @kernel.def_vmap
+    def batched(size, is_batched, x, values, pattern):
+        if is_batched == [True, False, False]:  # the same w: more rows of x
+            y = _multiply(
+                static, transposed, out_dtype, x.reshape(-1, x.shape[-1]), values, pattern
+            )
+            return y.reshape(size, -1, y.shape[-1]), True
+        return _one_by_one(
+            functools.partial(_multiply, static, transposed, out_dtype),
+            is_batched,
+            (x, values, pattern),
+        )
+
+    return kernel(x, values, pattern)
+
+
+def _weight_gradient(static: _Static, x: Array, dy: Array, values: Array, pattern: Array) -> Array:
+    def run(x, dy, values, pattern):
+        w = BlockSparse(values, pattern, static.shape, static.block_shape)
+        if static.implementation == "tpu":
+            return tpu.weight_gradient(
+                x, dy, w, precision=static.precision, interpret=static.interpret
+            )
+        module = {"xla": xla, "reference": reference}[static.implementation]
+        return module.weight_gradient(x, dy, w, precision=static.precision)
+
+    if static.implementation != "tpu":
+        return run(x, dy, values, pattern)
+    kernel = jax.custom_batching.custom_vmap(run)
+
+    @kernel.def_vmap
+    def batched(size, is_batched, *args):
+        return _one_by_one(functools.partial(_weight_gradient, static), is_batched, args)
+
+    return kernel(x, dy, values, pattern)
+
+
+def _one_by_one(function, is_batched, args):
+    """The kernel for each element of the batch in turn, where one call cannot take them all."""
+    batched = [a for a, b in zip(args, is_batched) if b]
+
+    def one(elements):
+        elements = iter(elements)
+        return function(*(next(elements) if b else a for a, b in zip(args, is_batched)))
+
+    return lax.map(one, batched), True

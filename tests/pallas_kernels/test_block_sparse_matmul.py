@@ -1,0 +1,236 @@
+"""block_sparse_matmul: every implementation against the dense product, forward and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import BlockSparse, block_sparse_matmul
+from pallas_kernels.block_sparse_matmul import tpu, xla
+
+PATTERNS = [
+    "random",
+    "none",
+    "one",
+    "all",
+    "empty rows",
+    "empty columns",
+    "full row",
+    "full column",
+]
+
+
+def block_mask(pattern, grid, seed=0):
+    mask = np.random.default_rng(seed).random(grid) < 0.4
+    match pattern:
+        case "none":
+            mask[:] = False
+        case "one":
+            mask[:] = False
+            mask[-1, 0] = True
+        case "all":
+            mask[:] = True
+        case "empty rows":
+            mask[::2] = False
+        case "empty columns":
+            mask[:, ::2] = False
+        case "full row":
+            mask[0] = True
+        case "full column":
+            mask[:, -1] = True
+    return mask
+
+
+def problem(rows, shape, block_shape, pattern, dtype, spare=0, seed=0):
+    """x, w, and a cotangent dy, reproducible; small integers over 8, exact in bfloat16."""
+    rng = np.random.default_rng(seed)
+    grid = -(-shape[0] // block_shape[0]), -(-shape[1] // block_shape[1])
+    mask = block_mask(pattern, grid, seed)
+    draw = lambda *s: jnp.asarray(rng.integers(-8, 9, s) / 8, dtype)
+    w = BlockSparse.from_block_mask(
+        draw(*shape), mask, block_shape, num_blocks=int(mask.sum()) + spare, pad=True
+    )
+    return draw(*rows, shape[0]), w, draw(*rows, shape[1])
+
+
+def check(x, w, dy, **kwargs):
+    """Forward and both gradients against the dense product in float32."""
+
+    def loss(x, w):
+        y = block_sparse_matmul(x, w, **kwargs)
+        return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(), y
+
+    (dx, dw), y = jax.grad(loss, (0, 1), has_aux=True)(x, w)
+    xf, dyf, wf = (np.asarray(a, np.float32) for a in (x, dy, w.to_dense()))
+    coarse = 2e-2 if x.dtype == jnp.bfloat16 else 2e-5
+    same = lambda a, b: np.testing.assert_allclose(
+        np.asarray(a, np.float32), b, rtol=coarse, atol=coarse * max(1.0, np.abs(b).max())
+    )
+    same(y, xf @ wf)
+    same(dx, dyf @ wf.T)
+    full = np.tensordot(xf, dyf, (range(xf.ndim - 1), range(xf.ndim - 1)))
+    stored = np.kron(w.block_mask, np.ones(w.block_shape))[: w.shape[0], : w.shape[1]]
+    same(w.with_values(dw.values).to_dense(), full * stored)
+    assert dx.dtype == x.dtype and dw.dtype == w.dtype
+    assert not np.any(np.asarray(dw.values, np.float32)[~np.asarray(w.used)])
+
+
+@given(
+    rows=st.sampled_from([(1,), (5,), (2, 3), ()]),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    block_shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    spare=st.sampled_from([0, 2]),
+    implementation=st.sampled_from(["xla", "reference"]),
+)
+def test_xla_and_reference_agree_with_dense(
+    rows, shape, block_shape, pattern, dtype, spare, implementation
+):
+    check(*problem(rows, shape, block_shape, pattern, dtype, spare), implementation=implementation)
+
+
+@given(
+    rows=st.sampled_from([1, 7, 33]),
+    grid=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    block_shape=st.sampled_from([(8, 8), (8, 16), (16, 8)]),
+    pattern=st.sampled_from(PATTERNS),
+    spare=st.sampled_from([0, 40]),
+)
+@settings(max_examples=30)
+def test_the_loop_over_blocks_agrees_with_dense(rows, grid, block_shape, pattern, spare):
+    shape = grid[0] * block_shape[0] - 3, grid[1] * block_shape[1] - 1
+    x, w, dy = problem((rows,), shape, block_shape, pattern, jnp.float32, spare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "_DENSE_FROM", float("inf"))
+        patch.setattr(xla, "_CACHE", 4 * rows * sum(block_shape) * 4)  # four blocks at a time
+        check(x, w, dy, implementation="xla")
+
+
+# The kernels in the interpreter. Panels, slices and flushes are made small, so that small matrices
+# have several of each; the patterns cover columns and groups of columns without blocks.
+@given(
+    rows=st.sampled_from([1, 16, 40, 50]),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    block_shape=st.sampled_from([(128, 128), (128, 256), (256, 128)]),
+    pattern=st.sampled_from(PATTERNS[2:]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    spare=st.sampled_from([0, 1, 20]),
+    panel=st.sampled_from([16, 32]),
+    flush=st.sampled_from([128, 256]),
+)
+@settings(max_examples=12)
+@pytest.mark.slow
+def test_tpu_kernels_agree_with_dense(rows, grid, block_shape, pattern, dtype, spare, panel, flush):
+    shape = grid[0] * block_shape[0] - 5, grid[1] * block_shape[1] - 9
+    x, w, dy = problem((rows,), shape, block_shape, pattern, dtype, spare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "_PANEL", panel)
+        patch.setattr(tpu, "_TOKENS", panel)
+        patch.setattr(tpu, "_FLUSH", flush)
+        check(x, w, dy, implementation="tpu", interpret=True)
+
+
+def test_tpu_kernels_write_columns_without_blocks():
+    mask = np.zeros((2, 9), bool)
+    mask[0, 1], mask[:, 6] = True, True  # whole groups of columns are empty, first and last too
+    w = BlockSparse.from_block_mask(jnp.ones((256, 9 * 128)), mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "_FLUSH", 384)
+        patch.setattr(tpu, "_PANEL", 8)
+        y = block_sparse_matmul(jnp.ones((24, 256)), w, implementation="tpu", interpret=True)
+    np.testing.assert_array_equal(y, np.ones((24, 256)) @ np.kron(mask, np.ones((128, 128))))
+
+
+def test_tpu_weight_gradient_in_several_lots(monkeypatch):
+    monkeypatch.setattr(tpu, "chip", lambda: tpu.Chip(cores=2, vmem=6 << 20))
+    monkeypatch.setattr(tpu, "_TOKENS", 16)
+    x, w, dy = problem((40,), (384, 384), (128, 128), "all", jnp.bfloat16)
+    values = tpu.weight_gradient(x, dy, w, interpret=True)
+    full = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32)
+    np.testing.assert_allclose(
+        w.with_values(values).to_dense().astype("f"), full, rtol=2e-2, atol=0.3
+    )
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_tpu_panels_are_shared_by_the_cores(monkeypatch, cores):
+    monkeypatch.setattr(tpu, "chip", lambda: tpu.Chip(cores=cores))
+    monkeypatch.setattr(tpu, "_PANEL", 16)
+    x, w, _ = problem((70,), (256, 384), (128, 128), "random", jnp.float32)
+    y = tpu.matmul(x, w, interpret=True)
+    np.testing.assert_allclose(y, x @ w.to_dense(), rtol=1e-5, atol=1e-5)
+
+
+def interpreted(implementation):
+    return dict(implementation=implementation, interpret=implementation == "tpu")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+def test_nan_in_a_row_of_x_stays_in_that_row(implementation):
+    x, w, _ = problem((20,), (256, 384), (128, 128), "random", jnp.float32, spare=5)
+    y = block_sparse_matmul(x.at[3].set(jnp.nan), w, **interpreted(implementation))
+    clean = block_sparse_matmul(x, w, **interpreted(implementation))
+    rows = np.arange(20) != 3
+    np.testing.assert_array_equal(y[rows], clean[rows])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_columns_without_blocks_stay_zero_even_for_nan(implementation):
+    x, w, _ = problem((20,), (512, 512), (128, 128), "empty columns", jnp.float32, spare=5)
+    y = block_sparse_matmul(x.at[3].set(jnp.nan), w, **interpreted(implementation))
+    np.testing.assert_array_equal(y[:, :128], 0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+def test_bfloat16_is_summed_in_float32(implementation):
+    x = jnp.ones((16, 512), jnp.bfloat16)
+    dense = jnp.full((512, 512), 1 / 256, jnp.bfloat16).at[:, 128:].set(0).at[0, 0].set(256)
+    w = BlockSparse.from_dense(dense, (128, 128))
+    y = block_sparse_matmul(x, w, out_dtype=jnp.float32, **interpreted(implementation))
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y[:, 0], 256 + 511 / 256)  # in bfloat16 256 would stay 256
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_vmap_over_x_and_over_w(implementation):
+    x, w, _ = problem((3, 16), (256, 256), (128, 128), "random", jnp.float32)
+    f = lambda x, w: block_sparse_matmul(x, w, **interpreted(implementation))
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), w)
+    expected = np.asarray(x @ w.to_dense())
+    np.testing.assert_allclose(jax.vmap(f, (0, None))(x, w), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(f)(x[:2], stack), expected[:2], rtol=1e-5, atol=1e-5)
+    per_example = jax.vmap(jax.grad(lambda x, w: f(x, w).sum(), 1), (0, None))(x, w).values
+    assert per_example.shape == (3, *w.values.shape)
+    one = jax.grad(lambda w: f(x[1], w).sum())(w).values
+    np.testing.assert_allclose(per_example[1], one, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_dtypes_are_promoted():
+    x, w, _ = problem((4,), (8, 8), (2, 2), "random", jnp.bfloat16)
+    assert block_sparse_matmul(x.astype(jnp.float32), w).dtype == jnp.float32
+    assert jax.grad(lambda w: block_sparse_matmul(x.astype("f"), w).sum())(w).dtype == jnp.bfloat16
+
+
+SMALL = BlockSparse.from_dense(jnp.eye(6), (2, 3))
+INTEGERS = BlockSparse.from_dense(jnp.eye(6, dtype=jnp.int32), (2, 3))
+LARGE = BlockSparse.from_dense(jnp.eye(256), (128, 128))
+REFUSED = [
+    (lambda: block_sparse_matmul(jnp.ones((2, 5)), SMALL), r"x.shape=\(2, 5\) must end in 6"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 6)), jnp.eye(6)), "w must be a BlockSparse"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 6), int), SMALL), "x.dtype=int32 must be"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 6)), INTEGERS), "w.dtype=int32 must be"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="gpu"), "implementation='gpu' is unknown"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="tpu"), "runs on TPU, not on cpu"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="tpu", interpret=True), r"multiples of 128, not \(2, 3\)"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 256), jnp.float16), LARGE.astype(jnp.float16), implementation="tpu", interpret=True), "bfloat16 and float32, not float16"),
+    (lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="xla", interpret=True), "interpret=True is about the TPU"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, message", REFUSED, ids=[m[:40] for _, m in REFUSED])
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
