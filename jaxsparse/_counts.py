@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 # A float32 fraction carries a relative error of 2^-24; 0.9 becomes 0.89999998 and floor(0.9 * 10)
 # would be 8. A tolerance of 2^-23 repairs this and moves no count for tensors below 2^22 weights.
@@ -72,16 +73,52 @@ def kept_count(n, sparsity):
 def when(predicate, function, carry, *operands):
     """`function(carry, *operands)` if `predicate`, else `carry`; skipped under `vmap` too.
 
-    `lax.cond` turns into a select under `vmap`: both branches then run at every step. A while loop
-    with a batched predicate runs its body only while any member asks for it, and its carry needs
-    no copy where nothing is done. The barrier keeps XLA from hoisting work on the operands, which
-    do not change in the loop, out of it: it would run at every step again.
+    `lax.cond` turns into a select under `vmap`: both branches then run at every step. Here a batch
+    of predicates asks once whether any of them holds, and only then runs the batched function.
     """
+    leaves, tree = jax.tree.flatten((carry, operands))
+    n = len(jax.tree.leaves(carry))
 
-    def body(state):
-        go, carry = state
-        (_, carry, inputs) = jax.lax.optimization_barrier((go, carry, operands))
-        return jnp.zeros_like(go), function(carry, *inputs)
+    def flat(*xs):
+        c, o = jax.tree.unflatten(tree, xs)
+        return jax.tree.leaves(function(c, *o))
 
-    predicate = jnp.asarray(predicate)
-    return jax.lax.while_loop(lambda state: state[0], body, (predicate, carry))[1]
+    # What the function closes over (a traced seed, a swept sparsity) becomes an argument.
+    closed = jax.make_jaxpr(flat)(*leaves)
+    jaxpr = closed.jaxpr
+    opened = jaxpr.replace(constvars=[], invars=[*jaxpr.invars, *jaxpr.constvars])
+    run = jaxpr_as_fun(ClosedJaxpr(opened, []))
+    out = _when(run, n)(jnp.asarray(predicate), *leaves, *closed.consts)
+    return jax.tree.unflatten(jax.tree.structure(carry), out)
+
+
+def _when(run, n: int):
+    """The flat form: the first `n` of `xs` are the carry."""
+
+    @jax.custom_batching.custom_vmap
+    def call(predicate, *xs):
+        return jax.lax.cond(predicate, lambda *xs: list(run(*xs)), lambda *xs: list(xs[:n]), *xs)
+
+    @call.def_vmap
+    def batched(axis_size, in_batched, predicate, *xs):
+        flags = in_batched[1:]
+        carry = [_spread(x, b, axis_size) for x, b in zip(xs[:n], flags)]
+        axes = [0] * n + [0 if b else None for b in flags[n:]]
+        if not in_batched[0]:
+            many = jax.vmap(run, in_axes=axes, axis_size=axis_size)
+            return _when(many, n)(predicate, *carry, *xs[n:]), [True] * n
+
+        def one(go, *xs):
+            return [jnp.where(go, new, old) for new, old in zip(run(*xs), xs[:n])]
+
+        def some(*args):
+            *xs, go = args
+            return jax.vmap(one, in_axes=[0, *axes], axis_size=axis_size)(go, *xs)
+
+        return _when(some, n)(jnp.any(predicate), *carry, *xs[n:], predicate), [True] * n
+
+    return call
+
+
+def _spread(x, is_batched: bool, axis_size: int):
+    return x if is_batched else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
