@@ -1,0 +1,225 @@
+"""Block-sparse attention: what is checked, which implementation runs, and the gradient."""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels._dispatch import choose, target_platform
+from pallas_kernels.block_sparse_attention import reference, tpu, xla
+from pallas_kernels.block_sparse_attention.mask import BlockMask
+
+SegmentIds = Array | tuple[Array, Array] | None
+
+
+@overload
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    causal: bool = ...,
+    segment_ids: SegmentIds = ...,
+    softcap: float | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> Array: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    causal: bool = ...,
+    segment_ids: SegmentIds = ...,
+    softcap: float | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    causal: bool = False,
+    segment_ids: SegmentIds = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""Attention that reads only the blocks of keys that the mask keeps.
+
+    $$ s_{ij} = c\, q_i \cdot k_j, \quad  o_i = \sum_{j \in V_i} e^{s_{ij} - L_i} v_j, \quad
+       L_i = \log \sum_{j \in V_i} e^{s_{ij}} $$
+
+    where $V_i$ are the keys that query i may see. With `softcap` t, $t \tanh(s / t)$ takes the
+    place of s. A query that sees no key has output 0, $L_i = -\infty$ and gradients 0.
+
+    Gradients flow to q, k and v from the output and from L, so results over disjoint sets of keys
+    merge exactly (`merge_attention`). The backward pass recomputes the probabilities of kept
+    blocks from L (FlashAttention-2, Dao 2023) and itself cannot be differentiated, except in the
+    `reference` implementation.
+
+    Args:
+      q: `[batch, heads, q_len, head_dim]`, float32 or bfloat16.
+      k: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA).
+      v: `[batch, kv_heads, kv_len, v_dim]`.
+      mask: which blocks; its heads are 1, kv_heads or heads, its batch is 1 or batch.
+      causal: also hide keys after the query. The same as `mask & BlockMask.causal(...)`, which
+        is cheaper if the mask is used more than once.
+      segment_ids: int `[batch, length]`, or a pair for queries and keys; only equal ids meet.
+      softcap: bound t of the scores.
+      scale: c; by default `head_dim ** -0.5`.
+      return_lse: also return L, float32 `[batch, heads, q_len]`.
+      implementation: `'tpu'` (Pallas kernels), `'xla'` (any device), `'reference'` (the whole
+        score matrix), or None for the best one that takes these arguments.
+
+    Returns:
+      The output `[batch, heads, q_len, v_dim]` in q's dtype, and L if asked for.
+
+    Raises:
+      ValueError: if shapes, dtypes and the mask do not fit together, or the named implementation
+        cannot take them.
+
+    >>> q = k = v = jnp.ones((1, 2, 4, 8))
+    >>> mask = BlockMask.causal(4, block_q=2, block_kv=2)
+    >>> out, lse = block_sparse_attention(q, k, v, mask, scale=1.0, return_lse=True)
+    >>> out.shape, jnp.exp(lse[0, 0] - 8).round()
+    ((1, 2, 4, 8), Array([1., 2., 3., 4.], dtype=float32))
+    """
+    segments = _check(q, k, v, mask, segment_ids, softcap, scale)
+    if causal:
+        sizes = dict(block_q=mask.block_q, block_kv=mask.block_kv)
+        mask = mask & BlockMask.causal(mask.q_len, mask.kv_len, **sizes)
+    name = choose(
+        implementation,
+        {
+            "tpu": _why_not_tpu(q, k, v, mask, explicit=implementation == "tpu"),
+            "xla": None,
+            "reference": None,
+        },
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if name == "reference":
+        out, lse = reference.attention(q, k, v, mask, segments, scale, softcap)
+    else:
+        out, lse = _attention(name, scale, softcap, q, k, v, mask, segments)
+    return (out, lse) if return_lse else out
+
+
+# -------------------------------------------------------------------- the gradient
+
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "tpu": tpu}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(
+    name: str,
+    scale: float,
+    softcap: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    segments: tuple[Array, Array] | None,
+) -> tuple[Array, Array]:
+    return _IMPLEMENTATIONS[name].forward(q, k, v, mask, segments, scale, softcap)
+
+
+def _attention_fwd(name, scale, softcap, q, k, v, mask, segments):
+    out, lse = _attention(name, scale, softcap, q, k, v, mask, segments)
+    return (out, lse), (q, k, v, mask, segments, out, lse)
+
+
+def _attention_bwd(name, scale, softcap, residuals, cotangents):
+    q, k, v, mask, segments, out, lse = residuals
+    dout, dlse = cotangents
+    # The log-sum-exp's cotangent g enters as P * g, so it is taken off delta.
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1) - dlse
+    # Merging two empty rows has NaN derivatives; nothing of an empty row may come back.
+    delta = jnp.where(jnp.isneginf(lse), 0.0, delta)
+    grads = _IMPLEMENTATIONS[name].backward(
+        q, k, v, mask, segments, scale, softcap, lse, delta, dout
+    )
+    return (*grads, None, None)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# -------------------------------------------------------------------- checks
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    segment_ids: SegmentIds,
+    softcap: float | None,
+    scale: float | None,
+) -> tuple[Array, Array] | None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {x.shape}; it must have 4 axes [batch, heads, length, dim]"
+            )
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32 or bfloat16")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; they must agree")
+    batch, heads, q_len, dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
+        raise ValueError(
+            f"k has shape {k.shape}, q {q.shape}; k must be [{batch}, a divisor of {heads}, kv_len,"
+            f" {dim}]"
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v has shape {v.shape}; all but its last axis must be k's, {k.shape}")
+    if (mask.q_len, mask.kv_len) != (q_len, k.shape[2]):
+        raise ValueError(
+            f"mask is for q_len={mask.q_len} and kv_len={mask.kv_len}; q has {q_len} and k has "
+            f"{k.shape[2]} positions"
+        )
+    mask_batch, mask_heads = mask.codes.shape[:2]
+    if mask_batch not in (1, batch) or mask_heads not in (1, k.shape[1], heads):
+        raise ValueError(
+            f"mask is for batch {mask_batch} and {mask_heads} heads; with q {q.shape} and k "
+            f"{k.shape} its batch must be 1 or {batch}, its heads 1, {k.shape[1]} or {heads}"
+        )
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap={softcap} must be None or positive and finite")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale} must be None or positive and finite")
+    if segment_ids is None:
+        return None
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    for name, ids, length in (("queries", pair[0], q_len), ("keys", pair[1], k.shape[2])):
+        if ids.shape != (batch, length) or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                f"segment_ids of the {name} have shape {ids.shape} and dtype {ids.dtype}; they "
+                f"must be integer [{batch}, {length}]"
+            )
+    return pair[0].astype(jnp.int32), pair[1].astype(jnp.int32)
+
+
+def _why_not_tpu(q: Array, k: Array, v: Array, mask: BlockMask, *, explicit: bool) -> str | None:
+    if not explicit and target_platform() != "tpu":
+        return f"the program runs on {target_platform()}"
+    return tpu.why_not(q, k, v, mask)

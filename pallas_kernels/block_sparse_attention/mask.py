@@ -1,0 +1,623 @@
+"""`BlockMask`: which blocks of keys each block of queries reads, as compact lists per head.
+
+The lists are made under `jit` (one sort of integers), so the mask may depend on the data. What is
+visible inside a kept block is a formula of positions (see `rules`), not a stored mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from pallas_kernels.block_sparse_attention.rules import (
+    Everything,
+    Keys,
+    Rule,
+    Stride,
+    Window,
+    both,
+    either,
+)
+
+# A code per block: dropped, every pair visible, or FULL + 1 + i: where rules[i] holds.
+DROPPED, FULL = 0, 1
+# A list entry is index << CODE_BITS | code; with int32, a mask has at most 2^24 blocks per head.
+CODE_BITS = 7
+CODE_MASK = (1 << CODE_BITS) - 1
+_PADDING = np.int32(2**31 - 1)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "codes",
+        "row_starts",
+        "row_entries",
+        "col_starts",
+        "col_entries",
+        "dropped",
+        "offsets",
+    ],
+    meta_fields=["q_len", "kv_len", "block_q", "block_kv", "rules", "pattern", "is_window"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Blocks of keys that each block of queries reads; per batch entry and per head.
+
+    Make one with `from_dense`, `from_scores`, `from_indices` or a pattern (`causal`, `local`,
+    `strided`, `sinks`, `prefix`, `bigbird`), and compose masks with `|` and `&`. All arrays lead
+    with `[batch or 1, heads or 1]` (1: shared; heads may be those of the queries or of the
+    keys), so that a mask is sharded over heads or batch like the attention it belongs to.
+
+    Attributes:
+      codes: int8 `[b, h, q_blocks, kv_blocks]`: 0 dropped, 1 every pair visible, `2 + i`: the
+        pairs that `rules[i]` allows.
+      row_starts, row_entries: for each block of queries the kept blocks of keys, ascending, as one
+        list per head: row i has `row_entries[row_starts[i]:row_starts[i + 1]]`. An entry is
+        `index * 128 + code`. The list's length is the static capacity.
+      col_starts, col_entries: the same blocks by block of keys, for dK and dV.
+      dropped: int32 `[b, h]`, how many blocks did not fit the capacity. Zero in a sound mask.
+      offsets: int32 `[b, h, 2]`, position of the first query and the first key (see `window`).
+      q_len, kv_len, block_q, block_kv: static sizes.
+      rules: what partial blocks show.
+      pattern: the rule that says everything about this mask, or None if blocks were chosen.
+      is_window: whether this is a part of a larger mask.
+
+    >>> keep = np.array([[True, False], [True, True]])
+    >>> mask = BlockMask.from_dense(keep, block_q=2, block_kv=2) & BlockMask.causal(
+    ...     4, block_q=2, block_kv=2)
+    >>> mask.to_dense()[0, 0].astype(int)
+    Array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [1, 1, 1, 1]], dtype=int32)
+    >>> int(mask.counts[0, 0]), mask.capacity
+    (3, 3)
+    """
+
+    codes: Array
+    row_starts: Array
+    row_entries: Array
+    col_starts: Array
+    col_entries: Array
+    dropped: Array
+    offsets: Array
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+    rules: tuple[Rule, ...]
+    pattern: Rule | None
+    is_window: bool = False
+
+    # ---------------------------------------------------------------- chosen blocks
+
+    @classmethod
+    def from_dense(
+        cls,
+        keep: Array | np.ndarray,
+        *,
+        block_q: int = 128,
+        block_kv: int = 128,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        capacity: int | None = None,
+    ) -> BlockMask:
+        """A mask from booleans, one per block; works under `jit`.
+
+        Args:
+          keep: bool `[q_blocks, kv_blocks]`, `[heads, ...]` or `[batch, heads, ...]`.
+          block_q, block_kv: block sizes.
+          q_len, kv_len: lengths; by default whole blocks.
+          capacity: static length of each head's list. By default all blocks fit. With a smaller
+            one the last blocks (in row-major order) are dropped and counted in `dropped`.
+
+        Raises:
+          ValueError: if shapes, sizes or the capacity do not fit, or (concrete masks only) if the
+            capacity overflows.
+        """
+        if keep.dtype != np.bool_ or not 2 <= keep.ndim <= 4:
+            raise ValueError(
+                f"keep has dtype {keep.dtype} and shape {tuple(keep.shape)}; it must be bool "
+                "[q_blocks, kv_blocks], [heads, q_blocks, kv_blocks] or with a leading batch"
+            )
+        nq, nk = keep.shape[-2:]
+        q_len = nq * block_q if q_len is None else q_len
+        kv_len = nk * block_kv if kv_len is None else kv_len
+        _check_sizes(q_len, kv_len, block_q, block_kv)
+        if (_blocks(q_len, block_q), _blocks(kv_len, block_kv)) != (nq, nk):
+            raise ValueError(
+                f"keep has {nq} x {nk} blocks of {block_q} x {block_kv}, which do not cover q_len="
+                f"{q_len} and kv_len={kv_len}: expected "
+                f"{_blocks(q_len, block_q)} x {_blocks(kv_len, block_kv)}"
+            )
+        codes = jnp.asarray(keep).reshape((1,) * (4 - keep.ndim) + keep.shape).astype(jnp.int8)
+        return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (), None)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Array,
+        num_blocks: int | Array,
+        *,
+        forced: Array | np.ndarray | None = None,
+        block_q: int = 128,
+        block_kv: int = 128,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        capacity: int | None = None,
+    ) -> BlockMask:
+        """Keep the `num_blocks` best blocks of keys for each block of queries.
+
+        Exact, without a sort: the k-th largest score is found bit by bit. Ties go to the lower
+        index; a score of -inf or NaN is never chosen. Not differentiable (a choice).
+
+        Args:
+          scores: float `[..., q_blocks, kv_blocks]`, leading axes as in `from_dense`.
+          num_blocks: how many per row; an int or an array that broadcasts to `[..., q_blocks]`.
+          forced: bool, broadcasts to scores: blocks that are always chosen, inside the budget.
+          block_q, block_kv, q_len, kv_len, capacity: as in `from_dense`. The default capacity is
+            `q_blocks * num_blocks` if num_blocks is an int.
+
+        >>> mask = BlockMask.from_scores(jnp.array([[1., 3., 2.]]), 2, block_q=8, block_kv=8)
+        >>> mask.codes[0, 0]
+        Array([[0, 1, 1]], dtype=int8)
+        """
+        if not jnp.issubdtype(scores.dtype, jnp.floating) or not 2 <= scores.ndim <= 4:
+            raise ValueError(
+                f"scores has dtype {scores.dtype} and shape {tuple(scores.shape)}; it must be "
+                "floating point with 2 to 4 axes, [..., q_blocks, kv_blocks]"
+            )
+        if isinstance(num_blocks, int):
+            if num_blocks < 0:
+                raise ValueError(f"num_blocks={num_blocks} must not be negative")
+            nq, nk = scores.shape[-2:]
+            capacity = nq * max(1, min(num_blocks, nk)) if capacity is None else capacity
+        scores = lax.stop_gradient(scores).astype(jnp.float32)
+        if forced is not None:
+            scores = jnp.where(forced, jnp.inf, scores)
+        return cls.from_dense(
+            _best(scores, jnp.asarray(num_blocks, jnp.int32)),
+            block_q=block_q,
+            block_kv=block_kv,
+            q_len=q_len,
+            kv_len=kv_len,
+            capacity=capacity,
+        )
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Array | np.ndarray,
+        num_kv_blocks: int,
+        *,
+        block_q: int = 128,
+        block_kv: int = 128,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        capacity: int | None = None,
+    ) -> BlockMask:
+        """A mask from lists: `indices` int `[..., q_blocks, n]`, -1 where a row has fewer.
+
+        Raises:
+          ValueError: for an index out of range or listed twice in a row, if the indices are
+            concrete. Traced: an index out of range is left out, a duplicate counts once.
+
+        >>> BlockMask.from_indices(np.array([[2, 0], [1, -1]]), 3).codes[0, 0]
+        Array([[1, 0, 1],
+               [0, 1, 0]], dtype=int8)
+        """
+        if not jnp.issubdtype(indices.dtype, jnp.integer) or not 2 <= indices.ndim <= 4:
+            raise ValueError(
+                f"indices has dtype {indices.dtype} and shape {tuple(indices.shape)}; it must be "
+                "integer with 2 to 4 axes, [..., q_blocks, n]"
+            )
+        hits = indices[..., None] == np.arange(num_kv_blocks)
+        if _concrete(indices):
+            if bool((np.asarray(hits).sum(-2) > 1).any()):
+                raise ValueError("indices lists a block twice in one row; each may appear once")
+            low, high = int(np.min(indices)), int(np.max(indices))
+            if low < -1 or high >= num_kv_blocks:
+                raise ValueError(
+                    f"indices lie in [{low}, {high}]; they must be -1 (none) or in "
+                    f"[0, {num_kv_blocks})"
+                )
+        return cls.from_dense(
+            hits.any(-2),
+            block_q=block_q,
+            block_kv=block_kv,
+            q_len=q_len,
+            kv_len=kv_len,
+            capacity=capacity,
+        )
+
+    # ---------------------------------------------------------------- patterns
+
+    @classmethod
+    def causal(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        offset: int = 0,
+        block_q: int = 128,
+        block_kv: int = 128,
+    ) -> BlockMask:
+        """Query i sees the keys up to i + offset (`offset=kv_len - q_len` aligns the ends)."""
+        return _pattern(Window(-offset, None), q_len, kv_len, block_q, block_kv)
+
+    @classmethod
+    def local(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        window: int | tuple[int, int],
+        block_q: int = 128,
+        block_kv: int = 128,
+    ) -> BlockMask:
+        """Sliding window: an int shows the last `window` keys, the own one included; a pair
+        `(left, right)` shows the keys from i - left to i + right (Longformer, Beltagy et al. 2020).
+        """
+        if isinstance(window, int):
+            if window < 1:
+                raise ValueError(f"window={window} must be at least 1")
+            rule = Window(0, window - 1)
+        else:
+            left, right = window
+            if left < 0 or right < 0:
+                raise ValueError(f"window={window} must be (left, right), neither negative")
+            rule = Window(-right, left)
+        return _pattern(rule, q_len, kv_len, block_q, block_kv)
+
+    @classmethod
+    def strided(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        stride: int,
+        block_q: int = 128,
+        block_kv: int = 128,
+    ) -> BlockMask:
+        """Keys a multiple of `stride` away (Sparse Transformer, Child et al. 2019), both ways;
+        `& BlockMask.causal(...)` for the causal form.
+
+        Positions decide, not blocks: a stride below the block sizes saves no work.
+        """
+        if stride < 1:
+            raise ValueError(f"stride={stride} must be at least 1")
+        return _pattern(Stride(stride), q_len, kv_len, block_q, block_kv)
+
+    @classmethod
+    def sinks(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        num_keys: int,
+        block_q: int = 128,
+        block_kv: int = 128,
+    ) -> BlockMask:
+        """The first `num_keys` keys, for every query (attention sinks, Xiao et al. 2023)."""
+        if num_keys < 1:
+            raise ValueError(f"num_keys={num_keys} must be at least 1")
+        return _pattern(Keys(num_keys), q_len, kv_len, block_q, block_kv)
+
+    @classmethod
+    def prefix(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        length: int,
+        block_q: int = 128,
+        block_kv: int = 128,
+    ) -> BlockMask:
+        """Prefix language model: a prefix that every query sees, the rest causally."""
+        if length < 0:
+            raise ValueError(f"length={length} must not be negative")
+        rule = either(Window(0, None), Keys(length))
+        return _pattern(rule, q_len, kv_len, block_q, block_kv)
+
+    @classmethod
+    def bigbird(
+        cls,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        heads: int = 1,
+        num_window: int = 3,
+        num_global: int = 1,
+        num_random: int = 3,
+        seed: int = 0,
+        block_q: int = 128,
+        block_kv: int = 128,
+    ) -> BlockMask:
+        """BigBird in blocks (Zaheer et al. 2020): a window of `num_window` blocks, the first and
+        last `num_global` block rows and columns, and `num_random` other blocks per row and head.
+
+        Random blocks are drawn outside the window and the global columns, so that every inner row
+        has exactly `num_window + 2 * num_global + num_random` blocks as far as there are any.
+        """
+        kv_len = q_len if kv_len is None else kv_len
+        _check_sizes(q_len, kv_len, block_q, block_kv)
+        if heads < 1 or num_window < 1 or num_window % 2 == 0 or min(num_global, num_random) < 0:
+            raise ValueError(
+                f"heads={heads}, num_window={num_window}, num_global={num_global}, num_random="
+                f"{num_random}: heads must be positive, num_window odd, the others not negative"
+            )
+        nq, nk = _blocks(q_len, block_q), _blocks(kv_len, block_kv)
+        row, col = np.arange(nq)[:, None], np.arange(nk)
+        centre = np.minimum(row * block_q // block_kv, nk - 1)
+        fixed = abs(col - centre) <= num_window // 2
+        fixed |= (col < num_global) | (col >= nk - num_global)
+        draw = np.random.default_rng(seed).random((heads, nq, nk))
+        draw[:, fixed] = np.inf
+        order = draw.argsort(-1, kind="stable").argsort(-1, kind="stable")
+        keep = fixed | ((order < num_random) & np.isfinite(draw))
+        keep |= (row < num_global) | (row >= nq - num_global)
+        capacity = int(keep.sum((1, 2)).max())
+        return cls.from_dense(
+            keep, block_q=block_q, block_kv=block_kv, q_len=q_len, kv_len=kv_len, capacity=capacity
+        )
+
+    # ---------------------------------------------------------------- composition
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        """Pairs that both masks show."""
+        return _compose(self, other, all_=True)
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        """Pairs that either mask shows."""
+        return _compose(self, other, all_=False)
+
+    def window(
+        self, q_block: int | Array, num_q: int, kv_block: int | Array, num_kv: int
+    ) -> BlockMask:
+        """The part for `num_q` blocks of queries from `q_block` on and `num_kv` blocks of keys.
+
+        Positions stay those of the whole (`offsets` moves along). The starts may be traced if the
+        lengths are whole blocks: the mask of one device in a ring.
+        """
+        nq, nk = self.codes.shape[-2:]
+        if not (0 < num_q <= nq and 0 < num_kv <= nk):
+            raise ValueError(f"num_q={num_q}, num_kv={num_kv} must lie in [1, {nq}] and [1, {nk}]")
+        lengths = []
+        for start, num, block, total in (
+            (q_block, num_q, self.block_q, self.q_len),
+            (kv_block, num_kv, self.block_kv, self.kv_len),
+        ):
+            if isinstance(start, int):
+                if not 0 <= start <= _blocks(total, block) - num:
+                    raise ValueError(f"{num} blocks from {start} on leave the mask's {total}")
+                lengths.append(min(num * block, total - start * block))
+            elif total % block:
+                raise ValueError(
+                    f"a traced start needs whole blocks; the length {total} is not a multiple of "
+                    f"the block {block}"
+                )
+            else:
+                lengths.append(num * block)
+        codes = lax.dynamic_slice_in_dim(self.codes, q_block, num_q, 2)
+        codes = lax.dynamic_slice_in_dim(codes, kv_block, num_kv, 3)
+        start = jnp.stack(
+            [jnp.asarray(q_block) * self.block_q, jnp.asarray(kv_block) * self.block_kv]
+        )
+        part = _build(codes, self.capacity, *lengths, self.block_q, self.block_kv, self.rules, None)
+        return dataclasses.replace(
+            part,
+            dropped=self.dropped,
+            offsets=self.offsets + start.astype(jnp.int32),
+            is_window=True,
+        )
+
+    # ---------------------------------------------------------------- what it says
+
+    @property
+    def capacity(self) -> int:
+        """How many blocks a head's list can hold."""
+        return self.row_entries.shape[-1]
+
+    @property
+    def counts(self) -> Array:
+        """How many blocks are kept, int32 `[b, h]`."""
+        return self.row_starts[..., -1]
+
+    @property
+    def density(self) -> Array:
+        """Kept blocks over all blocks, float32 `[b, h]`."""
+        nq, nk = self.codes.shape[-2:]
+        return self.counts / (nq * nk)
+
+    def to_dense(self) -> Array:
+        """The visible pairs, bool `[b, h, q_len, kv_len]`: for tests and small inputs."""
+        codes = jnp.repeat(jnp.repeat(self.codes, self.block_q, 2), self.block_kv, 3)
+        codes = codes[..., : self.q_len, : self.kv_len]
+        q = self.offsets[..., 0, None, None] + jnp.arange(self.q_len)[:, None]
+        k = self.offsets[..., 1, None, None] + jnp.arange(self.kv_len)
+        return visible(codes, self.rules, q, k)
+
+
+def visible(codes: Array, rules: Sequence[Rule], q: Array, k: Array) -> Array:
+    """Elementwise: may position q see position k, given the code of their block?"""
+    seen = codes == FULL
+    for i, rule in enumerate(rules):
+        seen = seen | ((codes == FULL + 1 + i) & rule(q, k))
+    return seen
+
+
+# -------------------------------------------------------------------- making lists
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _concrete(x: Array | np.ndarray) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _check_sizes(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
+    if block_q < 1 or block_kv < 1:
+        raise ValueError(f"block_q={block_q} and block_kv={block_kv} must be positive")
+    if q_len < 1 or kv_len < 1:
+        raise ValueError(f"q_len={q_len} and kv_len={kv_len} must be positive")
+    nq, nk = _blocks(q_len, block_q), _blocks(kv_len, block_kv)
+    if nq * nk > 1 << (31 - CODE_BITS):
+        raise ValueError(
+            f"a mask of {nq} x {nk} blocks is too large (2^{31 - CODE_BITS} per head); "
+            f"choose larger blocks than block_q={block_q}, block_kv={block_kv}"
+        )
+
+
+def _pattern(rule: Rule, q_len: int, kv_len: int | None, block_q: int, block_kv: int) -> BlockMask:
+    kv_len = q_len if kv_len is None else kv_len
+    _check_sizes(q_len, kv_len, block_q, block_kv)
+    q0 = np.arange(0, q_len, block_q)[:, None]
+    k0 = np.arange(0, kv_len, block_kv)
+    q1, k1 = np.minimum(q0 + block_q, q_len) - 1, np.minimum(k0 + block_kv, kv_len) - 1
+    some, every = rule.classify(q0, q1, k0, k1)
+    codes = np.where(every, FULL, np.where(some, FULL + 1, DROPPED)).astype(np.int8)
+    capacity = max(1, int(some.sum()))
+    with jax.ensure_compile_time_eval():  # a pattern is concrete, inside `jit` too
+        codes = jnp.asarray(codes)[None, None]
+        return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (rule,), rule)
+
+
+def _build(
+    codes: Array,
+    capacity: int | None,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    rules: tuple[Rule, ...],
+    pattern: Rule | None,
+) -> BlockMask:
+    """The mask of these codes, with at most `capacity` blocks per head."""
+    b, h, nq, nk = codes.shape
+    if kv_len % block_kv:
+        # Full blocks at the end of the keys become partial: the kernels look at codes only.
+        if Everything() not in rules:
+            rules = (*rules, Everything())
+        cut = FULL + 1 + rules.index(Everything())
+        last = codes[..., -1]
+        codes = codes.at[..., -1].set(jnp.where(last == FULL, cut, last).astype(jnp.int8))
+    dropped = jnp.zeros((b, h), jnp.int32)
+    if capacity is None:
+        capacity = nq * nk
+    elif capacity < 1:
+        raise ValueError(f"capacity={capacity} must be at least 1")
+    elif capacity < nq * nk:
+        keep = codes != DROPPED
+        rank = jnp.cumsum(keep.reshape(b, h, -1), -1, dtype=jnp.int32).reshape(keep.shape)
+        dropped = jnp.maximum(rank[..., -1, -1] - capacity, 0)
+        if _concrete(dropped) and (worst := int(dropped.max())):
+            raise ValueError(
+                f"capacity={capacity} is too small: {worst} blocks of one head do not fit; give "
+                f"at least {capacity + worst}"
+            )
+        codes = jnp.where(rank > capacity, DROPPED, codes).astype(jnp.int8)
+    capacity = min(capacity, nq * nk)
+    row_starts, row_entries = _compact(codes, capacity)
+    col_starts, col_entries = _compact(jnp.swapaxes(codes, 2, 3), capacity)
+    return BlockMask(
+        codes=codes,
+        row_starts=row_starts,
+        row_entries=row_entries,
+        col_starts=col_starts,
+        col_entries=col_entries,
+        dropped=dropped,
+        offsets=jnp.zeros((b, h, 2), jnp.int32),
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        rules=rules,
+        pattern=pattern,
+    )
+
+
+def _compact(codes: Array, capacity: int) -> tuple[Array, Array]:
+    """Starts `[b, h, n + 1]` and entries `[b, h, capacity]` of the kept blocks, in row order.
+
+    One sort of integers: on a TPU a tenth of the cost of a scatter.
+    """
+    b, h, n, m = codes.shape
+    counts = jnp.sum(codes != DROPPED, -1, dtype=jnp.int32)
+    starts = jnp.pad(jnp.cumsum(counts, -1, dtype=jnp.int32), ((0, 0), (0, 0), (1, 0)))
+    flat = codes.reshape(b, h, n * m).astype(jnp.int32)
+    keys = jnp.where(flat != DROPPED, jnp.arange(n * m) << CODE_BITS | flat, _PADDING)
+    keys = lax.sort(keys, dimension=2)[..., :capacity]
+    entries = (keys >> CODE_BITS) % m << CODE_BITS | keys & CODE_MASK
+    return starts, jnp.where(keys == _PADDING, 0, entries)
+
+
+def _best(scores: Array, k: Array) -> Array:
+    """The k largest of each row as booleans; ties to the lower index, never -inf or NaN."""
+    eligible = scores > -jnp.inf
+    scores = jnp.where(eligible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)  # -0 equals 0
+    bits = lax.bitcast_convert_type(scores, jnp.uint32)
+    # Unsigned integers in the order of the floats.
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
+
+    def refine(i: Array, threshold: Array) -> Array:
+        candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        enough = jnp.sum(order >= candidate, -1, keepdims=True, dtype=jnp.int32) >= k
+        return jnp.where(enough, candidate, threshold)
+
+    zero = jnp.zeros_like(order[..., :1])
+    threshold = lax.fori_loop(0, 32, refine, zero)
+    above = order > threshold
+    ties = order == threshold
+    room = k - jnp.sum(above, -1, keepdims=True, dtype=jnp.int32)
+    ties &= jnp.cumsum(ties, -1, dtype=jnp.int32) <= room
+    return (above | ties) & eligible
+
+
+def _compose(a: BlockMask, b: BlockMask, *, all_: bool) -> BlockMask:
+    for name in ("q_len", "kv_len", "block_q", "block_kv"):
+        if getattr(a, name) != getattr(b, name):
+            raise ValueError(
+                f"masks with {name}={getattr(a, name)} and {name}={getattr(b, name)} cannot be "
+                "composed; build both for the same lengths and blocks"
+            )
+    if a.is_window or b.is_window:
+        raise ValueError("a window of a mask cannot be composed; compose first, then take windows")
+    join = both if all_ else either
+    if a.pattern is not None and b.pattern is not None:
+        return _pattern(join(a.pattern, b.pattern), a.q_len, a.kv_len, a.block_q, a.block_kv)
+    rules: list[Rule] = []
+
+    def code_of(rule: Rule) -> int:
+        if rule not in rules:
+            rules.append(rule)
+            if FULL + len(rules) > CODE_MASK:
+                raise ValueError(
+                    f"this mask needs more than {CODE_MASK - FULL} different rules; compose the "
+                    "patterns with each other first, then with the chosen blocks"
+                )
+        return FULL + 1 + rules.index(rule)
+
+    shape = jnp.broadcast_shapes(a.codes.shape, b.codes.shape)
+    codes = jnp.zeros(shape, jnp.int8)
+    states_a = [(FULL, Everything()), *((FULL + 1 + i, r) for i, r in enumerate(a.rules))]
+    states_b = [(FULL, Everything()), *((FULL + 1 + i, r) for i, r in enumerate(b.rules))]
+    pairs = [(x, y, join(r, s)) for x, r in states_a for y, s in states_b]
+    if not all_:
+        pairs += [(x, DROPPED, r) for x, r in states_a] + [(DROPPED, y, s) for y, s in states_b]
+    for x, y, rule in pairs:
+        code = FULL if isinstance(rule, Everything) else code_of(rule)
+        codes = jnp.where((a.codes == x) & (b.codes == y), jnp.int8(code), codes)
+    blocks = shape[-2] * shape[-1]
+    capacity = min(a.capacity, b.capacity) if all_ else min(a.capacity + b.capacity, blocks)
+    mask = _build(codes, capacity, a.q_len, a.kv_len, a.block_q, a.block_kv, tuple(rules), None)
+    return dataclasses.replace(mask, dropped=a.dropped + b.dropped + mask.dropped)

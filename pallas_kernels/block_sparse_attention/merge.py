@@ -1,0 +1,60 @@
+"""What partial results and devices share: merging by LSE, and values that vary over a mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def merge_attention(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    r"""Attention over the union of disjoint sets of keys, from the output and LSE of each.
+
+    $$ L = \log \sum_p e^{L_p}, \quad o = \sum_p e^{L_p - L} o_p $$
+
+    Args:
+      parts: pairs of an output `[..., length, dim]` and its log-sum-exp `[..., length]`, which
+        may be -inf.
+
+    Returns:
+      The merged pair; the output in the dtype of the first.
+
+    >>> q, k, v = jnp.ones((1, 1, 4, 8)), jnp.eye(4, 8)[None, None], jnp.eye(4, 8)[None, None]
+    >>> from pallas_kernels import BlockMask, block_sparse_attention
+    >>> left, right = jnp.array([[True, False]] * 2), jnp.array([[False, True]] * 2)
+    >>> masks = [BlockMask.from_dense(x, block_q=2, block_kv=2) for x in (left, right)]
+    >>> parts = [block_sparse_attention(q, k, v, m, return_lse=True) for m in masks]
+    >>> bool(jnp.allclose(merge_attention(parts)[0], 0.25 * jnp.eye(4, 8).sum(0)))
+    True
+    """
+    if not parts:
+        raise ValueError("parts=[] is empty; give at least one (output, lse) pair")
+    top = functools.reduce(jnp.maximum, (lse for _, lse in parts))
+    top = lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
+    weights = [jnp.exp(lse - top) for _, lse in parts]
+    total = functools.reduce(jnp.add, weights)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    terms = [(w / safe)[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weights, parts)]
+    out = functools.reduce(jnp.add, terms).astype(parts[0][0].dtype)
+    return out, jnp.where(some, top + jnp.log(safe), -jnp.inf)
+
+
+def varying_axes(*trees: Any) -> frozenset[str]:
+    """The axes of a `shard_map` mesh over which any of these values varies."""
+    leaves = jax.tree.leaves(trees)
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """The same values, typed as varying over at least these axes."""
+
+    def one(x: Array) -> Array:
+        missing = tuple(axes - varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)

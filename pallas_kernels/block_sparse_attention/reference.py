@@ -1,0 +1,39 @@
+"""Block-sparse attention as its definition: the whole score matrix, masked."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.block_sparse_attention.mask import BlockMask
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    segment_ids: tuple[Array, Array] | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp; differentiable by JAX, which makes it the reference for gradients."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    k, v = (jnp.repeat(x, heads // kv_heads, 1).astype(jnp.float32) for x in (k, v))
+    seen = mask.to_dense()
+    seen = jnp.repeat(seen, heads // seen.shape[1], 1) if seen.shape[1] > 1 else seen
+    if segment_ids is not None:
+        of_q, of_k = segment_ids
+        seen = seen & (of_q[:, None, :, None] == of_k[:, None, None, :])
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q.astype(jnp.float32), k, precision="highest") * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    some = jnp.any(seen, -1, keepdims=True)
+    # Two `where`s: a row without a visible key takes part in no arithmetic, nor does its gradient.
+    highest = jnp.max(jnp.where(seen, scores, -jnp.inf), -1, keepdims=True)
+    highest = jnp.where(some, highest, 0.0)
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - highest, 0.0)), 0.0)
+    total = jnp.where(some, jnp.sum(weights, -1, keepdims=True), 1.0)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights / total, v, precision="highest")
+    lse = jnp.where(some, highest + jnp.log(total), -jnp.inf)[..., 0]
+    return out.astype(q.dtype), lse

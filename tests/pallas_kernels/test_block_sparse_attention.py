@@ -1,0 +1,253 @@
+"""Block-sparse attention against its definition: outputs, log-sum-exp and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import BlockMask, block_sparse_attention, merge_attention
+
+
+def random_qkv(seed, batch=1, heads=2, kv_heads=1, q_len=40, kv_len=48, dim=8, v_dim=8, dtype="f4"):
+    rng = np.random.default_rng(seed)
+    shapes = ((batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim))
+    shapes += ((batch, kv_heads, kv_len, v_dim),)
+    return tuple(jnp.asarray(rng.normal(size=s), jnp.dtype(dtype)) for s in shapes)
+
+
+def results(implementation, q, k, v, mask, **options):
+    """Output, LSE and the gradients of a random linear function of both."""
+
+    def loss(q, k, v):
+        out, lse = block_sparse_attention(
+            q, k, v, mask, return_lse=True, implementation=implementation, **options
+        )
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        return jnp.sum(out * weights) + jnp.sum(finite * weights[..., -1]), (out, lse)
+
+    differentiate = jax.grad(loss, (0, 1, 2), has_aux=True)
+    if implementation != "reference":
+        differentiate = jax.jit(differentiate)
+    grads, (out, lse) = differentiate(q, k, v)
+    return out, lse, *grads
+
+
+def assert_same(got, want, atol=2e-5):
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert not np.isnan(a).any(), name
+        np.testing.assert_allclose(a, b, atol=atol, rtol=atol, err_msg=name)
+
+
+@st.composite
+def cases(draw):
+    block_q, block_kv = draw(st.sampled_from([(8, 8), (16, 8), (8, 24)]))
+    kv_heads = draw(st.sampled_from([1, 2]))
+    sizes = dict(
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * draw(st.sampled_from([1, 3])),
+        kv_heads=kv_heads,
+        q_len=draw(st.integers(1, 40)),
+        kv_len=draw(st.integers(1, 50)),
+        dim=draw(st.sampled_from([4, 16])),
+        v_dim=draw(st.sampled_from([4, 10])),
+    )
+    seed = draw(st.integers(0, 2**16))
+    rng = np.random.default_rng(seed)
+    nq, nk = -(-sizes["q_len"] // block_q), -(-sizes["kv_len"] // block_kv)
+    lead = (
+        draw(st.sampled_from([1, sizes["batch"]])),
+        draw(st.sampled_from([1, kv_heads, sizes["heads"]])),
+    )
+    shape = dict(q_len=sizes["q_len"], kv_len=sizes["kv_len"], block_q=block_q, block_kv=block_kv)
+    keep = rng.random((*lead, nq, nk)) < draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
+    mask = BlockMask.from_dense(keep, **shape)
+    pattern = draw(st.sampled_from(["none", "and local", "or sinks", "only strided", "mixed"]))
+    if pattern == "and local":
+        mask &= BlockMask.local(window=(7, 5), **shape)
+    elif pattern == "or sinks":
+        mask |= BlockMask.sinks(num_keys=3, **shape)
+    elif pattern == "only strided":
+        mask = BlockMask.strided(stride=6, **shape) & BlockMask.prefix(length=5, **shape)
+    elif pattern == "mixed":
+        mask = (mask | BlockMask.local(window=9, **shape)) & BlockMask.strided(stride=2, **shape)
+    options = dict(
+        causal=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 1.5])),
+        scale=draw(st.sampled_from([None, 0.7])),
+    )
+    if draw(st.booleans()):
+        options["segment_ids"] = tuple(
+            jnp.asarray(np.sort(rng.integers(0, 3, (sizes["batch"], n)), -1))
+            for n in (sizes["q_len"], sizes["kv_len"])
+        )
+    return random_qkv(seed, **sizes), mask, options
+
+
+def is_empty(q, k, mask, options):
+    """Rows of `[batch, heads, q_len]` that see no key."""
+    seen = jnp.broadcast_to(mask.to_dense(), (q.shape[0], *mask.to_dense().shape[1:]))
+    if options["causal"]:
+        seen &= jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[2])
+    if "segment_ids" in options:
+        of_q, of_k = options["segment_ids"]
+        seen &= (of_q[..., None] == of_k[:, None])[:, None]
+    return np.asarray(jnp.repeat(seen.any(-1), q.shape[1] // seen.shape[1], 1))
+
+
+@settings(max_examples=12)
+@given(cases())
+def test_xla_equals_the_definition_and_empty_rows_give_zero_and_minus_infinity(case):
+    (q, k, v), mask, options = case
+    got = results("xla", q, k, v, mask, **options)
+    assert_same(got, results("reference", q, k, v, mask, **options))
+    empty = is_empty(q, k, mask, options)
+    out, lse, dq, *_ = (np.asarray(x) for x in got)
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert not out[empty].any() and not dq[empty].any()
+
+
+def test_the_reference_is_softmax_attention():
+    q, k, v = random_qkv(0, heads=2, kv_heads=2, q_len=16, kv_len=16)
+    mask = BlockMask.causal(16, block_q=8, block_kv=8)
+    want = jax.nn.dot_product_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), is_causal=True)
+    for implementation in ("reference", "xla"):
+        got = block_sparse_attention(q, k, v, mask, implementation=implementation)
+        np.testing.assert_allclose(got, jnp.swapaxes(want, 1, 2), atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32():
+    q, k, v = random_qkv(1, heads=4, kv_heads=2, dtype="bfloat16")
+    mask = BlockMask.from_dense(np.ones((5, 6), bool), block_q=8, block_kv=8)
+    got = results("xla", q, k, v, mask)
+    want = results("reference", *(x.astype(jnp.float32) for x in (q, k, v)), mask)
+    assert all(a.dtype == jnp.bfloat16 for a in (got[0], *got[2:]))
+    assert_same(got, want, atol=0.05)
+
+
+def test_parts_merge_by_their_lse_with_gradients():
+    q, k, v = random_qkv(2)
+    keep = np.random.default_rng(0).random((5, 6)) < 0.6
+    keep[2] = False  # empty in both parts
+    left = keep & (np.arange(6) < 2)
+    masks = [BlockMask.from_dense(x, block_q=8, block_kv=8) for x in (keep, left, keep & ~left)]
+
+    def whole(q, k, v):
+        return block_sparse_attention(q, k, v, masks[0], implementation="xla", return_lse=True)
+
+    def merged(q, k, v):
+        run = functools.partial(block_sparse_attention, implementation="xla", return_lse=True)
+        return merge_attention([run(q, k, v, m) for m in masks[1:]])
+
+    def loss(f, *args):
+        out, lse = f(*args)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isneginf(lse), 0.0, lse))
+
+    for a, b in zip(merged(q, k, v), whole(q, k, v)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    grads = [jax.grad(functools.partial(loss, f), (0, 1, 2))(q, k, v) for f in (merged, whole)]
+    for a, b in zip(*grads):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_vmap_remat_and_a_traced_mask_change_nothing():
+    q, k, v = random_qkv(3, batch=3)
+    keep = jnp.asarray(np.random.default_rng(0).random((3, 2, 5, 6)) < 0.5)
+
+    def one(q, k, v, keep):
+        mask = BlockMask.from_dense(keep, block_q=8, block_kv=8)
+        return block_sparse_attention(q[None], k[None], v[None], mask, implementation="xla")[0]
+
+    @jax.jit
+    def mapped(q, k, v):
+        return jax.vmap(jax.checkpoint(one))(q, k, v, keep)
+
+    def at_once(q, k, v):
+        mask = BlockMask.from_dense(keep, block_q=8, block_kv=8)
+        return block_sparse_attention(q, k, v, mask, implementation="xla")
+
+    np.testing.assert_allclose(mapped(q, k, v), at_once(q, k, v), atol=1e-6)
+    grads = [
+        jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2))(q, k, v) for f in (mapped, at_once)
+    ]
+    for a, b in zip(*grads):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_new_mask_compiles_nothing_anew():
+    q, k, v = random_qkv(4)
+    traces = []
+
+    @jax.jit
+    def run(q, k, v, mask):
+        traces.append(None)
+        return block_sparse_attention(q, k, v, mask, implementation="xla")
+
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.3, 1.0):
+        run(q, k, v, BlockMask.from_dense(rng.random((2, 5, 6)) < density, block_q=8, block_kv=8))
+    assert len(traces) == 1
+
+
+def test_shard_map_over_heads_and_batch():
+    q, k, v = random_qkv(5, batch=2, heads=4, kv_heads=4)
+    keep = np.random.default_rng(0).random((2, 4, 5, 6)) < 0.5
+    mask = BlockMask.from_dense(keep, block_q=8, block_kv=8)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
+    spec = jax.P("data", "model")
+    run = functools.partial(block_sparse_attention, implementation="xla")
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    np.testing.assert_allclose(sharded(q, k, v, mask), run(q, k, v, mask), atol=1e-6)
+    grads = [jax.grad(lambda q, f=f: jnp.sum(f(q, k, v, mask) ** 2))(q) for f in (sharded, run)]
+    np.testing.assert_allclose(*grads, atol=1e-5)
+
+
+def test_memory_grows_with_the_kept_blocks_not_with_the_square():
+    def temporaries(length):
+        shape = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
+        mask = BlockMask.local(length, window=32, block_q=16, block_kv=16)
+        run = jax.jit(
+            lambda q, k, v: jax.grad(
+                lambda *x: block_sparse_attention(*x, mask, implementation="xla").sum(), (0, 1, 2)
+            )(q, k, v)
+        )
+        return run.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 4.5 * temporaries(2048)
+    assert temporaries(8192) < 8192 * 8192
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q=jnp.ones((2, 40, 8))), r"q has shape \(2, 40, 8\); it must have 4 axes"),
+        (dict(q=jnp.ones((1, 2, 40, 8), jnp.float16)), "q has dtype float16"),
+        (dict(v=jnp.ones((1, 1, 48, 8), jnp.bfloat16)), "v has dtype bfloat16 but q has float32"),
+        (dict(k=jnp.ones((1, 3, 48, 8))), r"k has shape \(1, 3, 48, 8\)"),
+        (dict(v=jnp.ones((1, 1, 40, 8))), r"v has shape \(1, 1, 40, 8\)"),
+        (dict(q=jnp.ones((1, 2, 32, 8))), "mask is for q_len=40 and kv_len=48; q has 32"),
+        (dict(softcap=-1.0), "softcap=-1.0 must be"),
+        (dict(scale=0.0), "scale=0.0 must be"),
+        (
+            dict(segment_ids=jnp.zeros((1, 40), int)),
+            r"segment_ids of the keys have shape \(1, 40\)",
+        ),
+        (dict(implementation="cuda"), "implementation='cuda' is unknown"),
+        (dict(implementation="tpu"), "implementation='tpu' does not support these arguments"),
+        (
+            dict(mask=BlockMask.from_dense(np.ones((3, 5, 6), bool), block_q=8, block_kv=8)),
+            "mask is for batch 1 and 3 heads",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    q, k, v = random_qkv(0)
+    mask = BlockMask.from_dense(np.ones((5, 6), bool), block_q=8, block_kv=8)
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(**(dict(q=q, k=k, v=v, mask=mask) | change))

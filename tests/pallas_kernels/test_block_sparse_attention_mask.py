@@ -1,0 +1,186 @@
+"""BlockMask: lists, patterns, composition, capacity."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import BlockMask
+
+SHAPE = dict(q_len=44, kv_len=37, block_q=8, block_kv=16)
+Q, K = np.arange(44)[:, None], np.arange(37)
+
+
+def lists(starts, entries):
+    """The rows of indices that compact lists hold."""
+    return [list(entries[a:b] >> 7) for a, b in zip(starts[:-1], starts[1:])]
+
+
+@given(
+    st.integers(0, 2**16), st.sampled_from([0.0, 0.3, 1.0]), st.integers(1, 7), st.integers(1, 7)
+)
+def test_lists_hold_the_kept_blocks_by_row_and_by_column(seed, density, nq, nk):
+    keep = np.random.default_rng(seed).random((2, nq, nk)) < density
+    build = functools.partial(BlockMask.from_dense, block_q=4, block_kv=4)
+    for mask in (build(keep), jax.jit(build)(keep)):
+        for h in range(2):
+            rows = lists(np.asarray(mask.row_starts[0, h]), np.asarray(mask.row_entries[0, h]))
+            cols = lists(np.asarray(mask.col_starts[0, h]), np.asarray(mask.col_entries[0, h]))
+            assert rows == [list(np.flatnonzero(r)) for r in keep[h]]
+            assert cols == [list(np.flatnonzero(c)) for c in keep[h].T]
+        np.testing.assert_array_equal(mask.counts[0], keep.sum((1, 2)))
+        np.testing.assert_allclose(mask.density[0], keep.mean((1, 2)), rtol=1e-6)
+
+
+PATTERNS = {
+    "causal": (lambda **s: BlockMask.causal(**s), Q >= K),
+    "aligned ends": (lambda **s: BlockMask.causal(offset=-7, **s), Q - 7 >= K),
+    "window": (lambda **s: BlockMask.local(window=9, **s), (Q >= K) & (Q - K < 9)),
+    "two sides": (lambda **s: BlockMask.local(window=(9, 4), **s), (Q - K <= 9) & (K - Q <= 4)),
+    "strided": (lambda **s: BlockMask.strided(stride=6, **s), (Q - K) % 6 == 0),
+    "power of two": (lambda **s: BlockMask.strided(stride=32, **s), (Q - K) % 32 == 0),
+    "sinks": (lambda **s: BlockMask.sinks(num_keys=5, **s), (K < 5) & (Q >= 0)),
+    "prefix": (lambda **s: BlockMask.prefix(length=20, **s), (K < 20) | (Q >= K)),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_show_their_formula_and_drop_empty_blocks(name):
+    build, want = PATTERNS[name]
+    mask = build(**SHAPE)
+    np.testing.assert_array_equal(mask.to_dense()[0, 0], want)
+    blocks = np.pad(want, ((0, 4), (0, 11))).reshape(6, 8, 3, 16).swapaxes(1, 2)
+    if name != "prefix":  # a union may call a full block partial, so codes are not compared there
+        full = (
+            blocks
+            | (np.arange(48) >= 37).reshape(3, 1, 16)
+            | (np.arange(48) >= 44).reshape(6, 1, 8, 1)
+        ).all((2, 3))
+        np.testing.assert_array_equal(mask.codes[0, 0, :, :2] == 1, full[:, :2])
+    np.testing.assert_array_equal(mask.codes[0, 0] != 0, blocks.any((2, 3)))
+    assert mask.capacity == int(mask.counts[0, 0])
+
+
+@given(st.sampled_from(sorted(PATTERNS)), st.sampled_from(sorted(PATTERNS)), st.integers(0, 99))
+def test_composition_is_logical_on_the_visible_pairs(first, second, seed):
+    keep = np.random.default_rng(seed).random((2, 6, 3)) < 0.5
+    chosen = BlockMask.from_dense(keep, **SHAPE)
+    shown = np.kron(keep, np.ones((8, 16), bool))[:, :44, :37]
+    (make_a, a), (make_b, b) = PATTERNS[first], PATTERNS[second]
+    a_mask, b_mask = make_a(**SHAPE), make_b(**SHAPE)
+    for mask, want in (
+        (a_mask & b_mask, a & b),
+        (a_mask | b_mask, a | b),
+        ((chosen | a_mask) & b_mask, (shown | a) & b),
+        ((chosen & a_mask) | b_mask, (shown & a) | b),
+        ((chosen | a_mask) & (chosen | b_mask), (shown | a) & (shown | b)),
+    ):
+        np.testing.assert_array_equal(
+            mask.to_dense()[0], np.broadcast_to(want, mask.to_dense()[0].shape)
+        )
+
+
+def test_bigbird_rows_have_window_global_and_random_blocks_per_head():
+    mask = BlockMask.bigbird(16 * 12, heads=3, block_q=16, block_kv=16, seed=1)
+    keep = np.asarray(mask.codes[0] != 0)
+    assert keep[:, [0, -1]].all() and keep[:, :, [0, -1]].all()
+    np.testing.assert_array_equal(keep[:, 2:-2].sum(-1), 5 + 3)
+    assert all(keep[:, i, j].all() for i in range(1, 11) for j in (i - 1, i, i + 1))
+    assert (keep[0] != keep[1]).any()
+    same = BlockMask.bigbird(16 * 12, heads=3, block_q=16, block_kv=16, seed=1)
+    np.testing.assert_array_equal(keep, same.codes[0] != 0)
+
+
+@given(st.integers(0, 2**16), st.integers(0, 6))
+def test_from_scores_keeps_exactly_the_best_and_breaks_ties_by_position(seed, k):
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([-np.inf, -2.0, -0.0, 0.0, 1.5, 3.0, np.nan, np.inf], (2, 4, 5)).astype(
+        "f4"
+    )
+    mask = jax.jit(lambda s: BlockMask.from_scores(s, k, block_q=8, block_kv=8))(scores)
+    eligible = scores > -np.inf
+    order = np.argsort(np.where(eligible, -scores, np.inf), -1, kind="stable")
+    want = np.zeros_like(eligible)
+    np.put_along_axis(want, order[..., :k], True, -1)
+    np.testing.assert_array_equal(mask.codes[0] != 0, want & eligible)
+
+
+def test_forced_blocks_count_inside_the_budget():
+    scores = jnp.array([[5.0, 4.0, 3.0, 2.0]])
+    mask = BlockMask.from_scores(scores, 2, forced=np.array([False, False, False, True]))
+    np.testing.assert_array_equal(mask.codes[0, 0], [[1, 0, 0, 1]])
+
+
+def test_a_number_of_blocks_per_row_may_be_traced():
+    scores = jnp.tile(jnp.arange(4.0), (3, 1))
+    mask = jax.jit(lambda n: BlockMask.from_scores(scores, n))(jnp.array([0, 2, 9]))
+    np.testing.assert_array_equal((mask.codes != 0).sum(-1)[0, 0], [0, 2, 4])
+
+
+def test_an_overflow_is_an_error_when_concrete_and_counted_when_traced():
+    keep = np.ones((2, 3, 4), bool)
+    keep[1, 1:] = False
+    with pytest.raises(ValueError, match="capacity=10 is too small: 2 blocks .* at least 12"):
+        BlockMask.from_dense(keep, capacity=10)
+    mask = jax.jit(lambda x: BlockMask.from_dense(x, capacity=10))(keep)
+    np.testing.assert_array_equal(mask.dropped[0], [2, 0])
+    np.testing.assert_array_equal(mask.counts[0], [10, 4])
+    assert int((mask.codes[0, 0, 2] != 0).sum()) == 2  # the last ones went
+    assert int(mask.col_starts[0, 0, -1]) == 10  # in both lists
+
+
+def test_a_window_of_a_mask_is_a_part_of_what_it_shows():
+    shape = dict(q_len=48, kv_len=48, block_q=8, block_kv=16)
+    keep = np.random.default_rng(0).random((2, 6, 3)) < 0.7
+    mask = BlockMask.from_dense(keep, **shape) & BlockMask.causal(**shape)
+    part = jax.jit(lambda i: mask.window(i, 2, 1, 2))(3)
+    np.testing.assert_array_equal(part.to_dense(), mask.to_dense()[:, :, 24:40, 16:48])
+    with pytest.raises(ValueError, match="compose first, then take windows"):
+        part & part
+    ragged = BlockMask.causal(**SHAPE)
+    assert ragged.window(4, 2, 1, 2).q_len == 12 and ragged.window(0, 1, 1, 2).kv_len == 21
+    np.testing.assert_array_equal(
+        ragged.window(4, 2, 1, 2).to_dense(), ragged.to_dense()[:, :, 32:, 16:]
+    )
+    with pytest.raises(ValueError, match="a traced start needs whole blocks"):
+        jax.jit(lambda i: ragged.window(i, 1, 0, 1))(0)
+    with pytest.raises(ValueError, match="2 blocks from 5 on leave"):
+        ragged.window(5, 2, 0, 1)
+    with pytest.raises(ValueError, match="num_q=7"):
+        ragged.window(0, 7, 0, 1)
+
+
+ERRORS = {
+    "keep has dtype float32": lambda: BlockMask.from_dense(np.ones((2, 2), "f4")),
+    "keep has 2 x 2 blocks": lambda: BlockMask.from_dense(np.ones((2, 2), bool), q_len=500),
+    "block_q=0": lambda: BlockMask.causal(8, block_q=0),
+    "q_len=0": lambda: BlockMask.causal(0),
+    "capacity=0 must be": lambda: BlockMask.from_dense(np.zeros((2, 2), bool), capacity=0),
+    "scores has dtype int32": lambda: BlockMask.from_scores(jnp.ones((2, 2), int), 1),
+    "num_blocks=-1": lambda: BlockMask.from_scores(jnp.ones((2, 2)), -1),
+    "indices lists a block twice": lambda: BlockMask.from_indices(np.array([[1, 1]]), 3),
+    r"indices lie in \[0, 3\]": lambda: BlockMask.from_indices(np.array([[0, 3]]), 3),
+    "indices has dtype float64": lambda: BlockMask.from_indices(np.ones((1, 1)), 3),
+    "window=0": lambda: BlockMask.local(8, window=0),
+    r"window=\(-1, 2\)": lambda: BlockMask.local(8, window=(-1, 2)),
+    "stride=0": lambda: BlockMask.strided(8, stride=0),
+    "num_keys=0": lambda: BlockMask.sinks(8, num_keys=0),
+    "length=-1": lambda: BlockMask.prefix(8, length=-1),
+    "num_window=2": lambda: BlockMask.bigbird(512, num_window=2),
+    "with block_q=128 and block_q=64": lambda: (
+        BlockMask.causal(128) & BlockMask.causal(128, block_q=64)
+    ),
+    "a mask of 8192 x 8192 blocks is too large": lambda: BlockMask.causal(
+        8192, block_q=1, block_kv=1
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_what_does_not_fit_is_named(message):
+    with pytest.raises(ValueError, match=message):
+        ERRORS[message]()
