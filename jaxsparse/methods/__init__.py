@@ -2,6 +2,7 @@
 
 from jaxsparse.methods._registry import METHODS, Method, make
 from jaxsparse.methods.autosparse import autosparse
+from jaxsparse.methods.bi_mask import bdwp, bi_mask
 from jaxsparse.methods.dense import dense
 from jaxsparse.methods.magnitude_ste import magnitude_ste
 from jaxsparse.methods.pruning import (
@@ -13,6 +14,7 @@ from jaxsparse.methods.pruning import (
 )
 from jaxsparse.methods.rigl import rigl
 from jaxsparse.methods.set import set_
+from jaxsparse.methods.slope import slope
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.methods.st3 import st3, st3_sigma
 from jaxsparse.methods.static import static
@@ -22,6 +24,8 @@ __all__ = [
     "METHODS",
     "Method",
     "autosparse",
+    "bdwp",
+    "bi_mask",
     "dense",
     "global_magnitude",
     "magnitude",
@@ -32,6 +36,7 @@ __all__ = [
     "rigl",
     "saliency",
     "set_",
+    "slope",
     "sr_ste",
     "st3",
     "st3_sigma",

@@ -1,0 +1,122 @@
+"""SLoPe: a fixed N:M mask, pruned once more for the gradient of the input; adapters at the end."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import scores
+from jaxsparse import targets as rules
+from jaxsparse._counts import when
+from jaxsparse.allocations import Uniform
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.methods.bi_mask import along_outputs, pattern
+from jaxsparse.structures import NM
+from jaxsparse.transforms import keep_best, masked
+from jaxsparse.transforms.two_view import two_view
+
+_ADAPTER = re.compile(r"(^|/)adapter_(in|out)$")
+
+
+def double_pruning_loss(n: int, m: int) -> float:
+    r"""The part of all weights that the second pruning of a random n:m matrix removes on average:
+    $\sum_{j=n+1}^{m} \binom{m}{j} s^j (1 - s)^{m - j} (j - n)/m$ with $s = n/m$.
+
+    >>> double_pruning_loss(2, 4), double_pruning_loss(1, 2)
+    (0.09375, 0.125)
+    """
+    s = n / m
+    terms = (math.comb(m, j) * s**j * (1 - s) ** (m - j) * (j - n) / m for j in range(n + 1, m + 1))
+    return sum(terms)
+
+
+def sparsifiable(path: str, leaf: Any) -> bool:
+    """The default targets of `slope`: kernels, but not the adapters."""
+    return rules.is_kernel(path, leaf) and not _ADAPTER.search(path)
+
+
+@register(
+    "slope",
+    reference="Mozaffari et al., SLoPe: double-pruned sparse plus lazy low-rank adapter "
+    "pretraining of LLMs, 2025",
+    controls_sparsity=False,
+    dynamics="fixed",
+    structures="NM",
+)
+def slope(
+    inner: optax.GradientTransformation,
+    *,
+    total_steps: Any,
+    adapter_step: Any = None,
+    structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
+    update_every: int = 100,
+    targets: Any = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The forward mask $m_R$ is chosen once, by |W| at `init` (n of m inputs), and kept; the
+    backward mask $m_{RC} \le m_R$ keeps the n largest $|W \odot m_R|$ of each m outputs and is
+    refreshed every `update_every` steps:
+
+    $$Y = X (W \odot m_R),\quad \partial X = \partial Y (W \odot m_{RC})^T,\quad
+      \partial W = X^T \partial Y \odot m_R.$$
+
+    Low-rank adapters, leaves named `adapter_in` and `adapter_out` (`jaxsparse.nn.SLoPeLinear`), stay
+    as they are until `adapter_step` and train with the weights from then on. On layers with one
+    view this is `static` with a magnitude mask; see `jaxsparse.nn.two_view`.
+
+    Args:
+      inner: the optimizer of the weights and of the adapters.
+      total_steps: the length of the run, in steps.
+      adapter_step: the first step that moves the adapters; by default the last 1 % of the run.
+      structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
+      update_every: steps between two choices of $m_{RC}$.
+      targets: by default all kernels but the adapters. (The authors' release leaves out layers whose
+        sides differ by more than a factor of 5.)
+      pack_masks: see the guide of options.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.methods.slope(optax.adamw(1e-4), total_steps=10_000)
+
+    Raises:
+      ValueError: another structure, groups that do not divide, a step outside the run.
+    """
+    forward, kind = pattern(structure)
+    late = total_steps - total_steps // 100 if adapter_step is None else adapter_step
+    if update_every < 1:
+        raise ValueError(f"update_every={update_every}: must be at least 1")
+    if isinstance(late, int) and late < 0:
+        raise ValueError(f"adapter_step={late}: must not be negative")
+    plan_for = recipe.plan_for(sparsifiable if targets is None else targets, forward)
+    init = keep_best(scores.magnitude, Uniform(), forward.sparsity)
+
+    def rule(leaf, w, m, old, count):
+        def choose(_, w, m):
+            return along_outputs(leaf, kind, w, where=m)
+
+        if old is None:
+            return choose(None, w, m), None
+        return when((count + 1) % update_every == 0, choose, old[0], w, m), None
+
+    tx = two_view(
+        masked(inner, plan_for, init, pack_masks=pack_masks), plan_for, kind, rule,
+        pack_masks=pack_masks,
+    )  # fmt: skip
+
+    def update(updates, state, params=None, **extra):
+        def gate(path, x):
+            if not _ADAPTER.search(rules.path_name(path)):
+                return x
+            return jnp.where(state.count >= late, x, jnp.zeros((), x.dtype))
+
+        # Both ways: no moments of the adapters before their time, and no weight decay.
+        seen = jax.tree_util.tree_map_with_path(gate, updates)
+        updates, new = tx.update(seen, state, params, **extra)
+        return jax.tree_util.tree_map_with_path(gate, updates), new
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

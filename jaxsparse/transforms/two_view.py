@@ -1,0 +1,120 @@
+"""The backward view of methods that multiply with other weights going back than going forward.
+
+The forward product and the gradient of its input need not use the same weights. Two-view methods
+keep the parameters as all others do: they are the network of the *forward* view, exactly sparse. The
+mask b of the *backward* view is kept in the optimizer's state, and the weights behind it are
+
+    w_b = where(b, z, 0)    z the raw weights where the method keeps them, else the parameters.
+
+They reach the layers (`jaxsparse.nn.TwoViewLinear`) through `jaxsparse.nn.refresh`. On ordinary
+layers, which have one view, the forward view alone is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import Array
+
+from jaxsparse import masking
+from jaxsparse.plan import Leaf
+from jaxsparse.structures import NM
+from jaxsparse.targets import path_name
+from jaxsparse.transforms._common import PlanFor, like, store_masks
+
+
+class BackwardView(NamedTuple):
+    """The `aux` of a two-view method: `masks` is a tree of masks b, `order` a tree of permutations
+    of the outputs (int32 `[*stacked, out]`) by which their groups are formed, or None."""
+
+    masks: Any
+    order: Any = None
+
+
+# (leaf, weights, forward mask, (b, order) so far or None at init, count) -> (b, order)
+BackwardRule = Callable[[Leaf, Array, Array, Any, Array], tuple[Array, Any]]
+
+
+def two_view(
+    tx: optax.GradientTransformationExtraArgs,
+    plan_for: PlanFor,
+    structure: NM,
+    rule: BackwardRule,
+    *,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the backward view to a method of one of the engines, as the `aux` of its state.
+
+    Args:
+      tx: the method of the forward view; it must keep no `aux` of its own.
+      plan_for: makes the plan from the parameters.
+      structure: the N:M structure of b, along the outputs; must fit every sparse leaf.
+      rule: the new b and order of a leaf.
+      pack_masks: store b as bits.
+    """
+
+    def view(plan, ws, masks, old, count):
+        found = [rule(*row, count) for row in zip(plan.leaves, ws, masks, old)]
+        bs = [like(b, w) for (b, _), w in zip(found, ws)]
+        orders = [order for _, order in found]
+        return BackwardView(
+            store_masks(plan, bs, pack_masks),
+            None if all(o is None for o in orders) else plan.scatter(orders),
+        )
+
+    def init_fn(params):
+        plan = plan_for(params)
+        for leaf in plan.leaves:
+            structure.check(leaf.path, leaf.layer_shape)
+        state: Any = tx.init(params)
+        none = [None] * len(plan.leaves)
+        aux = view(plan, plan.take(params), plan.masks(state.masks), none, state.count)
+        return state._replace(aux=aux)
+
+    def update_fn(updates, state: Any, params: Any = None, **extra):
+        new: Any
+        updates, new = tx.update(updates, state._replace(aux=None), params, **extra)
+        plan = plan_for(params)
+        if new.raw is None:
+            ws = [w + u for w, u in zip(plan.take(params), plan.take(updates))]
+        else:
+            ws = plan.take(new.raw)
+        bs, none = plan.masks(state.aux.masks), [None] * len(plan.leaves)
+        orders = none if state.aux.order is None else plan.take(state.aux.order)
+        old = list(zip(bs, orders))
+        return updates, new._replace(aux=view(plan, ws, plan.masks(new.masks), old, state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def backward_views(opt_state) -> dict[str, tuple[Array, Any]]:
+    """`{path: (b, raw weights or None)}` of every two-view leaf inside `opt_state`, however deeply
+    it is wrapped.
+
+    Raises:
+      ValueError: `opt_state` holds no state of a two-view method.
+    """
+    found = {}
+    for state in masking.find_states(opt_state):
+        if not isinstance(state.aux, BackwardView):
+            continue
+        raw = {} if state.raw is None else _by_path(state.raw)
+        found |= {
+            path: (masking.unpack(b), raw.get(path))
+            for path, b in _by_path(state.aux.masks).items()
+        }
+    if not found:
+        raise ValueError(
+            "opt_state holds no two-view state; pass what bi_mask, bdwp or slope's init returned, "
+            "alone or inside optax wrappers"
+        )
+    return found
+
+
+def _by_path(tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=masking.is_mask)[0]
+    keep = [(p, x) for p, x in leaves if not (x is None or isinstance(x, optax.MaskedNode))]
+    return {path_name(path): x for path, x in keep}
