@@ -28,6 +28,7 @@ from jaxsparse.transforms._common import (
     PlanFor,
     Step,
     View,
+    broken,
     check_inner,
     check_params,
     like,
@@ -135,6 +136,10 @@ def straight_through(
         zs = [z + d.astype(z.dtype) for z, d in zip(zs, plan.take(deltas))]
         aux = state.aux if learner is None else learner.update(before, plan, extra)
         found = rule(Step(state.count, views(plan, zs, gs, masks), new_inner, aux))
+        # NaN ranks nowhere: were the masks to follow it, it would vanish from p. They stay, and it
+        # shows.
+        bad = broken([], zs)
+        found = found._replace(masks=[jnp.where(bad, *pair) for pair in zip(masks, found.masks)])
         none = [None] * len(zs)
         ps = [
             masking.project(z, m, shift, scale, w.dtype)

@@ -1,0 +1,80 @@
+"""What the contract tests need to know of the methods of the registry: options for a short run, and
+the number of weights that must be kept after each step."""
+
+import functools
+import math
+
+import jaxsparse
+from jaxsparse.testing import Subject
+
+STEPS, BEGIN, END, EVERY = 12, 0, 8, 2
+SPARSITY, OTHER = 0.75, 0.5
+SIZES = {"conv/kernel": 2 * 2 * 8 * 8, "dense/kernel": 8 * 16}
+
+# The options of a run of STEPS steps; a method takes those that it has.
+COMMON = dict(
+    sparsity=SPARSITY,
+    total_steps=STEPS,
+    begin_step=BEGIN,
+    end_step=END,
+    update_every=EVERY,
+    allocation="uniform",
+)
+# What a method needs besides, or cannot be given.
+SPECIAL = {
+    "global_magnitude": dict(allocation=None),
+    "magnitude_ste": dict(end_step=0),
+    "st3": dict(update_every=1),
+    "st3_sigma": dict(update_every=1),
+    "sr_ste": dict(sparsity=None, structure=jaxsparse.structures.NM(2, 4)),
+    "autosparse": dict(threshold_init=-1.0),
+    "str": dict(threshold_init=-1.0),
+}
+
+
+def options(name):
+    """The options of `name` for a short run."""
+    method = jaxsparse.METHODS[name]
+    chosen = {k: v for k, v in COMMON.items() if k in method.options}
+    return {k: v for k, v in (chosen | SPECIAL.get(name, {})).items() if v is not None}
+
+
+@functools.cache
+def subject(name):
+    """The method `name` under test, with its options; made once, so that tests share its runs."""
+    method, chosen = jaxsparse.METHODS[name], options(name)
+    sweeps = {"sparsity": (SPARSITY, OTHER)} if "sparsity" in chosen else {}
+    if "seed" in method.options:
+        sweeps["seed"] = (0, 1)
+    return Subject(
+        lambda inner, **o: method.fn(inner, **{**chosen, **o}), steps=STEPS, sweeps=sweeps
+    )
+
+
+def _ramp(t):
+    """The cubic curve at the last update no later than t."""
+    t = min(t, END)
+    last = max(s for s in range(t + 1) if (s - BEGIN) % EVERY == 0 or s == END)
+    return 1 - (1 - last / END) ** 3
+
+
+def _per_layer(sparsity):
+    return {path: n - math.floor(sparsity * n + 1e-9) for path, n in SIZES.items()}
+
+
+def expected(name, t, sparsity=None):
+    """The weights that `name` keeps after step t, by path or in total; None: not determined."""
+    method, chosen = jaxsparse.METHODS[name], options(name)
+    if not method.controls_sparsity:
+        return None
+    s = sparsity or chosen.get("sparsity", 0.5)
+    total = sum(SIZES.values())
+    if name in ("st3", "st3_sigma"):
+        # At every step; the quantile interpolates between two magnitudes and is itself pruned.
+        now = s * (1 - (1 - min(t / END, 1)) ** 3)
+        return total if now == 0 else total - 1 - math.floor((total - 1) * now + 1e-6)
+    if name == "global_magnitude" or chosen.get("allocation") == "global":
+        return total - math.floor(s * _ramp(t) * total + 1e-9)
+    if name != "one_shot" and method.dynamics == "gradual":
+        return _per_layer(s * _ramp(t))
+    return _per_layer(s)

@@ -1,0 +1,86 @@
+"""The contracts of the design, over every method of the registry."""
+
+import contracts
+import pytest
+
+import jaxsparse
+from jaxsparse import testing
+
+METHODS = sorted(jaxsparse.METHODS)
+
+
+@pytest.fixture(params=METHODS, scope="module")
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def subject(name):
+    return contracts.subject(name)
+
+
+def test_pruned_weights_are_exactly_zero_and_kept_ones_are_counted(name, subject):
+    known = contracts.expected(name, 0) is not None
+    testing.check_exact(subject, (lambda t: contracts.expected(name, t)) if known else None)
+
+
+def test_the_run_is_finite_and_every_leaf_trains(subject):
+    testing.check_finite(subject)
+
+
+def test_the_first_forward_pass_can_be_sparse(subject):
+    testing.check_first_forward(subject)
+
+
+def test_update_compiles_once(subject):
+    testing.check_compiles_once(subject)
+
+
+def test_state_keeps_structure_shapes_and_dtypes(subject):
+    testing.check_state_is_stable(subject)
+
+
+def test_extra_arguments_reach_the_inner_optimizer(subject):
+    testing.check_extra_args(subject)
+
+
+def test_a_state_moved_through_host_memory_continues_bit_for_bit(subject):
+    testing.check_resumes(subject)
+
+
+def test_nan_gradients_leave_masks_alone_and_show(subject):
+    testing.check_nan(subject)
+
+
+def test_runs_under_vmap_and_scan_with_swept_options(name, subject):
+    swept = "sparsity" in subject.sweeps and contracts.expected(name, 0) is not None
+    testing.check_vmap_and_scan(
+        subject, (lambda t: contracts.expected(name, t, contracts.OTHER)) if swept else None
+    )
+
+
+def test_traces_inside_optax_wrappers(subject):
+    testing.check_traces_inside_wrappers(subject)
+
+
+# What follows compiles anew; the engines decide it, so one method of each kind stands for all.
+KINDS = ["rigl", "global_magnitude", "saliency", "static", "magnitude_ste", "st3", "autosparse"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_does_the_same_inside_optax_wrappers(kind):
+    testing.check_composes(contracts.subject(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager_updates_are_what_compiled_ones_are(kind):
+    testing.check_without_jit(contracts.subject(kind))
+
+
+def test_masks_follow_the_options_of_every_method(name):
+    """Whoever registers a method gives it the common names for common options."""
+    method = jaxsparse.METHODS[name]
+    assert method.controls_sparsity == ("sparsity" in method.options)
+    assert method.dynamics in ("none", "fixed", "gradual", "dynamic", "projected")
+    assert method.summary
+    assert method.reference or name == "dense"
