@@ -6,15 +6,22 @@ Independent of `jaxsparse`: use them with any JAX code.
 from pallas_kernels.block_sparse_attention import (
     BlockMask,
     block_sparse_attention,
+    block_sparse_decode,
     merge_attention,
+    ring_block_sparse_attention,
 )
 from pallas_kernels.block_sparse_matmul.api import block_sparse_matmul
-from pallas_kernels.formats import BlockSparse
+from pallas_kernels.formats import BlockSparse, NMSparse
+from pallas_kernels.nm_matmul.api import nm_matmul
 
 __all__ = [
     "BlockMask",
     "BlockSparse",
+    "NMSparse",
     "block_sparse_attention",
+    "block_sparse_decode",
     "block_sparse_matmul",
     "merge_attention",
+    "nm_matmul",
+    "ring_block_sparse_attention",
 ]

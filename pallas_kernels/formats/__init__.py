@@ -1,5 +1,6 @@
 """Storage formats: frozen dataclasses, registered as pytrees, that hold only what is not zero."""
 
 from pallas_kernels.formats.block_sparse import BlockSparse
+from pallas_kernels.formats.nm import NMSparse
 
-__all__ = ["BlockSparse"]
+__all__ = ["BlockSparse", "NMSparse"]

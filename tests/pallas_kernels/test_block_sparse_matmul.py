@@ -62,7 +62,7 @@ def check(x, w, dy, **kwargs):
         y = block_sparse_matmul(x, w, **kwargs)
         return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(), y
 
-    (dx, dw), y = jax.grad(loss, (0, 1), has_aux=True)(x, w)
+    (dx, dw), y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, w)
     xf, dyf, wf = (np.asarray(a, np.float32) for a in (x, dy, w.to_dense()))
     coarse = 2e-2 if x.dtype == jnp.bfloat16 else 2e-5
     same = lambda a, b: np.testing.assert_allclose(
@@ -77,43 +77,41 @@ def check(x, w, dy, **kwargs):
     assert not np.any(np.asarray(dw.values, np.float32)[~np.asarray(w.used)])
 
 
+# Few shapes and many patterns: examples of one shape share their compiled code.
 @given(
-    rows=st.sampled_from([(1,), (5,), (2, 3), ()]),
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    block_shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    rows=st.sampled_from([(5,), (2, 3), ()]),
+    shape=st.sampled_from([((24, 32), (8, 8)), ((30, 21), (8, 16)), ((7, 9), (2, 3))]),
     pattern=st.sampled_from(PATTERNS),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
-    spare=st.sampled_from([0, 2]),
     implementation=st.sampled_from(["xla", "reference"]),
 )
-def test_xla_and_reference_agree_with_dense(
-    rows, shape, block_shape, pattern, dtype, spare, implementation
-):
-    check(*problem(rows, shape, block_shape, pattern, dtype, spare), implementation=implementation)
+def test_xla_and_reference_agree_with_dense(rows, shape, pattern, dtype, implementation):
+    check(*problem(rows, *shape, pattern, dtype), implementation=implementation)
 
 
 @given(
-    rows=st.sampled_from([1, 7, 33]),
-    grid=st.tuples(st.integers(2, 6), st.integers(2, 6)),
-    block_shape=st.sampled_from([(8, 8), (8, 16), (16, 8)]),
-    pattern=st.sampled_from(PATTERNS),
-    spare=st.sampled_from([0, 40]),
+    rows=st.sampled_from([1, 33]),
+    shape=st.sampled_from([((45, 31), (8, 16)), ((29, 40), (8, 8))]),
+    pattern=st.sampled_from(PATTERNS[1:]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    seed=st.integers(0, 3),
 )
-@settings(max_examples=30)
-def test_the_loop_over_blocks_agrees_with_dense(rows, grid, block_shape, pattern, spare):
-    shape = grid[0] * block_shape[0] - 3, grid[1] * block_shape[1] - 1
-    x, w, dy = problem((rows,), shape, block_shape, pattern, jnp.float32, spare)
+def test_the_loop_over_blocks_agrees_with_dense(rows, shape, pattern, dtype, seed):
+    x, w, dy = problem((rows,), *shape, pattern, dtype, seed=seed)
+    w = BlockSparse.from_block_mask(  # a capacity beyond every pattern
+        w.to_dense(), w.block_mask, w.block_shape, num_blocks=31, pad=True
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "_DENSE_FROM", float("inf"))
-        patch.setattr(xla, "_CACHE", 4 * rows * sum(block_shape) * 4)  # four blocks at a time
+        patch.setattr(xla, "_CACHE", 4 * rows * sum(w.block_shape) * 4)  # four blocks at a time
         check(x, w, dy, implementation="xla")
 
 
 # The kernels in the interpreter. Panels, slices and flushes are made small, so that small matrices
 # have several of each; the patterns cover columns and groups of columns without blocks.
 @given(
-    rows=st.sampled_from([1, 16, 40, 50]),
-    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    rows=st.sampled_from([1, 40, 50]),
+    grid=st.sampled_from([(1, 1), (3, 5), (2, 4)]),
     block_shape=st.sampled_from([(128, 128), (128, 256), (256, 128)]),
     pattern=st.sampled_from(PATTERNS[2:]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
@@ -121,7 +119,7 @@ def test_the_loop_over_blocks_agrees_with_dense(rows, grid, block_shape, pattern
     panel=st.sampled_from([16, 32]),
     flush=st.sampled_from([128, 256]),
 )
-@settings(max_examples=12)
+@settings(max_examples=10)
 @pytest.mark.slow
 def test_tpu_kernels_agree_with_dense(rows, grid, block_shape, pattern, dtype, spare, panel, flush):
     shape = grid[0] * block_shape[0] - 5, grid[1] * block_shape[1] - 9

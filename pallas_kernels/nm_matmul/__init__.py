@@ -1,0 +1,1 @@
+"""Dense times N:M sparse: `api` (public), `reference`, `xla`, `tpu`."""

@@ -1,0 +1,100 @@
+"""`nm_matmul`: checks its arguments, picks an implementation, defines the gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels._dispatch import choose, target_platform
+from pallas_kernels.formats.block_sparse import Array
+from pallas_kernels.formats.nm import NMSparse
+from pallas_kernels.nm_matmul import reference, tpu, xla
+
+
+def nm_matmul(
+    x: Array,
+    w: NMSparse,
+    *,
+    implementation: str | None = None,
+    precision: lax.PrecisionLike = None,
+    out_dtype: jnp.dtype | None = None,
+    interpret: bool = False,
+) -> Array:
+    """The product `y = x w` with an N:M sparse w.
+
+    What a user gets: on TPU, decoding (up to 64 rows of bfloat16 x) reads 0.56 of the dense bytes
+    for 2:4 and 0.28 for 1:4; larger products run dense, as there are no sparse matrix units. On
+    CPU, a pattern shared by 32 or more outputs (`share`) is faster than dense; the element-wise
+    form is not on any CPU and runs dense.
+
+    Args:
+      x: `[..., in]`.
+      w: `[in, out]`, as `NMSparse`.
+      implementation: "tpu", "xla", "reference", or None for the best that supports the arguments.
+      precision: of the products, as in `jax.lax.dot_general`; they are summed in float32.
+      out_dtype: of y, by default the promoted dtype of x and w.
+      interpret: run the TPU kernel in the interpreter.
+
+    Returns:
+      `[..., out]`. Gradients flow to x and to `w.values`.
+
+    Raises:
+      ValueError: if the shapes do not match, a dtype is not floating point, or the named
+        implementation does not support the arguments.
+
+    The format is that of Mishra et al., Accelerating Sparse Deep Neural Networks (2021).
+
+    >>> w = NMSparse.from_dense(jnp.array([[1.0], [-4.0], [3.0], [2.0]]), 2, 4)
+    >>> nm_matmul(jnp.ones((1, 4)), w)
+    Array([[-1.]], dtype=float32)
+    """
+    if not isinstance(w, NMSparse):
+        raise ValueError(f"w must be an NMSparse, not {type(w).__name__}")
+    x = jnp.asarray(x)
+    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"x.shape={x.shape} must end in {w.shape[0]}, the rows of w {w.shape}")
+    for name, a in (("x", x), ("w", w)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    dtype = jnp.result_type(x.dtype, w.dtype)
+    x, w = x.astype(dtype), w.astype(dtype)
+    only_tpu = "interpret=True is about the TPU kernel" if interpret else None
+    reasons = {"tpu": tpu.why_not(x, w, interpret), "xla": only_tpu, "reference": only_tpu}
+    if implementation is None and not interpret and target_platform() != "cpu":
+        reasons["xla"] = "its gathers are made for CPU"
+    name = choose(implementation, reasons)
+    out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
+    static = (name, w.shape, w.n, w.m, w.share, precision, out_dtype, interpret)
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
+    y = _product(static, x.reshape(-1, x.shape[-1]), w.values, w.codes)
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static, x: Array, values: Array, codes: Array) -> Array:
+    name, *form, precision, out_dtype, interpret = static
+    w = NMSparse(values, codes, *form)
+    if name == "tpu":
+        return tpu.matmul(x, w, precision=precision, out_dtype=out_dtype, interpret=interpret)
+    module = xla if name == "xla" else reference
+    return module.matmul(x, w, precision=precision, out_dtype=out_dtype)
+
+
+def _forward(static, x, values, codes):
+    return _product(static, x, values, codes), (x, values, codes)
+
+
+def _backward(static, residuals, dy):
+    x, values, codes = residuals
+    name, *form, precision, _, _ = static
+    module = xla if name == "xla" else reference
+    dx, dvalues = module.gradients(
+        x, dy.astype(x.dtype), NMSparse(values, codes, *form), precision=precision
+    )
+    return dx, dvalues, np.zeros(codes.shape, jax.dtypes.float0)
+
+
+_product.defvjp(_forward, _backward)
