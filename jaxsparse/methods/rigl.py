@@ -49,7 +49,9 @@ def rigl(
       structure, allocation, targets, seed, pack_masks: see the guide of options.
 
     This differs from the authors' code in: 1. exact counts where scores tie (they add noise to
-    |w|); equal gradients are ranked by a seeded hash. 2. the cosine starts at step 0 in both.
+    |w|); equal gradients are ranked by a seeded hash. 2. at an update the inner optimizer sees a
+    gradient of zeros, so that its moments decay once and its schedule keeps pace with the run; they
+    skip it.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.rigl(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)

@@ -22,7 +22,7 @@ from jax import Array
 
 from jaxsparse._counts import when
 from jaxsparse.masking import SparseState, unpack
-from jaxsparse.schedules import At, Updates
+from jaxsparse.schedules import At, Both, Updates
 from jaxsparse.transforms._common import (
     PlanFor,
     Step,
@@ -44,7 +44,7 @@ def masked(
     init: Rule,
     *,
     rule: Callable[[Step], Any] | None = None,
-    updates: Updates | At | None = None,
+    updates: Updates | At | Both | None = None,
     rule_sees: Literal["masked", "dense"] = "dense",
     inner_sees: Literal["masked", "dense"] | Callable[[Step], list[Array]] = "masked",
     settle: Callable[[Step], tuple[list[Array], list[Array]]] | None = None,
@@ -71,7 +71,8 @@ def masked(
       settle: what becomes of the weights after the step: returns masks and weights, from a `Step`
         whose views hold the weights after the step.
       replaces_step: an update of the masks takes the place of the gradient step, as in RigL: the
-        weights and the inner state then change at mask flips only.
+        weights then change at mask flips only, and the inner optimizer sees zeros (its moments decay
+        once, its count goes on with that of the run).
       restarts: the inner state of a weight that is grown starts as at `init` (the slots of pruned
         weights are held there).
       resets: the steps (a function of the count) at which the inner state of every weight, of dense
@@ -102,6 +103,7 @@ def masked(
         plan = plan_for(params)
         ws, gs, stored = plan.take(params), plan.take(updates), plan.take(state.masks)
         masks, aux, fire = plan.masks(state.masks), state.aux, jnp.zeros((), bool)
+        live, before = masks, state.inner
 
         if rule is not None and events is not None:
             # Scores that are NaN choose nothing: the masks stay, and the NaN shows in the weights.
@@ -113,21 +115,28 @@ def masked(
                 fire, lambda _, gs, ws, ms: ~broken(readable(gs, ms), ws), fire, gs, ws, masks
             )
 
-            def run(carry, count, ws, gs, inner_state):
-                old, old_aux = carry
+            def run(carry, count, ws, gs):
+                old, old_aux, stay, inner_state = carry
                 old = [unpack(m) for m in old]
                 gs = readable(gs, old)
                 step = Step(count, views(plan, ws, gs, old), inner_state, old_aux)
                 new, new_aux = rule(step) if init_aux else (rule(step), old_aux)  # type: ignore[misc]
-                return plan.take(store_masks(plan, new, pack_masks)), new_aux
+                both = [n & o for n, o in zip(new, old)]
+                if restarts:
+                    inner_state = restart(inner, inner_state, both, plan, params)
+                stay = plan.take(store_masks(plan, both, pack_masks)) if stay else stay
+                return plan.take(store_masks(plan, new, pack_masks)), new_aux, stay, inner_state
 
-            stored, aux = when(fire, run, (stored, aux), state.count, ws, gs, state.inner)
+            # A weight that grows in a step that moves the others is told apart: it takes no step.
+            stay = stored if restarts and not replaces_step else []
+            stored, aux, stay, before = when(
+                fire, run, (stored, aux, stay, before), state.count, ws, gs
+            )
             masks = [unpack(m) for m in stored]
+            live = [unpack(m) for m in stay] or masks
+            if replaces_step:
+                live = [m & ~fire for m in masks]
 
-        # A weight that is grown at this step is 0, takes no step yet and starts with fresh slots.
-        # Its value tells it apart, so that the old masks need not be kept beside the new ones.
-        live = [m & (~fire | (w != 0)) for m, w in zip(masks, ws)] if restarts else masks
-        before = state.inner
         if resets is not None:
             anew = lambda old, params: restart(inner, old, None, plan, params)
             before = when(resets(state.count), anew, before, params)
@@ -136,11 +145,8 @@ def masked(
         else:
             seen = gs if inner_sees == "dense" else hidden(gs, live)
         deltas, new_inner = inner.update(plan.put(updates, seen), before, params, **extra)
-        if replaces_step:
+        if replaces_step:  # dense leaves stand still as well
             deltas = jax.tree.map(lambda d: jnp.where(fire, jnp.zeros((), d.dtype), d), deltas)
-            new_inner = jax.tree.map(lambda old, new: jnp.where(fire, old, new), before, new_inner)
-        if restarts:
-            new_inner = restart(inner, new_inner, live, plan, params)
 
         def applied(d, w, m, alive):
             return jnp.where(m, jnp.where(alive, d.astype(w.dtype), jnp.zeros((), w.dtype)), -w)
