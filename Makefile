@@ -1,5 +1,6 @@
 # make train   creates the environment, trains a sparse network, writes a report with plots
 # make test    creates the environment, checks style and types, runs every test
+# make docs    builds the documentation into site/, without a warning
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: train test test-fast lint env clean
+.PHONY: train test test-fast lint docs env clean
 
 train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=runs/quickstart
@@ -26,6 +27,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 env: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,4 +41,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache
