@@ -1,6 +1,8 @@
 """Published methods, each a short recipe on the engines; `METHODS` lists them."""
 
+from jaxsparse.methods import _recipe as recipe  # noqa: F401 - for recipes of your own
 from jaxsparse.methods._registry import METHODS, Method, make
+from jaxsparse.methods._registry import register as register
 from jaxsparse.methods.autosparse import autosparse
 from jaxsparse.methods.bi_mask import bdwp, bi_mask
 from jaxsparse.methods.dense import dense
