@@ -1,0 +1,33 @@
+"""Flax NNX modules that compute sparsely."""
+
+from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
+from jaxsparse.nn.compact import Compacted, compact
+from jaxsparse.nn.nm_linear import NMLinear
+from jaxsparse.nn.sparse_ift import SparseDoped, SparseFactorized, SparseParallel, SparseWide
+from jaxsparse.nn.two_view import (
+    Backward,
+    SLoPeLinear,
+    TwoViewConv,
+    TwoViewLinear,
+    refresh,
+    refresh_model,
+    two_view_matmul,
+)
+
+__all__ = [
+    "BlockSparseLinear",
+    "Compacted",
+    "NMLinear",
+    "compact",
+    "Backward",
+    "SLoPeLinear",
+    "SparseDoped",
+    "SparseFactorized",
+    "SparseParallel",
+    "SparseWide",
+    "TwoViewConv",
+    "TwoViewLinear",
+    "refresh",
+    "refresh_model",
+    "two_view_matmul",
+]
