@@ -57,8 +57,8 @@ def matmul(
     x = jnp.pad(x, ((0, -tokens % 16), (0, 0)))
     groups, packed = w.values.shape[1], w.codes.shape[1]
     x = x.reshape(-1, groups, w.m).transpose(2, 0, 1)  # [m, rows, groups]
-    # About two megabytes of values at a time: enough to hide the latency of reading them.
-    most = max(128, (2 << 20) // (2 * w.n * groups))
+    # About a megabyte of values at a time: enough to hide the latency of reading them.
+    most = max(128, (1 << 20) // (2 * w.n * groups))
     tile = next(t for t in range(most // 128 * 128, 0, -128) if width % t == 0)
     y = pl.pallas_call(
         functools.partial(_kernel, m=w.m, precision=precision),

@@ -1,0 +1,87 @@
+"""BlockSparseLinear and NMLinear: the dense layer they stand for, training, saving, Linen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+
+from jaxsparse.nn import BlockSparseLinear, NMLinear
+
+BLOCKS = np.kron(np.random.default_rng(0).random((4, 3)) < 0.5, np.ones((16, 16))) > 0
+TWO_OF_FOUR = np.tile(np.array([1, 0, 0, 1], bool), 16)[:, None] & np.ones((64, 48), bool)
+
+
+def layers(use_bias=True, dtype=None):
+    dense = nnx.Linear(64, 48, use_bias=use_bias, dtype=dtype, rngs=nnx.Rngs(1))
+    if use_bias:
+        dense.bias[...] = jnp.arange(48.0)
+    yield dense, BLOCKS, BlockSparseLinear.from_dense(dense, BLOCKS, block_shape=(16, 16))
+    yield dense, TWO_OF_FOUR, NMLinear.from_dense(dense, TWO_OF_FOUR, n=2, m=4, share=16)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_from_dense_computes_what_the_masked_layer_does(use_bias):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 64))
+    for dense, mask, layer in layers(use_bias):
+        bias = 0 if dense.bias is None else dense.bias[...]
+        expected = x @ (dense.kernel[...] * mask) + bias
+        np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dtype_is_that_of_the_computation():
+    for _, _, layer in layers(dtype=jnp.bfloat16):
+        assert layer(jnp.ones((2, 64))).dtype == jnp.bfloat16
+        assert layer.values[...].dtype == jnp.float32
+
+
+def test_training_moves_values_and_bias_and_leaves_the_pattern():
+    x = jax.random.normal(jax.random.key(0), (32, 64))
+    target = jax.random.normal(jax.random.key(1), (32, 48))
+    for _, _, layer in layers():
+        name = "pattern" if isinstance(layer, BlockSparseLinear) else "codes"
+        fixed = np.asarray(getattr(layer, name)[...])
+        optimizer = nnx.Optimizer(layer, optax.adamw(1e-2), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(layer, optimizer):
+            loss = lambda layer: ((layer(x) - target) ** 2).mean()
+            value, grads = nnx.value_and_grad(loss)(layer)
+            optimizer.update(layer, grads)
+            return value
+
+        losses = [float(step(layer, optimizer)) for _ in range(20)]
+        assert losses[-1] < 0.9 * losses[0]
+        np.testing.assert_array_equal(getattr(layer, name)[...], fixed)
+
+
+def test_a_new_pattern_keeps_shared_blocks():
+    layer = next(layers())[2]
+    before = layer.weight
+    layer.set_weight(before.with_pattern(np.roll(before.block_mask, 1, 0)))
+    np.testing.assert_array_equal(layer.weight.block_mask, np.roll(before.block_mask, 1, 0))
+    with pytest.raises(ValueError, match=r"they must stay \(64, 48\), \(16, 16\)"):
+        layer.set_weight(before.T)
+
+
+def test_linen_can_use_them():
+    linen = bridge.to_linen(
+        BlockSparseLinear, 64, 32, block_shape=(16, 16), density=0.5, use_bias=False
+    )
+    variables = linen.init(jax.random.key(0), jnp.ones((1, 64)))
+    y, grads = jax.value_and_grad(
+        lambda p: linen.apply({**variables, "params": p}, jnp.ones((1, 64))).sum()
+    )(variables["params"])
+    assert np.isfinite(y) and jax.tree.leaves(grads)[0].shape == (4, 16, 16)
+
+
+def test_bad_input_is_refused():
+    dense = nnx.Linear(64, 48, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="linear must be a flax.nnx.Linear, not Dropout"):
+        BlockSparseLinear.from_dense(nnx.Dropout(0.1), block_shape=(16, 16))
+    with pytest.raises(ValueError, match=r"mask.shape=\(3, 3\) must be that of the kernel"):
+        BlockSparseLinear.from_dense(dense, np.ones((3, 3)), block_shape=(16, 16))
+    with pytest.raises(ValueError, match="mask keeps 4 of a group of m=4 rows"):
+        NMLinear.from_dense(dense, np.ones((64, 48)), n=2, m=4)
