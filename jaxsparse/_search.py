@@ -159,31 +159,66 @@ def choose(flag: Array, a: Count, b: Count) -> Count:
 
 def reduce_sum(operands: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     """The sums of several int32 arrays over `axes`, dimensions kept, in one pass."""
+    return _reduce(operands, (), (), axes)
+
+
+def _reduce(sums, lows, highs, axes: Sequence[int]) -> list[Array]:
+    """Sums, minima and maxima of int32 arrays of one shape over `axes`, in one pass."""
+    operands, n, m = [*sums, *lows, *highs], len(sums), len(sums) + len(lows)
     if not axes:
-        return list(operands)
+        return operands
+
+    def combine(a, b):
+        both = list(zip(a, b))
+        return (
+            *(x + y for x, y in both[:n]),
+            *(jnp.minimum(x, y) for x, y in both[n:m]),
+            *(jnp.maximum(x, y) for x, y in both[m:]),
+        )
+
+    empty = [0] * n + [INT_MAX] * len(lows) + [INT_MIN] * len(highs)
     shape = [1 if a in axes else n for a, n in enumerate(operands[0].shape)]
-    zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
-    sums = lax.reduce(
-        tuple(operands), zeros, lambda a, b: tuple(x + y for x, y in zip(a, b)), tuple(axes)
-    )
-    return [s.reshape(shape) for s in sums]
+    out = lax.reduce(tuple(operands), tuple(map(jnp.int32, empty)), combine, tuple(axes))
+    return [x.reshape(shape) for x in out]
 
 
-def totals(flags: Sequence[Array], axes: Sequence[int], wide: bool) -> list[Count]:
-    """How many of each of the boolean arrays are True, over `axes`, dimensions kept."""
+def totals(
+    flags: Sequence[Array], low: Array, high: Array, axes: Sequence[int], wide: bool
+) -> tuple[list[Count], Array, Array]:
+    """How many of each of the boolean arrays are True, the least of `low` and the greatest of
+    `high`, over `axes`, dimensions kept."""
     ones = [f.astype(jnp.int32) for f in flags]
     if not wide:
-        return [(s,) for s in reduce_sum(ones, axes)]
+        *counts, low, high = _reduce(ones, (low,), (high,), axes)
+        return [(c,) for c in counts], low, high
     shape = ones[0].shape
     first, rest, size = [], [], 1
     for a in sorted(axes, key=lambda a: -shape[a]):
         fits = size * shape[a] < WIDE
         first, rest = ([*first, a], rest) if fits else (first, [*rest, a])
         size *= shape[a] if fits else 1
-    counts = [(s >> BASE_BITS, s & ((1 << BASE_BITS) - 1)) for s in reduce_sum(ones, sorted(first))]
+    *counts, low, high = _reduce(ones, (low,), (high,), sorted(first))
+    digits = [carry(jnp.zeros_like(c), c) for c in counts]
     for a in rest:
-        counts = [carry(*reduce_sum(list(c), (a,))) for c in counts]
-    return counts
+        digits = [carry(*reduce_sum(c, (a,))) for c in digits]
+    _, low, high = _reduce((low,), (low,), (high,), rest)
+    return digits, low, high
+
+
+def least(a: Count, where: Array) -> Count:
+    """The least of the counts along the first axis, of those `where`."""
+    high = jnp.min(jnp.where(where, a[0], INT_MAX), 0)
+    if len(a) == 1:
+        return (high,)
+    return high, jnp.min(jnp.where(where & (a[0] == high), a[1], INT_MAX), 0)
+
+
+def greatest(a: Count, where: Array) -> Count:
+    """The greatest of the counts along the first axis, of those `where`."""
+    high = jnp.max(jnp.where(where, a[0], -1), 0)
+    if len(a) == 1:
+        return (high,)
+    return high, jnp.max(jnp.where(where & (a[0] == high), a[1], -1), 0)
 
 
 # -- The search ------------------------------------------------------------------------------------
@@ -194,8 +229,8 @@ class _State(NamedTuple):
     last: Array
     c_lo: Count  # entries at or above lo (at first: no fewer than these)
     c_hi: Count  # entries above last
+    thresholds: Array  # [8, *shape of lo], in (lo, last]
     slow: Array  # the pass before has not narrowed the bracket by 8
-    thresholds: tuple[Array, ...]
     passes: Array
 
 
@@ -203,7 +238,7 @@ def search(
     entries: Sequence[Entries],
     k: Count,
     bounds: Sequence[Bounds],
-    first: Sequence[Array] | None = None,
+    first: Array | None = None,
 ) -> Found:
     """The levels of the k-th largest entry, for k from 0 to all; one answer per slice.
 
@@ -221,7 +256,7 @@ def search(
     varying = _varying(operands, k)
 
     def per_slice(x):
-        return varying(jnp.broadcast_to(x, shape))
+        return varying(jnp.broadcast_to(x, shape) if x.ndim <= len(shape) else x)
 
     k = tuple(per_slice(c) for c in k)
     some = positive(k)
@@ -235,12 +270,13 @@ def search(
         lo, last = per_slice(jnp.int32(bound.lo)), per_slice(jnp.int32(bound.last))
         slow = per_slice(jnp.asarray(not bound.smooth))
         if j == 0 and first is not None:
-            thresholds = tuple(per_slice(t) for t in first)
+            thresholds = per_slice(jnp.broadcast_to(_front(first, lo), (THRESHOLDS, *shape)))
         elif bound.probes:
-            thresholds = tuple(per_slice(jnp.int32(t)) for t in bound.probes)
+            probes = jnp.asarray(bound.probes, jnp.int32)
+            thresholds = per_slice(jnp.broadcast_to(_front(probes, lo), (THRESHOLDS, *shape)))
         else:
             thresholds = _next_thresholds(lo, last, c_lo, c_hi, k, slow)
-        start = _State(lo, last, c_lo, c_hi, slow, thresholds, passes)
+        start = _State(lo, last, c_lo, c_hi, thresholds, slow, passes)
         done = some & equal(c_lo, k)
         end = lax.while_loop(step.goes_on, step, start)
         # Where the levels before have told the k-th from the next, this one accepts everything.
@@ -271,37 +307,53 @@ class _Step:
 
     def __call__(self, s: _State) -> _State:
         s, operands = lax.optimization_barrier((s, self.operands))
-        return self.narrow(s, self.counts(s.thresholds, operands))
+        return self.narrow(s, *self.read(s, operands))
 
-    def counts(self, thresholds: Sequence[Array], operands) -> list[Count]:
-        counts: list[Count] = [self.base] * len(thresholds)
+    def read(self, s: _State, operands) -> tuple[Count, Array, Array]:
+        """Entries at or above each of the thresholds, and the least and the greatest number in the
+        bracket."""
+        t = s.thresholds
+        counts = tuple(jnp.broadcast_to(c, t.shape) for c in self.base)
+        least, greatest = jnp.full_like(s.lo, INT_MAX), jnp.full_like(s.lo, INT_MIN)
         for e, arrays in zip(self.entries, operands):
             levels, inside = e.levels(*arrays)
             for level, value in zip(levels, self.found):
                 inside = level == value if inside is None else inside & (level == value)
-            flags = [levels[self.j] >= t for t in thresholds]
-            flags = flags if inside is None else [f & inside for f in flags]
-            flags = [jnp.broadcast_to(f, e.shape) for f in flags]
-            more = totals(flags, e.axes, self.wide)
-            counts = [
-                add(a, tuple(jnp.reshape(c, self.shape) for c in b)) for a, b in zip(counts, more)
-            ]
-        return counts
 
-    def narrow(self, s: _State, counts: Sequence[Count]) -> _State:
-        lo, last, c_lo, c_hi = s.lo, s.last, s.c_lo, s.c_hi
-        busy = self.busy(s)
-        for t, c in zip(s.thresholds, counts):
-            enough = at_least(c, self.k)
-            up = busy & enough & (t > lo)
-            down = busy & ~enough & (t - 1 < last)
-            lo, c_lo = jnp.where(up, t, lo), choose(up, c, c_lo)
-            last, c_hi = jnp.where(down, t - 1, last), choose(down, c, c_hi)
+            def given(flag, e=e, inside=inside):
+                return jnp.broadcast_to(flag if inside is None else flag & inside, e.shape)
+
+            x = levels[self.j]
+            more, low, high = totals(
+                [given(x >= t[i]) for i in range(THRESHOLDS)],
+                jnp.where(given(x >= s.lo), x, INT_MAX),
+                jnp.where(given(x <= s.last), x, INT_MIN),
+                e.axes,
+                self.wide,
+            )
+            counts = add(counts, tuple(jnp.stack(c).reshape(t.shape) for c in zip(*more)))
+            least = jnp.minimum(least, low.reshape(self.shape))
+            greatest = jnp.maximum(greatest, high.reshape(self.shape))
+        return counts, least, greatest
+
+    def narrow(self, s: _State, counts: Count, low: Array, high: Array) -> _State:
+        # The higher a threshold, the fewer entries: the counts that belong to the highest threshold
+        # that has enough, and to the lowest that has not, are the least and the greatest.
+        enough, busy = at_least(counts, self.k), self.busy(s)
+        up = busy & enough & (s.thresholds > s.lo)
+        down = busy & ~enough & (s.thresholds <= s.last)
+        lo = jnp.maximum(s.lo, jnp.max(jnp.where(up, s.thresholds, INT_MIN), 0))
+        last = jnp.minimum(s.last, jnp.min(jnp.where(down, s.thresholds - 1, INT_MAX), 0))
+        c_lo = choose(jnp.any(up, 0), least(counts, up), s.c_lo)
+        c_hi = choose(jnp.any(down, 0), greatest(counts, down), s.c_hi)
+        # A bracket that holds one number only, or two, however many entries, ends the search.
+        lo = jnp.where(busy, jnp.maximum(lo, jnp.minimum(low, last)), lo)
+        last = jnp.where(busy, jnp.minimum(last, jnp.maximum(high, lo)), last)
         slow = (_span(lo, last) > _span(s.lo, s.last) >> 3) & (
             8 * minus(c_lo, c_hi) > minus(s.c_lo, s.c_hi)
         )
         thresholds = _next_thresholds(lo, last, c_lo, c_hi, self.k, slow)
-        return _State(lo, last, c_lo, c_hi, slow, thresholds, s.passes + 1)
+        return _State(lo, last, c_lo, c_hi, thresholds, slow, s.passes + 1)
 
 
 def _varying(operands, k):
@@ -327,23 +379,26 @@ def _span(lo: Array, last: Array) -> Array:
 _AROUND = (-4.0, -1.8, -0.9, -0.3, 0.3, 0.9, 1.8, 4.0)
 
 
-def _next_thresholds(lo, last, c_lo, c_hi, k, slow) -> tuple[Array, ...]:
+def _front(x, like: Array) -> Array:
+    """`x` along a new first axis of `like`."""
+    return jnp.asarray(x).reshape(-1, *(1,) * like.ndim)
+
+
+def _next_thresholds(lo, last, c_lo: Count, c_hi: Count, k: Count, slow) -> Array:
     """Eight numbers in (lo, last]: around the guess of linear interpolation between the counts, or
     uniform where that has just failed."""
     span = _span(lo, last)
     quotient, rest = span // (THRESHOLDS + 1), span % (THRESHOLDS + 1)
+    i = _front(np.arange(1, THRESHOLDS + 1, dtype=np.uint32), lo)
+    uniform = quotient * i + (rest * i + THRESHOLDS) // (THRESHOLDS + 1)
     held = jnp.maximum(minus(c_lo, c_hi), 1.0)
     p = jnp.clip(minus(c_lo, k) / held, 0.0, 1.0)
-    width = span.astype(jnp.float32)
     spread = jnp.sqrt((p * (1 - p) + 1 / held) / held)
-    out = []
-    for i, z in enumerate(_AROUND):
-        uniform = quotient * (i + 1) + (rest * (i + 1) + THRESHOLDS) // (THRESHOLDS + 1)
-        guess = jnp.clip((p + z * spread) * width, 0.0, 4294967040.0).astype(jnp.uint32)
-        step = jnp.where(slow, uniform, guess)
-        step = jnp.minimum(jnp.maximum(step, 1), span)
-        out.append(lo + lax.bitcast_convert_type(step, jnp.int32))
-    return tuple(out)
+    guess = (p + _front(np.asarray(_AROUND, np.float32), lo) * spread) * span.astype(jnp.float32)
+    guess = jnp.clip(guess, 0.0, 4294967040.0).astype(jnp.uint32)
+    step = jnp.where(slow | (held <= 16), uniform, guess)
+    step = jnp.minimum(jnp.maximum(step, 1), span)
+    return lo + lax.bitcast_convert_type(step, jnp.int32)
 
 
 def at_or_above(levels: Sequence[Array], lo: Sequence[Array]) -> Array:

@@ -112,10 +112,11 @@ def _value_bounds(dtype) -> list[Bounds]:
 # -- Positions and hashes --------------------------------------------------------------------------
 
 
-def _position(shape: Sequence[int], axes: Sequence[int]) -> Array:
-    """The row-major position within `axes`, uint32, of `shape` 1 on the other axes."""
+def _position(shape: Sequence[int], axes: Sequence[int], zero: Array) -> Array:
+    """The row-major position within `axes`, uint32, of `shape` 1 on the other axes. It starts from
+    `zero`, an operand of the loop: constants would be computed before the loop, and stored."""
     out = [n if a in axes else 1 for a, n in enumerate(shape)]
-    position = jnp.zeros(out, jnp.uint32)
+    position = jnp.broadcast_to(zero, out)
     for a in axes:
         position = position * jnp.uint32(shape[a]) + lax.broadcasted_iota(jnp.uint32, out, a)
     return position
@@ -152,13 +153,13 @@ def _seed(seed: Any) -> Array:
     )
 
 
-def _hash(shape: Sequence[int], seed: Array, offset: Array | int = 0) -> Array:
+def _hash(shape: Sequence[int], seed: Array, zero: Array, offset: int = 0) -> Array:
     """See `position_hash`; positions start at `offset`."""
     outer, inner = _outer_inner(shape, range(len(shape)), 1 << 32)
     factor, shift = _mix(seed + jnp.uint32(0x9E3779B9)) | 1, _mix(seed ^ jnp.uint32(0x7F4A7C15))
     if outer:
-        shift = _mix(_position(shape, outer) + shift)
-    return _mix((_position(shape, inner) + jnp.asarray(offset, jnp.uint32)) * factor + shift)
+        shift = _mix(_position(shape, outer, zero) + shift)
+    return _mix((_position(shape, inner, zero) + jnp.uint32(offset)) * factor + shift)
 
 
 def position_hash(shape: Sequence[int], seed: Any) -> Array:
@@ -178,7 +179,7 @@ def position_hash(shape: Sequence[int], seed: Any) -> Array:
     Raises:
       ValueError: a seed that is none of these.
     """
-    return jnp.broadcast_to(_hash(tuple(shape), _seed(seed)), tuple(shape))
+    return jnp.broadcast_to(_hash(tuple(shape), _seed(seed), jnp.uint32(0)), tuple(shape))
 
 
 # -- Arguments -------------------------------------------------------------------------------------
@@ -266,11 +267,8 @@ def _entries(
     own: Array | None = None,
 ) -> Entries:
     """One array as entries: levels for `own`, the score, the hash, the leaf, the position."""
-    # Positions are computed from operands of the loop: constants would be computed before it, and
-    # stored.
-    start = jnp.uint32(offset)
 
-    def levels(arrays, where, seed, start, own):
+    def levels(arrays, where, seed, zero, own):
         x = score(*arrays)
         out, inside = _value_levels(x if as_dtype is None else x.astype(as_dtype))
         if own is not None:
@@ -278,17 +276,17 @@ def _entries(
         if where is not None:
             inside = where if inside is None else inside & where
         if seed is not None:
-            out.append(_as_int(_hash(shape, seed, start)) ^ INT_MIN)
+            out.append(_as_int(_hash(shape, seed, zero, offset)) ^ INT_MIN)
         if leaf is not None:
-            out.append(jnp.full((1,) * len(shape), -leaf, jnp.int32) + _as_int(start) * 0)
+            out.append(jnp.broadcast_to(-leaf + _as_int(zero), (1,) * len(shape)))
         if wide:
             outer, inner = _outer_inner(shape, axes, 1 << 31)
-            out += [~_as_int(_position(shape, part) + start * 0) for part in (outer, inner)]
+            out += [~_as_int(_position(shape, part, zero)) for part in (outer, inner)]
         elif seed is None:
-            out.append(~_as_int(_position(shape, axes) + start))
+            out.append(~_as_int(_position(shape, axes, zero) + jnp.uint32(offset)))
         return out, inside
 
-    return Entries(shape, axes, (tuple(arrays), where, seed, start, own), levels)
+    return Entries(shape, axes, (tuple(arrays), where, seed, jnp.uint32(0), own), levels)
 
 
 def _as_int(x: Array) -> Array:
@@ -308,7 +306,7 @@ def _tie_bounds(size: int, hashed: bool, wide: bool, leaves: int | None) -> list
     return bounds
 
 
-def _sample(entries: Sequence[Entries], k: Count, bound: Bounds) -> list[Array] | None:
+def _sample(entries: Sequence[Entries], k: Count, bound: Bounds) -> Array | None:
     """Eight thresholds of the first level near its k-th number, from a strided sample.
 
     The sample is cut out by slices, which sharded arrays allow without moving more than it.
@@ -335,13 +333,12 @@ def _sample(entries: Sequence[Entries], k: Count, bound: Bounds) -> list[Array] 
     count = ordered.size
     p = jnp.clip(_search.to_float(k).reshape(()) / size, 0.0, 1.0)
     spread = jnp.sqrt(count * p * (1 - p)) + 1.0
-    ranks = [
-        jnp.clip(count - 1 - p * count + z * spread, 0, count - 1).astype(jnp.int32)
-        for z in (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
-    ]
-    picked = [ordered[r] for r in ranks]
-    picked.append(jnp.minimum(picked[3], INT_MAX - 1) + 1)  # a heap of equal scores: one pass
-    return [jnp.maximum(t, bound.lo + 1) for t in picked]
+    around = jnp.array([-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0])
+    ranks = jnp.clip(count - 1 - p * count + around * spread, 0, count - 1)
+    picked = ordered[ranks.astype(jnp.int32)]
+    # The number after the guess tells at once whether the k-th is in a heap of equal scores.
+    picked = jnp.append(picked, jnp.minimum(picked[3], INT_MAX - 1) + 1)
+    return jnp.maximum(picked, bound.lo + 1)
 
 
 def _strides(shape: tuple[int, ...], target: int) -> list[int]:
@@ -459,7 +456,7 @@ def _pairwise(x: Array, k: Array, where: Array | None, seed: Array | None, axis:
     if where is not None:
         inside = where if inside is None else inside & where
     if seed is not None:
-        levels.append(_as_int(_hash(x.shape, seed)) ^ INT_MIN)
+        levels.append(_as_int(_hash(x.shape, seed, jnp.uint32(0))) ^ INT_MIN)
     if inside is not None:
         inside = jnp.broadcast_to(inside, x.shape)
         levels = [jnp.where(inside, level, INT_MIN) for level in levels]
@@ -539,14 +536,14 @@ def _random(k: Count, seed: Array, *, shape: tuple[int, ...]) -> Array:
     size, axes = math.prod(shape), tuple(range(len(shape)))
     wide = size >= _search.WIDE
 
-    def levels(seed):
-        out = [_as_int(_hash(shape, seed)) ^ INT_MIN]
+    def levels(seed, zero):
+        out = [_as_int(_hash(shape, seed, zero)) ^ INT_MIN]
         if wide:
             outer, inner = _outer_inner(shape, axes, 1 << 31)
-            out += [~_as_int(_position(shape, p) + (seed & 0)) for p in (outer, inner)]
+            out += [~_as_int(_position(shape, part, zero)) for part in (outer, inner)]
         return out, None
 
-    entries = Entries(shape, axes, (seed,), levels)
+    entries = Entries(shape, axes, (seed, jnp.uint32(0)), levels)
     found = _search.search([entries], k, _tie_bounds(size, True, wide, None))
     return _mask(entries, found, positive(k))
 
@@ -790,7 +787,7 @@ def quantile(leaves: Sequence[Any], q: Any, *, score: Callable[..., Array] | Non
     k, fraction = _rank_from_above(q, many.size)
     pair = _neighbours(many.operands, many.count(k), many.where, score=many.score)
     above, below = (x.astype(jnp.float32) for x in pair)
-    return jnp.where(fraction > 0, below + fraction * (above - below), below)
+    return jnp.where(fraction > 0, below + fraction * (above - below), below).reshape(())
 
 
 def _rank_from_above(q: Any, size: int) -> tuple[Any, Any]:
