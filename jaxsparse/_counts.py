@@ -46,7 +46,7 @@ def scale_count(n, fraction):
     9
     """
     if isinstance(n, int | np.integer) and isinstance(fraction, float | int | Fraction | np.number):
-        exact = Fraction(float(fraction) if isinstance(fraction, np.number) else fraction)
+        exact = Fraction(str(fraction) if isinstance(fraction, np.number) else fraction)
         return math.floor(exact.limit_denominator(10**12) * int(n))
     if isinstance(n, int | np.integer) and n > MAX_TRACED:
         raise ValueError(

@@ -2,7 +2,10 @@
 
     from jaxsparse.testing import Subject, check_all
 
-    check_all(Subject(lambda inner, **o: my_method(inner, **{"sparsity": 0.75, **o})))
+    def build(inner, **options):
+        return my_method(inner, **{"sparsity": 0.75, "seed": 0, **options})
+
+    check_all(Subject(build, sweeps={"sparsity": (0.75, 0.5), "seed": (0, 1)}))
 
 A `Subject` trains a tiny network (a matrix, a convolution, a bias, a scale) on a quadratic, and the
 checks compare what happened with what a method promises. They raise `AssertionError` with a
@@ -228,8 +231,8 @@ def check_resumes(subject: Subject):
     """A state that went through host memory continues bit for bit."""
     half = subject.steps // 2
     params, state = subject.run.params[half - 1], subject.run.states[half - 1]
-    copies = jax.tree.map(jnp.asarray, (params, state))
-    rest = subject.train(*copies, target(parameters()), subject.steps - half)
+    params, state = jax.tree.map(jnp.asarray, (params, state))
+    rest = subject.train(params, state, target(parameters()), subject.steps - half)
     same(subject.run.params[-1], rest.params[-1], "parameters after a restart")
     same(subject.run.states[-1], rest.states[-1], "the state after a restart")
 
@@ -394,13 +397,6 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 
 
 def check_all(subject: Subject):
-    """Every contract, in the order of `CHECKS`.
-
-    >>> import jaxsparse
-    >>> def build(inner, **options):
-    ...     return jaxsparse.rigl(inner, **{"sparsity": 0.75, "update_every": 2, **options},
-    ...                           total_steps=12)
-    >>> check_all(Subject(build, sweeps={"sparsity": (0.75, 0.5)}))
-    """
+    """Every contract, in the order of `CHECKS`."""
     for check in CHECKS.values():
         check(subject)
