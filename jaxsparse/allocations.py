@@ -43,6 +43,11 @@ def _natural(path: str) -> list:
     return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path)]
 
 
+def last_leaf(leaves: Sequence[Leaf]) -> str | None:
+    """The path of the last layer, by the natural order of the paths."""
+    return max((leaf.path for leaf in leaves), key=_natural, default=None)
+
+
 def _dense_leaves(leaves: Sequence[Leaf], first_dense: bool, dense: Sequence[str]) -> set[str]:
     paths = [leaf.path for leaf in leaves]
     unmatched = [p for p in dense if not any(re.search(p, path) for path in paths)]

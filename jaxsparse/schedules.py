@@ -38,6 +38,7 @@ def polynomial(begin, end, *, final=1.0, initial=0.0, power=3) -> Schedule:
     def schedule(step):
         left = 1.0 - _progress(step, begin, end)
         value = final + (initial - final) * left**power
+        value = jnp.where(left == 1.0, initial, value)  # exact at both ends
         return jnp.where(left == 0.0, final, value).astype(jnp.float32)
 
     return schedule
@@ -78,6 +79,24 @@ def cosine(value, end, *, final=0.0) -> Schedule:
 def inverse_power(value, end, *, power=1) -> Schedule:
     r"""$\alpha (1 - t/T)^{power}$, 0 after $T$."""
     return lambda step: value * (1.0 - _progress(step, 0, end)) ** power
+
+
+def phases(values, begin, end) -> Schedule:
+    """`values` one after the other, in equally long phases between `begin` and `end`; the first one
+    before, the last one from `end` on.
+
+    >>> s = phases([0.3, 0.2, 0.1], 0, 9)
+    >>> [round(float(s(t)), 1) for t in (0, 2, 3, 6, 9, 100)]
+    [0.3, 0.3, 0.2, 0.1, 0.1, 0.1]
+    """
+    table = jnp.asarray(values, jnp.float32)
+
+    def schedule(step):
+        n, span = table.shape[0], jnp.maximum(jnp.asarray(end) - begin, 1)
+        now = jnp.clip(jnp.asarray(step) - begin, 0, span)
+        return table[jnp.clip(now * n // span, 0, n - 1)]
+
+    return schedule
 
 
 def gradient_annealing(value, end, *, reset=None, low=-6.0, high=6.0) -> Schedule:
@@ -143,6 +162,18 @@ class At:
         """How many of the steps are at or before `step` (int32 scalar)."""
         return jnp.sum(jnp.asarray(step) >= jnp.stack([jnp.asarray(s) for s in self.steps]),
                        dtype=jnp.int32)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """The steps of either of two sets."""
+
+    first: Updates | At
+    second: Updates | At
+
+    def fires(self, step) -> jax.Array:
+        """Whether masks are recomputed at `step` (bool scalar)."""
+        return self.first.fires(step) | self.second.fires(step)
 
 
 def window(

@@ -3,10 +3,20 @@
 from jaxsparse.methods import _recipe as recipe  # noqa: F401 - for recipes of your own
 from jaxsparse.methods._registry import METHODS, Method, make
 from jaxsparse.methods._registry import register as register
+from jaxsparse.methods.ac_dc import ac_dc
 from jaxsparse.methods.autosparse import autosparse
 from jaxsparse.methods.bi_mask import bdwp, bi_mask
+from jaxsparse.methods.deep_r import deep_r
 from jaxsparse.methods.dense import dense
+from jaxsparse.methods.dsr import dsr
+from jaxsparse.methods.dst_ee import dst_ee
+from jaxsparse.methods.granet import granet
+from jaxsparse.methods.gsm import gsm
+from jaxsparse.methods.hypersparse import art_stop, hypersparse, hypersparse_loss
+from jaxsparse.methods.iss_p import iss_p
+from jaxsparse.methods.itop import exploration_rate, rigl_itop, set_itop
 from jaxsparse.methods.magnitude_ste import magnitude_ste
+from jaxsparse.methods.mest import mest, mest_soft
 from jaxsparse.methods.pruning import (
     global_magnitude,
     magnitude,
@@ -17,31 +27,52 @@ from jaxsparse.methods.pruning import (
 from jaxsparse.methods.rigl import rigl
 from jaxsparse.methods.set import set_
 from jaxsparse.methods.slope import slope
+from jaxsparse.methods.snfs import snfs
 from jaxsparse.methods.sr_ste import sr_ste
+from jaxsparse.methods.srigl import srigl
 from jaxsparse.methods.st3 import st3, st3_sigma
 from jaxsparse.methods.static import static
 from jaxsparse.methods.str import str_
+from jaxsparse.methods.top_kast import top_kast
 
 __all__ = [
     "METHODS",
     "Method",
+    "ac_dc",
+    "art_stop",
     "autosparse",
     "bdwp",
     "bi_mask",
+    "deep_r",
     "dense",
+    "dsr",
+    "dst_ee",
+    "exploration_rate",
     "global_magnitude",
+    "granet",
+    "gsm",
+    "hypersparse",
+    "hypersparse_loss",
+    "iss_p",
     "magnitude",
     "magnitude_ste",
     "make",
+    "mest",
+    "mest_soft",
     "one_shot",
     "random_pruning",
     "rigl",
+    "rigl_itop",
     "saliency",
     "set_",
+    "set_itop",
     "slope",
+    "snfs",
     "sr_ste",
+    "srigl",
     "st3",
     "st3_sigma",
     "static",
     "str_",
+    "top_kast",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -29,6 +30,26 @@ def allocation_of(allocation: Any):
     return allocations.resolve(allocation)
 
 
+def shape_rule(allocation: Any) -> allocations.ByShape:
+    """The allocation object, which must give every layer a sparsity of its own.
+
+    Raises:
+      ValueError: a ranking over all layers.
+    """
+    rule = allocations.resolve(allocation)
+    if isinstance(rule, allocations.Global):
+        raise ValueError(
+            f"allocation={allocation!r} ranks weights over all layers; this method needs budgets of "
+            "layers: give 'uniform', 'er', 'erk' or a mapping from path patterns to sparsities"
+        )
+    return rule
+
+
+def unstructured(leaf: plan.Leaf) -> plan.Leaf:
+    """The same leaf without its structure."""
+    return dataclasses.replace(leaf, structure=structures.Unstructured())
+
+
 def random_masks(allocation: Any, sparsity: Any, seed: Any):
     """The rule that draws masks uniformly at random, with exact counts."""
     return keep_best(scores.random, allocations.resolve(allocation), sparsity, seed=seed)
@@ -39,8 +60,8 @@ def all_kept(step: Step) -> list:
     return [jnp.ones(v.w.shape, bool) for v in step.views]
 
 
-def drop_schedule(drop_fraction: Any, end_step: Any) -> Any:
-    """A schedule as it is; a number as the start of a cosine to 0 at `end_step`.
+def drop_schedule(drop_fraction: Any, end_step: Any, *, final: float = 0.0) -> Any:
+    """A schedule as it is; a number as the start of a cosine to `final` at `end_step`.
 
     Raises:
       ValueError: a number not in [0, 1].
@@ -52,4 +73,4 @@ def drop_schedule(drop_fraction: Any, end_step: Any) -> Any:
             f"drop_fraction={drop_fraction}: the part of the kept weights that an update replaces "
             "must be in [0, 1]"
         )
-    return schedules.cosine(drop_fraction, end_step)
+    return schedules.cosine(drop_fraction, end_step, final=final)

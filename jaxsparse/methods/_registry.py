@@ -25,6 +25,12 @@ class Method:
         change at a constant budget), "projected" (masks follow raw weights at every step).
       structures: "any", or the name of the only structure that the method is defined for.
       dense_phase: which steps are dense by design, in words; None if every step is sparse.
+      starts_dense: whether the run starts dense by default.
+      gradients: which gradients of weights the rule reads: "kept" (a sparse backward product would
+        do), "updates" (all of them, but only where masks change), "all" (at every step).
+      exact_budget: whether exactly as many weights as asked for are kept once the target is reached;
+        if not, there may be fewer, or more by design.
+      needs_momentum: whether the rule reads the momentum of the inner optimizer, which must have one.
     """
 
     name: str
@@ -35,6 +41,10 @@ class Method:
     dynamics: str = "dynamic"
     structures: str = "any"
     dense_phase: str | None = None
+    starts_dense: bool = False
+    gradients: str = "kept"
+    exact_budget: bool = True
+    needs_momentum: bool = False
 
     @property
     def options(self) -> frozenset[str]:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
+from jax import Array
 
-from jaxsparse import schedules, scores
+from jaxsparse import schedules, scores, selection, structures
+from jaxsparse._counts import scale_count
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import drop_and_grow, masked
+from jaxsparse.transforms import Step, View, drop_and_grow, masked, refill
+
+
+def _swap_by_sign(v: View, fraction, salt: Array) -> Array:
+    """Drops the fraction closest to zero of the positive and of the negative units, and those that
+    are zero; grows as many at random."""
+    kind, lead = v.leaf.structure, v.leaf.lead
+    axes = kind.axes(v.leaf.shape, lead)
+    units = structures.unit_mask(kind, v.m, lead)
+    value, size = kind.pool(v.w, lead), kind.pool(jnp.abs(v.w), lead)
+    keep = jnp.zeros_like(units)
+    for side in (units & (value > 0), units & (value < 0)):
+        n = selection.count(side, axis=axes)
+        keep |= selection.topk_mask(size, n - scale_count(n, fraction), where=side, axis=axes)
+    grown = selection.count(units, axis=axes) - selection.count(keep, axis=axes)
+    return refill(v.leaf, keep, grown, scores.random(v.w), salt=salt)
 
 
 @register(
@@ -22,6 +40,7 @@ def set_(
     sparsity: Any = None,
     *,
     total_steps: Any,
+    removal: Literal["magnitude", "signwise"] = "magnitude",
     drop_fraction: Any = 0.3,
     update_every: Any = 100,
     begin_step: Any = None,
@@ -36,9 +55,11 @@ def set_(
     and the gradient step is taken at updates too (survivors move; a grown weight starts at 0 with
     a fresh inner state).
 
-    This is SET as RigL's authors run it: smallest |w| whatever their sign, and a fraction that falls
-    along a cosine; the first SET drops a constant fraction of the positive and of the negative
-    weights separately (`drop_fraction=lambda step: 0.3` keeps it constant).
+    By default this is SET as RigL's authors run it: smallest |w| whatever their sign, and a fraction
+    that falls along a cosine. The first SET is `removal="signwise"` with a constant fraction
+    (`drop_fraction=lambda step: 0.3`): it drops that fraction of the positive and of the negative
+    weights separately, those closest to zero, and kept weights that are exactly zero; it starts
+    grown weights at the values that their positions had, here they are 0.
 
     Args and errors: see `rigl`.
 
@@ -48,17 +69,22 @@ def set_(
     updates = schedules.window(
         total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
     )
+    if removal not in ("magnitude", "signwise"):
+        raise ValueError(f"removal={removal!r}: use 'magnitude' or 'signwise'")
+    fraction = recipe.drop_schedule(drop_fraction, updates.end)
+
+    def by_sign(step: Step):
+        f = fraction(step.count)
+        return [_swap_by_sign(v, f, v.leaf.salt(seed, step.count)) for v in step.views]
+
+    by_magnitude = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)
     return masked(
         inner,
         recipe.plan_for(targets, structure),
         recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
-        rule=drop_and_grow(
-            scores.magnitude,
-            scores.random,
-            recipe.drop_schedule(drop_fraction, updates.end),
-            seed=seed,
-        ),  # fmt: skip
+        rule=by_sign if removal == "signwise" else by_magnitude,
         updates=updates,
+        rule_sees="masked",
         restarts=True,
         pack_masks=pack_masks,
     )

@@ -1,9 +1,10 @@
 """The engines: each one wraps an inner optimizer; methods are recipes on them."""
 
-from jaxsparse.transforms._common import Step, View
-from jaxsparse.transforms.drop_and_grow import drop_and_grow, swap
+from jaxsparse.transforms._common import Step, View, momentum
+from jaxsparse.transforms.drop_and_grow import drop_and_grow, refill, swap
 from jaxsparse.transforms.masked import masked
 from jaxsparse.transforms.prune import keep_best
+from jaxsparse.transforms.redistribute import apportion, by_layer, by_leaf
 from jaxsparse.transforms.straight_through import (
     Learner,
     Projection,
@@ -18,9 +19,14 @@ __all__ = [
     "Projection",
     "Step",
     "View",
+    "apportion",
+    "by_layer",
+    "by_leaf",
     "drop_and_grow",
     "keep_best",
     "masked",
+    "momentum",
+    "refill",
     "refresh",
     "soft_threshold_learner",
     "straight_through",

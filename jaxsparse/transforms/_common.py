@@ -75,6 +75,37 @@ def store_masks(plan: Plan, masks: Sequence[Array], packed: bool):
     return plan.scatter([masking.pack(m) if packed else m for m in masks])
 
 
+def momentum(step: Step) -> list[Array]:
+    r"""The momentum of the sparse leaves in the inner optimizer's state, whatever wraps it: `trace`
+    (SGD), or `mu` (Adam and its kin), divided by $\sqrt{\nu} + 10^{-8}$ where there is a `nu`.
+
+    Raises:
+      ValueError: the inner optimizer keeps none.
+    """
+    masked_out = lambda x: isinstance(x, optax.MaskedNode)
+
+    def slot(name: str, leaf: Leaf):
+        for _, tree in optax.tree.get_all_with_path(step.inner, name):
+            flat = jax.tree.leaves(tree, is_leaf=masked_out)
+            x = flat[leaf.index] if leaf.index < len(flat) else None
+            if x is not None and not masked_out(x) and jnp.shape(x) == leaf.shape:
+                return x
+        return None
+
+    found = []
+    for leaf in step.leaves:
+        m, nu = slot("trace", leaf), None
+        if m is None:
+            m, nu = slot("mu", leaf), slot("nu", leaf)
+        if m is None:
+            raise ValueError(
+                f"inner: this method reads its momentum, and it keeps none for {leaf.path!r} (no "
+                "`trace` or `mu` in its state); give optax.sgd(0.1, momentum=0.9) or optax.adam"
+            )
+        found.append(m if nu is None else m / (jnp.sqrt(nu) + 1e-8))
+    return found
+
+
 def broken(grads: Sequence[Array], weights: Sequence[Array]) -> Array:
     """Whether any gradient or weight of the sparse leaves is NaN (bool scalar)."""
     bad = [jnp.any(jnp.isnan(x)) for x in (*grads, *weights)]

@@ -66,8 +66,15 @@ def swap(
         seed=salt,
         axis=axes,
     )
+    return refill(leaf, keep, swapped, grow_score, salt=salt)
+
+
+def refill(leaf: Leaf, keep: Array, number, score: Array, *, salt: Any = 0) -> Array:
+    """The mask of one leaf with the units `keep` and, in each slice, the `number` (int32, one per
+    slice or for all) units of highest `score` among the others; equal scores by a seeded hash."""
+    kind, lead = leaf.structure, leaf.lead
     grown = selection.topk_mask(
-        kind.pool(grow_score, lead), swapped, where=~keep, ties="hash",
-        seed=salt ^ jnp.uint32(0x9E3779B9), axis=axes,
+        kind.pool(score, lead), number, where=~keep, ties="hash",
+        seed=salt ^ jnp.uint32(0x9E3779B9), axis=kind.axes(leaf.shape, lead),
     )  # fmt: skip
     return kind.expand(keep | grown, leaf.shape, lead)

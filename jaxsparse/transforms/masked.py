@@ -154,7 +154,11 @@ def masked(
         out = [applied(*row) for row in zip(plan.take(deltas), ws, masks, live)]
         if settle is not None:
             after = [w + d for w, d in zip(ws, out)]
-            masks, after = settle(Step(state.count, views(plan, after, gs, masks), new_inner, aux))
+            was = masks
+            masks, after = settle(Step(state.count, views(plan, after, gs, was), new_inner, aux))
+            if restarts:
+                both = [m & w for m, w in zip(masks, was)]
+                new_inner = restart(inner, new_inner, both, plan, params)
             out = [jnp.where(m, p - w, -w) for m, p, w in zip(masks, after, ws)]
             stored = plan.take(store_masks(plan, masks, pack_masks))
         new_state = state._replace(

@@ -1,0 +1,100 @@
+"""AC/DC: sparse and dense phases in turn, ending sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import schedules, scores
+from jaxsparse._counts import is_concrete
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import keep_best, masked
+
+# Percent of the run: the authors' 100 epochs on ImageNet.
+_SWITCHES = (10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85)
+
+
+@register(
+    "ac_dc",
+    reference="Peste et al., AC/DC: alternating compressed/decompressed training of deep neural "
+    "networks, 2021",
+    dynamics="gradual",
+    dense_phase="dense before the first switch, and between each second switch and the next",
+    starts_dense=True,
+    gradients="all",
+)
+def ac_dc(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    total_steps: Any,
+    switches: Sequence[Any] | None = None,
+    structure: Any = None,
+    allocation: Any = "global",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Alternates between compressed phases, at the full sparsity at once by the largest |w|, and
+    dense phases. It starts dense and ends compressed.
+
+    When a dense phase begins, the weights that were pruned start from 0, and the inner optimizer's
+    per-weight state (its momentum) of all weights starts as at `init`, so that the first step of a
+    pruned weight is $-\eta g$ with SGD. Step counts, and so learning rates, go on.
+
+    Args:
+      inner: the optimizer of the weights.
+      sparsity: of the compressed phases, in [0, 1); may be left out with an N:M structure (then
+        with `allocation="uniform"`).
+      total_steps: the length of the run, in steps.
+      switches: the steps at which the phase changes, an odd number of them, so that the last phase
+        is compressed. By default, in percent of the run: compressed at 10, 20, ..., 70 for 5
+        each, and from 85 on.
+      allocation: "global" as the authors' main results, or "uniform".
+      structure, targets, seed, pack_masks: see the guide of options.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.ac_dc(optax.sgd(0.1, momentum=0.9), 0.9, total_steps=1000)
+
+    Raises:
+      ValueError: a sparsity out of range, switches that are even in number, not increasing or not
+        within the run.
+    """
+    if is_concrete(total_steps) and total_steps < 1:
+        raise ValueError(f"total_steps={total_steps}: a run has at least one step")
+    if switches is None:
+        switches = _default_switches(total_steps)
+    if is_concrete(total_steps, *switches):
+        ordered = all(a < b for a, b in zip(switches, switches[1:]))
+        if len(switches) % 2 == 0 or not ordered or switches[0] < 0 or switches[-1] >= total_steps:
+            raise ValueError(
+                f"switches={tuple(switches)}: give an odd number of increasing steps from 0 to "
+                f"{total_steps - 1}; the first one starts a compressed phase, and so does the last"
+            )
+    events = schedules.At(tuple(switches))
+    compressed = lambda step: (events.passed(step) % 2).astype(jnp.float32)
+    rule = keep_best(
+        scores.magnitude, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
+        ramp=compressed, seed=seed,
+    )  # fmt: skip
+    return masked(
+        inner,
+        recipe.plan_for(targets, structure),
+        rule,
+        rule=rule,
+        updates=events,
+        resets=lambda count: events.fires(count) & (compressed(count) == 0),
+        pack_masks=pack_masks,
+    )
+
+
+def _default_switches(total_steps) -> tuple:
+    """The authors' table; a run too short to hold it has one switch, half way."""
+    steps = tuple(total_steps * percent // 100 for percent in _SWITCHES)
+    if is_concrete(total_steps) and len(set(steps)) < len(steps):
+        return (total_steps // 2,)
+    return steps

@@ -1,0 +1,112 @@
+"""Deep R: connections of fixed sign that die when they cross zero, and random ones in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import masking, selection
+from jaxsparse._counts import is_concrete
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import Step, masked, refill
+from jaxsparse.transforms._common import broken
+
+
+@register(
+    "deep_r",
+    reference="Bellec et al., Deep rewiring: training very sparse deep networks, 2018",
+    structures="unstructured",
+)
+def deep_r(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    l1: Any = 1e-5,
+    noise: Any = 1e-5,
+    allocation: Any = "erk",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Every position has a sign $\sigma$ for good. A kept weight $w = \sigma \theta$ moves by
+
+    $$g + \alpha \sigma + c\, \nu, \qquad \nu \sim N(0, 1)$$
+
+    through the inner optimizer; when $\theta$ falls below 0 the connection dies, and a dormant
+    position of its layer, drawn at random, starts at $\theta = 10^{-12}$: exactly as many weights as
+    asked for are kept after every step.
+
+    Args:
+      inner: the optimizer of the weights: SGD without momentum is the method, with which a step is
+        $-\eta g - \eta\alpha\sigma - \eta c\nu$.
+      sparsity: the fraction of zeros in [0, 1).
+      l1: $\alpha$, which drives connections towards their death.
+      noise: c as in the authors' code; the theory has $c = \sqrt{2T/\eta}$ at temperature T.
+      allocation, targets, seed, pack_masks: see the guide of options.
+
+    The signs are those of the parameters given to `init` (seeded where these are 0), kept as one bit
+    per weight; the state of a weight that dies starts anew. The soft variant, in which dormant
+    weights walk at random, and the one that shares the budget over layers are not offered.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.deep_r(optax.sgd(0.05), sparsity=0.9)
+
+    Raises:
+      ValueError: a sparsity out of range, a negative `l1` or `noise`.
+    """
+    if is_concrete(l1, noise) and (l1 < 0 or noise < 0):
+        raise ValueError(f"l1={l1}, noise={noise}: must not be negative")
+    sparsity = recipe.sparsity_of(sparsity, None)
+
+    def draw(v, count, stream):
+        salt = v.leaf.salt(seed, count) ^ jnp.uint32(stream)
+        return jax.random.key(jax.lax.bitcast_convert_type(salt, jnp.int32))
+
+    def initial_signs(step: Step):
+        signs = []
+        for v in step.views:
+            coin = jax.random.bernoulli(draw(v, 0, 1), shape=v.w.shape)
+            signs.append(masking.pack(jnp.where(v.w == 0, coin, v.w > 0)))
+        return signs
+
+    def signs_of(step: Step):
+        return [
+            jnp.where(s.unpack(), 1.0, -1.0).astype(v.w.dtype) for v, s in zip(step.views, step.aux)
+        ]
+
+    def seen(step: Step):
+        out = []
+        for v, sign in zip(step.views, signs_of(step)):
+            walk = jax.random.normal(draw(v, step.count, 2), v.w.shape, jnp.float32)
+            g = v.g + (l1 * sign).astype(v.g.dtype) + (noise * walk).astype(v.g.dtype)
+            out.append(jnp.where(v.m, g, jnp.zeros((), g.dtype)))
+        return out
+
+    def settle(step: Step):
+        masks, weights = [], []
+        calm = ~broken([], [v.w for v in step.views])
+        for v, sign in zip(step.views, signs_of(step)):
+            axes = tuple(range(v.leaf.lead, v.w.ndim))
+            alive = v.m & ~((v.w * sign <= 0) & calm)
+            lost = selection.count(v.m, axis=axes) - selection.count(alive, axis=axes)
+            salt = v.leaf.salt(seed, step.count)
+            mask = refill(v.leaf, alive, lost, jnp.zeros_like(v.w), salt=salt)
+            tiny = max(1e-12, float(jnp.finfo(v.w.dtype).tiny))
+            masks.append(mask)
+            weights.append(jnp.where(alive, v.w, sign * jnp.asarray(tiny, v.w.dtype)))
+        return masks, weights
+
+    return masked(
+        inner,
+        recipe.plan_for(targets, None),
+        recipe.random_masks(recipe.shape_rule(allocation), sparsity, seed),
+        inner_sees=seen,
+        settle=settle,
+        restarts=True,
+        init_aux=initial_signs,
+        pack_masks=pack_masks,
+    )

@@ -1,0 +1,96 @@
+"""DST-EE: RigL with a bonus for weights that have rarely been tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import schedules
+from jaxsparse._counts import is_concrete
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import Step, masked, swap
+
+
+@register(
+    "dst_ee",
+    reference="Huang et al., Dynamic sparse training via balancing the exploration-exploitation "
+    "trade-off, 2023",
+    gradients="updates",
+)
+def dst_ee(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    total_steps: Any,
+    exploration: Any = 0.1,
+    epsilon: float = 1.0,
+    drop_fraction: Any = 0.3,
+    update_every: Any = 100,
+    begin_step: Any = None,
+    end_step: Any = None,
+    structure: Any = None,
+    allocation: Any = "erk",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""As `rigl`, but growth ranks by
+
+    $$|g| + c\, \overline{|g|}\, \frac{\ln t}{N + \epsilon}$$
+
+    with N the number of rounds (from `init` on) in which the weight was kept, t the step, and
+    $\overline{|g|}$ the mean over the layer: gradient and coverage, as an upper confidence bound.
+    c = 0 is RigL, bit for bit; a very large c tries every weight once before any again.
+
+    Args:
+      inner: the optimizer of the weights.
+      sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
+      total_steps: the length of the run, in steps.
+      exploration: c. The authors tune it per data set for a bonus without the mean; in units of the
+        mean it has the same meaning in every layer.
+      epsilon: $\epsilon$, so that N = 0 has a finite bonus.
+      drop_fraction, update_every, begin_step, end_step: as `rigl`.
+      structure, allocation, targets, seed, pack_masks: see the guide of options.
+
+    The counters N are int32, one per weight.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.dst_ee(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)
+
+    Raises:
+      ValueError: as `rigl`; a negative `exploration`, an `epsilon` that is not positive.
+    """
+    if is_concrete(exploration) and exploration < 0:
+        raise ValueError(f"exploration={exploration}: must not be negative")
+    if epsilon <= 0:
+        raise ValueError(f"epsilon={epsilon}: must be positive")
+    updates = schedules.window(
+        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
+    )
+    fraction = recipe.drop_schedule(drop_fraction, updates.end)
+
+    def rule(step: Step):
+        f, log_t = fraction(step.count), jnp.log(jnp.maximum(step.count, 1).astype(jnp.float32))
+        masks = []
+        for v, tried in zip(step.views, step.aux):
+            size = jnp.abs(v.g).astype(jnp.float32)
+            mean = jnp.mean(size, axis=tuple(range(v.leaf.lead, size.ndim)), keepdims=True)
+            bonus = exploration * mean * log_t / (tried + epsilon)
+            salt = v.leaf.salt(seed, step.count)
+            masks.append(swap(v.leaf, v.m, jnp.abs(v.w), size + bonus, f, salt=salt))
+        return masks, [n + m for n, m in zip(step.aux, masks)]
+
+    return masked(
+        inner,
+        recipe.plan_for(targets, structure),
+        recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        rule=rule,
+        updates=updates,
+        replaces_step=True,
+        restarts=True,
+        init_aux=lambda step: [m.astype(jnp.int32) for m in step.masks],
+        pack_masks=pack_masks,
+    )

@@ -1,0 +1,90 @@
+"""GSM: a gradient for the few weights that matter, decay for the rest, and one cut at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import plan as plans
+from jaxsparse import schedules, scores
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import Step, keep_best, masked
+
+
+@register(
+    "gsm",
+    reference="Ding et al., Global sparse momentum SGD for pruning very deep neural networks, 2019",
+    dynamics="gradual",
+    dense_phase="dense before end_step",
+    starts_dense=True,
+    gradients="all",
+)
+def gsm(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    total_steps: Any,
+    end_step: Any = None,
+    structure: Any = None,
+    allocation: Any = "global",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""At each step only the $Q = N - \lfloor S N \rfloor$ weights of largest $|w g|$ of the network
+    have their gradient; the others see a gradient of 0, so that the decay alone moves them:
+
+    $$v \leftarrow \beta v + B \odot g + \lambda w, \quad w \leftarrow w - \eta v.$$
+
+    With a high momentum $\beta$ they shrink, by $1 - \eta\lambda/(1 - \beta)$ per step, until the
+    smallest |w| are cut at `end_step` at little cost. **The decay must be part of `inner`, before
+    its momentum**, and $\beta$ high: the authors take 0.98 and 0.99 with decays of 1e-4 and 5e-4
+    over hundreds of epochs:
+
+        optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(5e-3, momentum=0.98))
+
+    Args:
+      inner: the optimizer of the weights, with decay and momentum.
+      sparsity: in [0, 1); may be left out with an N:M structure (with `allocation="uniform"`).
+      total_steps: the length of the run, in steps.
+      end_step: when the cut is made; 75 % of the run, the rest fine-tunes. The authors cut at the
+        very end (`total_steps - 1`).
+      allocation: how $B$ and the cut split the budget; "global" is the method.
+      structure, targets, seed, pack_masks: see the guide of options.
+
+    A gradient that is NaN is let through, so that it shows.
+
+    >>> import jaxsparse
+    >>> inner = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(5e-3, momentum=0.98))
+    >>> tx = jaxsparse.gsm(inner, 0.9, total_steps=1000)
+
+    Raises:
+      ValueError: a sparsity or a step out of range.
+    """
+    sparsity, budget = recipe.sparsity_of(sparsity, structure), recipe.allocation_of(allocation)
+    updates = schedules.window(total_steps, None, end_step)
+    cut = schedules.At((updates.end,))
+
+    def active(step: Step):
+        saliency = [scores.saliency(v.w, v.g) for v in step.views]
+        chosen = plans.choose(
+            step.leaves, saliency, budget, sparsity, ties="hash", seed=seed, stream=step.count
+        )
+        done = step.count >= updates.end
+        return [
+            jnp.where(jnp.where(done, v.m, b | jnp.isnan(v.g)), v.g, jnp.zeros((), v.g.dtype))
+            for v, b in zip(step.views, chosen)
+        ]
+
+    return masked(
+        inner,
+        recipe.plan_for(targets, structure),
+        recipe.all_kept,
+        rule=keep_best(scores.magnitude, budget, sparsity, seed=seed),
+        updates=cut,
+        inner_sees=active,
+        pack_masks=pack_masks,
+    )

@@ -1,0 +1,165 @@
+"""ITOP: SET and RigL with rare, large updates, and a record of every weight ever tried."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import masking, schedules, scores
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import Step, masked, swap
+
+_REFERENCE = (
+    "Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in "
+    "sparse training, 2021"
+)
+
+
+class Fired(NamedTuple):
+    """The masks (packed to bits) of the weights that have been kept at any time, per sparse leaf."""
+
+    masks: list
+
+
+def exploration_rate(fired: Any) -> float:
+    r"""$R_s = |\bigcup_t support(m_t)| / n$: the part of the weights that have ever been kept.
+
+    Args:
+      fired: an optimizer state of `set_itop` or `rigl_itop`; or, for any other method, the tree of
+        masks that you have joined over time: `fired = jax.tree.map(jnp.logical_or, fired, masks)`.
+
+    >>> exploration_rate({"kernel": jnp.array([True, True, False, False])})
+    0.5
+
+    Raises:
+      ValueError: a state that keeps no record.
+    """
+    found = [s.aux for s in masking.find_states(fired) if isinstance(s.aux, Fired)]
+    if not found and masking.find_states(fired):
+        raise ValueError("fired: this method keeps no record of the weights that it has tried")
+    trees = [f.masks for f in found] or fired
+    masks = [m for m in jax.tree.leaves(trees, is_leaf=masking.is_mask) if m is not None]
+    return masking.count_kept(masks) / max(sum(masking.unpack(m).size for m in masks), 1)
+
+
+def _itop(
+    inner, sparsity, *, by_gradient, unfired, total_steps, drop_fraction, update_every, begin_step,
+    end_step, structure, allocation, targets, seed, pack_masks,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    updates = schedules.window(
+        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
+    )
+    fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
+
+    def rule(step: Step):
+        f, masks = fraction(step.count), []
+        for v, fired in zip(step.views, step.aux.masks):
+            grow = scores.gradient(v.w, v.g) if by_gradient else scores.random(v.w)
+            grow = (~fired.unpack()).astype(jnp.float32) if unfired else grow
+            salt = v.leaf.salt(seed, step.count)
+            masks.append(swap(v.leaf, v.m, jnp.abs(v.w), grow, f, salt=salt))
+        both = [masking.pack(f.unpack() | m) for f, m in zip(step.aux.masks, masks)]
+        return masks, Fired(both)
+
+    return masked(
+        inner,
+        recipe.plan_for(targets, structure),
+        recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        rule=rule,
+        updates=updates,
+        rule_sees="dense" if by_gradient else "masked",
+        replaces_step=by_gradient,
+        restarts=True,
+        init_aux=lambda step: Fired([masking.pack(m) for m in step.masks]),
+        pack_masks=pack_masks,
+    )
+
+
+_ARGS = """
+
+    Args:
+      inner: the optimizer of the weights.
+      sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
+      total_steps: the length of the run, in steps.
+      drop_fraction: the start of a cosine to 0.005 (the authors use 0.5), or a schedule.
+      update_every: steps between updates; a grown weight needs time before it is judged. By default
+        a sixtieth of the run, which is the authors' 1500 steps of 100 epochs or so.
+      begin_step, end_step: the first update (`update_every`) and the last (75 % of the run).
+      structure, allocation, targets, seed, pack_masks: see the guide of options.
+
+    Raises:
+      ValueError: as `rigl`.
+"""
+
+
+@register("set_itop", reference=_REFERENCE)
+def set_itop(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    total_steps: Any,
+    growth: Literal["random", "unfired"] = "random",
+    drop_fraction: Any = 0.5,
+    update_every: Any = None,
+    begin_step: Any = None,
+    end_step: Any = None,
+    structure: Any = None,
+    allocation: Any = "erk",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SET that drops much and rarely, and records what has been tried (`exploration_rate`).
+
+    `growth="unfired"` draws from the positions that have never been kept while there are any, so
+    that all n weights are tried after $\lceil (n - n_1)/k \rceil$ updates of k weights each.
+    """
+    if growth not in ("random", "unfired"):
+        raise ValueError(f"growth={growth!r}: use 'random' or 'unfired'")
+    every = _rarely(total_steps) if update_every is None else update_every
+    return _itop(
+        inner, sparsity, by_gradient=False, unfired=growth == "unfired", total_steps=total_steps,
+        drop_fraction=drop_fraction, update_every=every, begin_step=begin_step, end_step=end_step,
+        structure=structure, allocation=allocation, targets=targets, seed=seed,
+        pack_masks=pack_masks,
+    )  # fmt: skip
+
+
+@register("rigl_itop", reference=_REFERENCE, gradients="updates")
+def rigl_itop(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    total_steps: Any,
+    drop_fraction: Any = 0.5,
+    update_every: Any = None,
+    begin_step: Any = None,
+    end_step: Any = None,
+    structure: Any = None,
+    allocation: Any = "erk",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """RigL that drops much and rarely, and records what has been tried (`exploration_rate`)."""
+    every = _rarely(total_steps) if update_every is None else update_every
+    return _itop(
+        inner, sparsity, by_gradient=True, unfired=False, total_steps=total_steps,
+        drop_fraction=drop_fraction, update_every=every, begin_step=begin_step, end_step=end_step,
+        structure=structure, allocation=allocation, targets=targets, seed=seed,
+        pack_masks=pack_masks,
+    )  # fmt: skip
+
+
+def _rarely(total_steps):
+    return jnp.maximum(total_steps // 60, 1) if isinstance(total_steps, jax.Array) else max(
+        total_steps // 60, 1
+    )  # fmt: skip
+
+
+for _method in (set_itop, rigl_itop):
+    _method.__doc__ = (_method.__doc__ or "").rstrip() + _ARGS
