@@ -159,37 +159,33 @@ def choose(flag: Array, a: Count, b: Count) -> Count:
 
 def reduce_sum(operands: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     """The sums of several int32 arrays over `axes`, dimensions kept, in one pass."""
-    return _reduce(operands, (), (), axes)
+    return _reduce(operands, (), axes)
 
 
-def _reduce(sums, lows, highs, axes: Sequence[int]) -> list[Array]:
-    """Sums, minima and maxima of int32 arrays of one shape over `axes`, in one pass."""
-    operands, n, m = [*sums, *lows, *highs], len(sums), len(sums) + len(lows)
+def _reduce(sums, minima, axes: Sequence[int]) -> list[Array]:
+    """Sums of int32 arrays and minima of uint32 ones, of one shape, over `axes`, in one pass."""
+    operands, n = [*sums, *minima], len(sums)
     if not axes:
         return operands
 
     def combine(a, b):
         both = list(zip(a, b))
-        return (
-            *(x + y for x, y in both[:n]),
-            *(jnp.minimum(x, y) for x, y in both[n:m]),
-            *(jnp.maximum(x, y) for x, y in both[m:]),
-        )
+        return *(x + y for x, y in both[:n]), *(jnp.minimum(x, y) for x, y in both[n:])
 
-    empty = [0] * n + [INT_MAX] * len(lows) + [INT_MIN] * len(highs)
+    empty = [jnp.int32(0)] * n + [jnp.uint32(2**32 - 1)] * len(minima)
     shape = [1 if a in axes else n for a, n in enumerate(operands[0].shape)]
-    out = lax.reduce(tuple(operands), tuple(map(jnp.int32, empty)), combine, tuple(axes))
+    out = lax.reduce(tuple(operands), tuple(empty), combine, tuple(axes))
     return [x.reshape(shape) for x in out]
 
 
 def totals(
-    flags: Sequence[Array], low: Array, high: Array, axes: Sequence[int], wide: bool
+    flags: Sequence[Array], minima: Sequence[Array], axes: Sequence[int], wide: bool
 ) -> tuple[list[Count], Array, Array]:
-    """How many of each of the boolean arrays are True, the least of `low` and the greatest of
-    `high`, over `axes`, dimensions kept."""
+    """How many of each of the boolean arrays are True, and the minima of two others, over `axes`,
+    dimensions kept."""
     ones = [f.astype(jnp.int32) for f in flags]
     if not wide:
-        *counts, low, high = _reduce(ones, (low,), (high,), axes)
+        *counts, low, high = _reduce(ones, minima, axes)
         return [(c,) for c in counts], low, high
     shape = ones[0].shape
     first, rest, size = [], [], 1
@@ -197,11 +193,11 @@ def totals(
         fits = size * shape[a] < WIDE
         first, rest = ([*first, a], rest) if fits else (first, [*rest, a])
         size *= shape[a] if fits else 1
-    *counts, low, high = _reduce(ones, (low,), (high,), sorted(first))
+    *counts, low, high = _reduce(ones, minima, sorted(first))
     digits = [carry(jnp.zeros_like(c), c) for c in counts]
     for a in rest:
         digits = [carry(*reduce_sum(c, (a,))) for c in digits]
-    _, low, high = _reduce((low,), (low,), (high,), rest)
+    low, high = _reduce((), (low, high), rest)
     return digits, low, high
 
 
@@ -310,31 +306,28 @@ class _Step:
         return self.narrow(s, *self.read(s, operands))
 
     def read(self, s: _State, operands) -> tuple[Count, Array, Array]:
-        """Entries at or above each of the thresholds, and the least and the greatest number in the
-        bracket."""
+        """Entries at or above each of the thresholds, and how far the least and the greatest number
+        in the bracket are from its ends."""
         t = s.thresholds
         counts = tuple(jnp.broadcast_to(c, t.shape) for c in self.base)
-        least, greatest = jnp.full_like(s.lo, INT_MAX), jnp.full_like(s.lo, INT_MIN)
+        low, high = jnp.full_like(s.lo, -1, jnp.uint32), jnp.full_like(s.lo, -1, jnp.uint32)
         for e, arrays in zip(self.entries, operands):
             levels, inside = e.levels(*arrays)
             for level, value in zip(levels, self.found):
                 inside = level == value if inside is None else inside & (level == value)
-
-            def given(flag, e=e, inside=inside):
-                return jnp.broadcast_to(flag if inside is None else flag & inside, e.shape)
-
             x = levels[self.j]
-            more, low, high = totals(
-                [given(x >= t[i]) for i in range(THRESHOLDS)],
-                jnp.where(given(x >= s.lo), x, INT_MAX),
-                jnp.where(given(x <= s.last), x, INT_MIN),
-                e.axes,
-                self.wide,
-            )
+            x = jnp.broadcast_to(x if inside is None else jnp.where(inside, x, INT_MIN), e.shape)
+            # Distances from the ends of the bracket wrap around for numbers outside.
+            distances = _span(s.lo, x), _span(x, s.last)
+            if inside is not None:
+                distances = [jnp.where(inside, d, jnp.uint32(2**32 - 1)) for d in distances]
+            more, a, b = totals([x >= v for v in t], distances, e.axes, self.wide)
             counts = add(counts, tuple(jnp.stack(c).reshape(t.shape) for c in zip(*more)))
-            least = jnp.minimum(least, low.reshape(self.shape))
-            greatest = jnp.maximum(greatest, high.reshape(self.shape))
-        return counts, least, greatest
+            low, high = (
+                jnp.minimum(low, a.reshape(self.shape)),
+                jnp.minimum(high, b.reshape(self.shape)),
+            )
+        return counts, low, high
 
     def narrow(self, s: _State, counts: Count, low: Array, high: Array) -> _State:
         # The higher a threshold, the fewer entries: the counts that belong to the highest threshold
@@ -347,8 +340,10 @@ class _Step:
         c_lo = choose(jnp.any(up, 0), least(counts, up), s.c_lo)
         c_hi = choose(jnp.any(down, 0), greatest(counts, down), s.c_hi)
         # A bracket that holds one number only, or two, however many entries, ends the search.
-        lo = jnp.where(busy, jnp.maximum(lo, jnp.minimum(low, last)), lo)
-        last = jnp.where(busy, jnp.minimum(last, jnp.maximum(high, lo)), last)
+        least_one = s.lo + _int(jnp.minimum(low, _span(s.lo, s.last)))
+        greatest_one = s.last - _int(jnp.minimum(high, _span(s.lo, s.last)))
+        lo = jnp.where(busy, jnp.maximum(lo, jnp.minimum(least_one, last)), lo)
+        last = jnp.where(busy, jnp.minimum(last, jnp.maximum(greatest_one, lo)), last)
         slow = (_span(lo, last) > _span(s.lo, s.last) >> 3) & (
             8 * minus(c_lo, c_hi) > minus(s.c_lo, s.c_hi)
         )
@@ -376,7 +371,11 @@ def _span(lo: Array, last: Array) -> Array:
 
 
 # Thresholds around the guess, in standard deviations of the guess.
-_AROUND = (-4.0, -1.8, -0.9, -0.3, 0.3, 0.9, 1.8, 4.0)
+_AROUND = (-9.0, -2.6, -1.1, -0.35, 0.35, 1.1, 2.6, 9.0)
+
+
+def _int(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _front(x, like: Array) -> Array:
