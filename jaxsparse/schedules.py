@@ -99,6 +99,38 @@ def phases(values, begin, end) -> Schedule:
     return schedule
 
 
+def rounds(sparsity, number, begin, end) -> Schedule:
+    r"""The part of the way to `sparsity` in iterative pruning: of `number` R cuts, spread evenly from
+    `begin` to `end`, each leaves the same fraction of what is there, so that after k of them the
+    sparsity is $1 - (1 - S)^{k/R}$.
+
+    >>> s = rounds(0.75, 2, 0, 10)
+    >>> [round(0.75 * float(s(t)), 2) for t in (0, 9, 10)]
+    [0.5, 0.5, 0.75]
+    """
+
+    def schedule(step):
+        span = jnp.maximum(jnp.asarray(end) - begin, 1)
+        past = jnp.asarray(step) - begin
+        k = jnp.where(past < 0, 0, 1 + jnp.minimum(past, span) * (number - 1) // span)
+        k = jnp.where(jnp.asarray(step) >= end, number, k).astype(jnp.float32)
+        now = 1.0 - (1.0 - jnp.asarray(sparsity, jnp.float32)) ** (k / number)
+        return jnp.where(k >= number, 1.0, now / jnp.maximum(sparsity, 1e-9))
+
+    return schedule
+
+
+def anytime_densities(sparsity, stages, *, base=0.8) -> jax.Array:
+    r"""The densities $base^{\tau_i}$ of `stages` stages, $\tau$ in equal steps from 1 to where the
+    density is 1 - `sparsity` (Misra et al., APP: anytime progressive pruning, 2022).
+
+    >>> [round(float(d), 4) for d in anytime_densities(1 - 0.8**4.5, 8)]
+    [0.8, 0.7155, 0.64, 0.5724, 0.512, 0.4579, 0.4096, 0.3664]
+    """
+    most = jnp.log(1.0 - jnp.asarray(sparsity, jnp.float32)) / jnp.log(base)
+    return base ** jnp.linspace(1.0 if stages > 1 else most, most, stages)
+
+
 def gradient_annealing(value, end, *, reset=None, low=-6.0, high=6.0) -> Schedule:
     r"""AutoSparse's decay of the gradient of pruned weights (Kundu et al., 2023):
     $\alpha_0 \max\bigl(\tfrac{1 + \cos(\pi t/T)}{2}, 1 - \sigma(L_0 + (L_1 - L_0) t/T)\bigr)$,

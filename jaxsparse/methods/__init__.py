@@ -4,17 +4,20 @@ from jaxsparse.methods import _recipe as recipe  # noqa: F401 - for recipes of y
 from jaxsparse.methods._registry import METHODS, Method, make
 from jaxsparse.methods._registry import register as register
 from jaxsparse.methods.ac_dc import ac_dc
+from jaxsparse.methods.app import app
 from jaxsparse.methods.autosparse import autosparse
 from jaxsparse.methods.bi_mask import bdwp, bi_mask
 from jaxsparse.methods.deep_r import deep_r
 from jaxsparse.methods.dense import dense
 from jaxsparse.methods.dsr import dsr
 from jaxsparse.methods.dst_ee import dst_ee
+from jaxsparse.methods.gradient_flow import mdgf, sdgf, sdgf_stages
 from jaxsparse.methods.granet import granet
 from jaxsparse.methods.gsm import gsm
 from jaxsparse.methods.hypersparse import art_stop, hypersparse, hypersparse_loss
 from jaxsparse.methods.iss_p import iss_p
 from jaxsparse.methods.itop import exploration_rate, rigl_itop, set_itop
+from jaxsparse.methods.lamp import lamp
 from jaxsparse.methods.magnitude_ste import magnitude_ste
 from jaxsparse.methods.mest import mest, mest_soft
 from jaxsparse.methods.pruning import (
@@ -25,6 +28,7 @@ from jaxsparse.methods.pruning import (
     saliency,
 )
 from jaxsparse.methods.rigl import rigl
+from jaxsparse.methods.sap import pq_index, sap
 from jaxsparse.methods.set import set_
 from jaxsparse.methods.slope import slope
 from jaxsparse.methods.snfs import snfs
@@ -39,6 +43,7 @@ __all__ = [
     "METHODS",
     "Method",
     "ac_dc",
+    "app",
     "art_stop",
     "autosparse",
     "bdwp",
@@ -54,16 +59,22 @@ __all__ = [
     "hypersparse",
     "hypersparse_loss",
     "iss_p",
+    "lamp",
     "magnitude",
     "magnitude_ste",
     "make",
+    "mdgf",
     "mest",
     "mest_soft",
     "one_shot",
+    "pq_index",
     "random_pruning",
     "rigl",
     "rigl_itop",
     "saliency",
+    "sap",
+    "sdgf",
+    "sdgf_stages",
     "set_",
     "set_itop",
     "slope",

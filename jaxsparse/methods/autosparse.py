@@ -21,7 +21,15 @@ from jaxsparse.transforms import (
 
 
 def learned_threshold(
-    inner, *, backward, threshold_init, threshold_optimizer, targets, raw_dtype, pack_masks
+    inner,
+    *,
+    backward,
+    threshold_init,
+    threshold_optimizer,
+    targets,
+    raw_dtype,
+    pack_masks,
+    shared=False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The frame of STR and AutoSparse: $p = sign(z)\,relu(|z| - \sigma(s))$ with s trained;
     `backward(view, step)` is the derivative taken for the relu."""
@@ -35,7 +43,10 @@ def learned_threshold(
         )
 
     learner = soft_threshold_learner(
-        inner if threshold_optimizer is None else threshold_optimizer, threshold_init, backward
+        inner if threshold_optimizer is None else threshold_optimizer,
+        threshold_init,
+        backward,
+        shared,
     )
     return straight_through(
         inner, recipe.plan_for(targets, None), rule,

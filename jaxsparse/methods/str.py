@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -24,6 +24,7 @@ def str_(
     inner: optax.GradientTransformation,
     *,
     threshold_init: float = -3200.0,
+    scope: Literal["layer", "global"] = "layer",
     threshold_optimizer: optax.GradientTransformation | None = None,
     targets: Any = None,
     raw_dtype: Any = None,
@@ -44,6 +45,8 @@ def str_(
       inner: the optimizer of z, and of s unless `threshold_optimizer` is given.
       threshold_init: s at the start; the authors use -3200 with a decay of about 2e-5 over 100
         epochs of ImageNet, and -200 elsewhere. Short runs need values near 0.
+      scope: one threshold per layer, or one for the network (the gradient of s is then the sum over
+        all layers).
       threshold_optimizer: the optimizer of s.
       targets, pack_masks: see the guide of options.
       raw_dtype: the dtype of z; see `magnitude_ste`.
@@ -51,8 +54,10 @@ def str_(
     >>> import jaxsparse
     >>> tx = jaxsparse.str_(optax.adamw(1e-3, weight_decay=1e-3), threshold_init=-5.0)
     """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope={scope!r}: use 'layer' or 'global'")
     return learned_threshold(
         inner, backward=lambda v, _: v.m.astype(jnp.float32), threshold_init=threshold_init,
         threshold_optimizer=threshold_optimizer, targets=targets, raw_dtype=raw_dtype,
-        pack_masks=pack_masks,
+        pack_masks=pack_masks, shared=scope == "global",
     )  # fmt: skip

@@ -169,7 +169,10 @@ def refresh(fires, rule: Rule, step: Step) -> list[Array]:
 
 
 def soft_threshold_learner(
-    inner: optax.GradientTransformation, init_value: float, backward: Callable[[View, Array], Array]
+    inner: optax.GradientTransformation,
+    init_value: float,
+    backward: Callable[[View, Array], Array],
+    shared: bool = False,
 ) -> Learner:
     r"""One trained s per layer, with the threshold $\sigma(s)$ of
     $p = sign(z)\,relu(|z| - \sigma(s))$:
@@ -197,6 +200,9 @@ def soft_threshold_learner(
             total = jnp.sum(g * backward(v, step.count), axis=axes)
             sigma = jax.nn.sigmoid(s)
             grads.append(-sigma * (1.0 - sigma) * total)
+        if shared and grads:
+            total = sum(jnp.sum(g) for g in grads)
+            grads = [jnp.full_like(g, total) for g in grads]
         deltas, opt = inner.update(plan.scatter(grads), opt, tree, **extra)
         return optax.apply_updates(tree, deltas), opt
 

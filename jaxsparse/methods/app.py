@@ -1,0 +1,89 @@
+"""APP: on a stream of data, prune a little more before each new batch of it is trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import schedules, scores
+from jaxsparse._counts import is_concrete
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
+from jaxsparse.transforms import keep_best, masked
+
+
+@register(
+    "app",
+    reference="Misra et al., APP: anytime progressive pruning, 2022",
+    dynamics="gradual",
+    dense_phase=None,
+    gradients="updates",
+)
+def app(
+    inner: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    total_steps: Any,
+    stages: int = 8,
+    base: float = 0.8,
+    score: Any = "saliency",
+    structure: Any = None,
+    allocation: Any = "global",
+    targets: Any = None,
+    seed: Any = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The data arrive in `stages` megabatches of equally many steps; before it trains on number i,
+    the network is pruned to the density
+
+    $$0.8^{\tau_i}, \qquad \tau = 1, \dots, \frac{\ln(1 - S)}{\ln 0.8} \text{ in equal steps,}$$
+
+    by $|w g|$ with the gradient of that step, so that it is at S for the last one. The first cut is
+    at the first update; a pruned weight stays pruned.
+
+    Args:
+      inner: the optimizer of the weights.
+      sparsity: S at the last megabatch, in [0, 1); the authors' 4.5 is $1 - 0.8^{4.5} = 0.634$. A
+        sparsity below 1 - `base` is reached at once.
+      total_steps: the length of the run, in steps.
+      stages: the number of megabatches.
+      base: the density per unit of $\tau$.
+      score: "saliency" (SNIP's), "magnitude", or a function `(w, g) -> score`.
+      structure, allocation, targets, seed, pack_masks: see the guide of options.
+
+    The authors take the gradient of 20 % of the new megabatch: accumulate over it (with
+    `optax.MultiSteps`) where one batch is too noisy.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.app(optax.sgd(0.1), sparsity=0.63, total_steps=800)
+
+    Raises:
+      ValueError: a sparsity out of range, fewer steps than stages, `base` not in (0, 1).
+    """
+    sparsity = recipe.sparsity_of(sparsity, structure)
+    if not 0 < base < 1:
+        raise ValueError(f"base={base}: the density per unit of the exponent must be in (0, 1)")
+    if stages < 1 or (is_concrete(total_steps) and total_steps < stages):
+        raise ValueError(f"stages={stages}: must be from 1 to total_steps={total_steps}")
+    starts = schedules.At(tuple(i * total_steps // stages for i in range(stages)))
+    densities = schedules.anytime_densities(sparsity, stages, base=base)
+
+    def ramp(step):
+        now = densities[jnp.maximum(starts.passed(step), 1) - 1]
+        done = (1.0 - now) / jnp.maximum(sparsity, 1e-9)
+        return jnp.where(starts.passed(step) >= stages, 1.0, jnp.minimum(done, 1.0))
+
+    function = scores.resolve(score)
+    rule = keep_best(
+        function, recipe.allocation_of(allocation), sparsity, ramp=ramp, nested=True, seed=seed
+    )
+    return masked(
+        inner,
+        recipe.plan_for(targets, structure),
+        recipe.all_kept,
+        rule=rule,
+        updates=starts,
+        pack_masks=pack_masks,
+    )
