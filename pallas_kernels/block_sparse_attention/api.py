@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -103,18 +104,11 @@ def block_sparse_attention(
     >>> out.shape, jnp.exp(lse[0, 0] - 8).round()
     ((1, 2, 4, 8), Array([1., 2., 3., 4.], dtype=float32))
     """
-    segments = _check(q, k, v, mask, segment_ids, softcap, scale)
+    segments = check(q, k, v, mask, segment_ids, softcap, scale)
     if causal:
         sizes = dict(block_q=mask.block_q, block_kv=mask.block_kv)
         mask = mask & BlockMask.causal(mask.q_len, mask.kv_len, **sizes)
-    name = choose(
-        implementation,
-        {
-            "tpu": _why_not_tpu(q, k, v, mask, explicit=implementation == "tpu"),
-            "xla": None,
-            "reference": None,
-        },
-    )
+    name = choose_implementation(implementation, q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "reference":
         out, lse = reference.attention(q, k, v, mask, segments, scale, softcap)
@@ -129,44 +123,90 @@ _IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "tpu": tpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(
-    name: str,
-    scale: float,
-    softcap: float | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: BlockMask,
-    segments: tuple[Array, Array] | None,
-) -> tuple[Array, Array]:
-    return _IMPLEMENTATIONS[name].forward(q, k, v, mask, segments, scale, softcap)
+def _attention(name, scale, softcap, q, k, v, mask, segments):
+    return run_forward(name, scale, softcap, q, k, v, mask, segments)
 
 
 def _attention_fwd(name, scale, softcap, q, k, v, mask, segments):
-    out, lse = _attention(name, scale, softcap, q, k, v, mask, segments)
+    out, lse = run_forward(name, scale, softcap, q, k, v, mask, segments)
     return (out, lse), (q, k, v, mask, segments, out, lse)
 
 
 def _attention_bwd(name, scale, softcap, residuals, cotangents):
     q, k, v, mask, segments, out, lse = residuals
     dout, dlse = cotangents
-    # The log-sum-exp's cotangent g enters as P * g, so it is taken off delta.
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1) - dlse
-    # Merging two empty rows has NaN derivatives; nothing of an empty row may come back.
-    delta = jnp.where(jnp.isneginf(lse), 0.0, delta)
-    grads = _IMPLEMENTATIONS[name].backward(
-        q, k, v, mask, segments, scale, softcap, lse, delta, dout
-    )
+    delta = row_term(out, lse, dout, dlse)
+    grads = run_backward(name, scale, softcap, q, k, v, mask, segments, lse, delta, dout)
     return (*grads, None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
+def row_term(out: Array, lse: Array, dout: Array, dlse: Array) -> Array:
+    """rowsum(dout * out) - dlse: what the softmax's derivative subtracts in each row.
+
+    The log-sum-exp's cotangent g enters as P * g, so it is taken off. Merging empty rows has NaN
+    derivatives, and nothing of an empty row may come back.
+    """
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1) - dlse
+    return jnp.where(jnp.isneginf(lse), 0.0, delta)
+
+
+def run_forward(name: str, scale: float, softcap: float | None, *args: Any) -> tuple[Array, Array]:
+    """Output and LSE of q, k, v, mask and segments by the named implementation."""
+
+    def run(q: Array, k: Array, v: Array, mask: BlockMask, segments: Any) -> Any:
+        return _IMPLEMENTATIONS[name].forward(q, k, v, mask, segments, scale, softcap)
+
+    return _fold_vmap(run)(*args)
+
+
+def run_backward(
+    name: str, scale: float, softcap: float | None, *args: Any
+) -> tuple[Array, Array, Array]:
+    """Gradients from q, k, v, mask, segments, LSE, `row_term` and dout."""
+
+    def run(q: Array, k: Array, v: Array, mask: BlockMask, segments: Any, *of_rows: Array) -> Any:
+        module = _IMPLEMENTATIONS[name]
+        return module.backward(q, k, v, mask, segments, scale, softcap, *of_rows)
+
+    return _fold_vmap(run)(*args)
+
+
+def _fold_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `vmap` of run(q, k, v, mask, ...) become a longer batch: all lists in one call.
+
+    (A loop with a run-time bound, mapped as it stands, would run as long as the longest list.)
+    """
+    folded = jax.custom_batching.custom_vmap(run)
+
+    @folded.def_vmap
+    def _rule(size: int, batched: list[Any], *args: Any) -> Any:
+        batch = (args[0].shape[1:] if batched[0] else args[0].shape)[0]
+
+        def fold(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            if x.shape[1] == 1 < batch:  # a mask that the batch shares
+                x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+            return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+        shared = not any(jax.tree.leaves(batched[3])) and args[3].codes.shape[0] == 1
+        leaves = [
+            arg if i == 3 and shared else jax.tree.map(fold, arg, flags)
+            for i, (arg, flags) in enumerate(zip(args, batched))
+        ]
+        out = _fold_vmap(run)(*leaves)
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return folded
+
+
 # -------------------------------------------------------------------- checks
 
 
-def _check(
+def check(
     q: Array,
     k: Array,
     v: Array,
@@ -219,7 +259,11 @@ def _check(
     return pair[0].astype(jnp.int32), pair[1].astype(jnp.int32)
 
 
-def _why_not_tpu(q: Array, k: Array, v: Array, mask: BlockMask, *, explicit: bool) -> str | None:
-    if not explicit and target_platform() != "tpu":
-        return f"the program runs on {target_platform()}"
-    return tpu.why_not(q, k, v, mask)
+def choose_implementation(
+    implementation: str | None, q: Array, k: Array, v: Array, mask: BlockMask
+) -> str:
+    """The name of the implementation to run; see `pallas_kernels._dispatch.choose`."""
+    not_tpu = tpu.why_not(q, k, v, mask)
+    if implementation is None and target_platform() != "tpu":
+        not_tpu = f"the program runs on {target_platform()}"
+    return choose(implementation, {"tpu": not_tpu, "xla": None, "reference": None})

@@ -1,0 +1,90 @@
+"""One new token against a cache of keys and values, of which only the chosen blocks are read."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.block_sparse_attention.mask import CODE_BITS, BlockMask
+
+
+def block_sparse_decode(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    mask: BlockMask,
+    lengths: Array,
+    *,
+    scale: float | None = None,
+) -> Array:
+    """Attention of one query per sequence over the chosen blocks of its cache.
+
+    A gather of the list's blocks and two small products, in plain JAX on every device: memory
+    traffic is that of `mask.capacity` blocks per head of the cache, whatever its length.
+
+    Args:
+      q: `[batch, heads, head_dim]`.
+      k_cache, v_cache: `[batch, kv_heads, capacity, dim]`, whole blocks.
+      mask: chosen blocks for one query (`q_len=1, block_q=1`), per head of the cache, without
+        patterns (`from_dense`, `from_scores` or `from_indices`).
+      lengths: int `[batch]`, how much of each cache is filled; later positions are not seen.
+      scale: by default `head_dim ** -0.5`.
+
+    Returns:
+      `[batch, heads, v_dim]` in q's dtype; 0 where nothing is visible.
+
+    Raises:
+      ValueError: if shapes and the mask do not fit together.
+
+    >>> q, cache = jnp.ones((1, 2, 4)), jnp.arange(8.0).reshape(1, 1, 8, 1) * jnp.ones(4)
+    >>> mask = BlockMask.from_dense(
+    ...     jnp.array([[True, False, True, False]]), block_q=1, block_kv=2, capacity=2)
+    >>> block_sparse_decode(q, 0 * cache, cache, mask, jnp.array([5]))[0, 0, 0] * 3  # 0 + 1 + 4
+    Array(5., dtype=float32)
+    """
+    batch, heads, dim = q.shape
+    kv_heads, length = k_cache.shape[1:3]
+    if k_cache.shape[0] != batch or heads % kv_heads or v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"k_cache {k_cache.shape} and v_cache {v_cache.shape} do not fit q {q.shape}; they "
+            "must be [batch, a divisor of heads, capacity, dim]"
+        )
+    if (mask.q_len, mask.block_q, mask.kv_len) != (1, 1, length) or length % mask.block_kv:
+        raise ValueError(
+            f"mask is for q_len={mask.q_len}, block_q={mask.block_q}, kv_len={mask.kv_len} with "
+            f"block_kv={mask.block_kv}; decoding needs 1, 1 and the cache's {length}, whole blocks"
+        )
+    if mask.rules:
+        raise ValueError("mask has patterns; decoding takes chosen blocks and lengths only")
+    if mask.codes.shape[0] not in (1, batch) or mask.codes.shape[1] not in (1, kv_heads):
+        raise ValueError(
+            f"mask is for batch {mask.codes.shape[0]} and {mask.codes.shape[1]} heads; it must be "
+            f"1 or {batch}, and 1 or {kv_heads} (heads of the cache)"
+        )
+    n, block = mask.capacity, mask.block_kv
+    shape = (batch, kv_heads, n)
+    indices = jnp.broadcast_to(mask.row_entries >> CODE_BITS, shape)
+    listed = jnp.broadcast_to(jnp.arange(n) < mask.counts[..., None], shape)
+
+    def gather(cache: Array) -> Array:
+        blocks = cache.reshape(batch, kv_heads, length // block, block, -1)
+        chosen = jnp.take_along_axis(blocks, indices[..., None, None], 2)
+        return chosen.reshape(batch, kv_heads, n * block, -1)
+
+    positions = indices[..., None] * block + jnp.arange(block)
+    seen = listed[..., None] & (positions < lengths[:, None, None, None])
+    seen = seen.reshape(batch, kv_heads, 1, n * block)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum(
+        "bhgd,bhkd->bhgk", grouped, gather(k_cache), preferred_element_type=jnp.float32
+    )
+    scores = scores * (dim**-0.5 if scale is None else scale)
+    top = jnp.max(jnp.where(seen, scores, -jnp.inf), -1, keepdims=True)
+    weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isneginf(top), 0.0, top)), 0.0)
+    total = jnp.sum(weights, -1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    values = gather(v_cache)
+    out = jnp.einsum(
+        "bhgk,bhkd->bhgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return out.reshape(batch, heads, -1).astype(q.dtype)

@@ -1,0 +1,128 @@
+"""The attention layer: masks, gradients, Linen, and decoding against a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsparse.nn.attention import BlockSparseAttention, top_blocks
+from pallas_kernels import BlockMask
+
+SIZES = dict(block_q=8, block_kv=8)
+
+
+def layer(**options):
+    return BlockSparseAttention(16, num_heads=4, num_kv_heads=2, rngs=nnx.Rngs(0), **options)
+
+
+X = jax.random.normal(jax.random.key(1), (2, 40, 16))
+
+
+def test_with_every_block_it_is_dense_causal_attention():
+    model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
+    q, k, v = (f(X) for f in (model.query, model.key, model.value))
+    want = model.out(jax.nn.dot_product_attention(q, k, v, is_causal=True))
+    np.testing.assert_allclose(model(X), want, atol=1e-5)
+    everything = layer(mask=top_blocks(5, **SIZES))
+    np.testing.assert_allclose(everything(X), want, atol=1e-5)
+
+
+def test_a_mask_given_with_the_call_takes_the_place_of_the_layers():
+    model = layer(mask=top_blocks(1, **SIZES))
+    mask = BlockMask.local(40, window=10, **SIZES)
+    np.testing.assert_allclose(model(X, mask), layer(mask=lambda q, k: mask)(X), atol=1e-6)
+    assert np.abs(model(X) - model(X, mask)).max() > 1e-3
+
+
+def test_chosen_blocks_are_the_own_one_and_the_best_before():
+    q = k = jnp.zeros((1, 1, 32, 2)).at[:, :, 8:16].set(1.0).at[:, :, 24:].set(1.0)
+    mask = top_blocks(2, **SIZES)(q, k)
+    want = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+    np.testing.assert_array_equal(mask.codes[0, 0] != 0, want)
+
+
+def test_gradients_reach_every_parameter_and_are_finite():
+    model = layer(mask=top_blocks(2, **SIZES))
+    grads = nnx.jit(nnx.grad(lambda m, x: jnp.sum(m(x) ** 2)))(model, X)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(g).all(), path
+        # A bias of the keys shifts all scores of a query alike.
+        assert np.abs(g).max() > 0 or "key" in str(path), path
+
+
+def test_it_works_in_linen_through_the_bridge():
+    module = nnx.bridge.ToLinen(
+        BlockSparseAttention,
+        args=(16,),
+        kwargs=dict(num_heads=4, mask=top_blocks(2, **SIZES)),
+    )
+    params = module.init(jax.random.key(0), X)
+    assert module.apply(params, X).shape == X.shape
+
+
+def test_prefill_then_decode_equals_one_pass_when_all_blocks_are_read():
+    model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
+    want = model(X)
+    out, cache = model.prefill(X[:, :21], model.init_cache(2, 48, block_kv=8))
+    np.testing.assert_allclose(out, want[:, :21], atol=1e-5)
+    step = nnx.jit(lambda m, x, c: m.decode(x, c, num_blocks=6))
+    for i in range(21, 27):
+        out, cache = step(model, X[:, i : i + 1], cache)
+        np.testing.assert_allclose(out[:, 0], want[:, i], atol=1e-5)
+    np.testing.assert_array_equal(cache.lengths, [27, 27])
+    keys = model.key(X[:, :27]).swapaxes(1, 2)
+    np.testing.assert_allclose(cache.sums[:, :, 1], keys[:, :, 8:16].sum(2), atol=1e-5)
+
+
+def test_decode_reads_the_newest_the_first_and_the_best_blocks_only():
+    model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
+    _, cache = model.prefill(X, model.init_cache(2, 48, block_kv=8))
+    clean, _ = model.decode(X[:, :1], cache, num_blocks=3)
+    # Blocks that no head chose may hold anything.
+    q = model.query(X[:, :1]).reshape(2, 2, 2, 4).mean(2)
+    means = jnp.einsum("bhd,bhnd->bhn", q, cache.sums[:, :, 1:5])
+    best = 1 + jnp.argmax(means, -1)
+    poison = jnp.ones((2, 2, 6), bool).at[:, :, jnp.array([0, 5])].set(False)
+    poison &= jnp.arange(6) != best[..., None]
+    poison = jnp.repeat(poison, 8, -1)[..., None]
+    bad = dataclasses.replace(cache, v=jnp.where(poison, jnp.nan, cache.v))
+    np.testing.assert_array_equal(clean, model.decode(X[:, :1], bad, num_blocks=3)[0])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: layer()(X), "mask=None: give one here"),
+        (lambda: top_blocks(0), "num_blocks=0 must be at least 1"),
+        (
+            lambda: BlockSparseAttention(16, num_heads=3, num_kv_heads=2, rngs=nnx.Rngs(0)),
+            "num_heads=3 must be a positive multiple of num_kv_heads=2",
+        ),
+        (
+            lambda: BlockSparseAttention(16, num_heads=3, rngs=nnx.Rngs(0)),
+            "in_features=16 is not a multiple of num_heads=3",
+        ),
+        (lambda: layer().init_cache(1, 20, block_kv=8), "capacity=20 must be a multiple"),
+        (lambda: layer().prefill(X, layer().init_cache(2, 32, block_kv=8)), "x has 40 positions"),
+        (
+            lambda: layer().decode(X, layer().init_cache(2, 32, block_kv=8), num_blocks=2),
+            "x has 40 positions; decode takes one",
+        ),
+        (
+            lambda: layer().decode(X[:, :1], layer().init_cache(2, 32, block_kv=8), num_blocks=5),
+            "num_blocks=5 must lie in",
+        ),
+        (
+            lambda: layer(softcap=3.0).decode(
+                X[:, :1], layer().init_cache(2, 32, block_kv=8), num_blocks=2
+            ),
+            "decode has no softcap",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
