@@ -10,11 +10,13 @@ modules of their own: `structures`, `scores`, `allocations`, `schedules`, `targe
 
 from jaxsparse import allocations, masking, schedules, scores, selection, structures, targets
 from jaxsparse._version import __version__
+from jaxsparse.initial import minimum_threshold, rescale_fan_in, score_ratios
 from jaxsparse.masking import apply_masks, get_masks, get_raw_params
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
 from jaxsparse.methods import __all__ as _methods
 from jaxsparse.plan import prune
 from jaxsparse.summary import Summary, summarize
+from jaxsparse.transposable import transposable_nm_mask
 
 __all__ = [
     *_methods,
@@ -25,13 +27,17 @@ __all__ = [
     "get_masks",
     "get_raw_params",
     "masking",
+    "minimum_threshold",
     "prune",
+    "rescale_fan_in",
     "schedules",
+    "score_ratios",
     "scores",
     "selection",
     "structures",
     "summarize",
     "targets",
+    "transposable_nm_mask",
 ]
 
 

@@ -2,7 +2,7 @@
 
 Two kinds:
 
-- a *rule of shapes* (`Uniform`, `ErdosRenyi`, `Explicit`) gives each layer a sparsity of its own;
+- a *rule of shapes* (`Uniform`, `UniformPlus`, `ErdosRenyi`, `Balanced`, `Pyramidal`, `Explicit`) gives each layer a sparsity of its own;
 - a *ranking* (`Global`) ranks the weights of all layers together by score, perhaps rescaled per
   layer (LAMP), so that the split follows from the scores.
 
@@ -78,7 +78,8 @@ class ErdosRenyi(ByShape):
     With `kernel=True` (ERK) the sum runs over all dimensions of a kernel, otherwise (ER) over
     inputs and outputs only. Layers whose density would exceed 1 become dense, and the rest is
     scaled anew until nothing exceeds it, so that the total is the one asked for. `dense` layers and
-    `first_dense` are left out of both sums. (Mocanu et al., SET, 2018; Evci et al., Rigging the
+    `first_dense` are left out of both sums; with `last_dense` the last layer (by the natural order of
+    the paths) is dense and counted, so that the others pay for it (ER+, ERK+). (Mocanu et al., SET, 2018; Evci et al., Rigging the
     lottery, 2020.)
     """
 
@@ -86,15 +87,18 @@ class ErdosRenyi(ByShape):
     power: float = 1.0
     first_dense: bool = False
     dense: tuple[str, ...] = ()
+    last_dense: bool = False
 
     def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
         dense = _dense_leaves(leaves, self.first_dense, self.dense)
+        last = last_leaf(leaves) if self.last_dense else None
         free = [leaf for leaf in leaves if leaf.path not in dense]
         densities = dict.fromkeys(dense, 1.0)
         if free:
             raw = [self._raw(leaf.layer_shape) for leaf in free]
             sizes = [leaf.layer_size * leaf.layers for leaf in free]
-            found = _saturate(raw, sizes, sparsity)
+            full = [leaf.path == last for leaf in free]
+            found = _saturate(raw, sizes, sparsity, full)
             densities |= dict(zip([leaf.path for leaf in free], found))
         return [1.0 - densities[leaf.path] for leaf in leaves]
 
@@ -103,20 +107,28 @@ class ErdosRenyi(ByShape):
         return (sum(shape) / math.prod(shape)) ** self.power
 
 
-def _saturate(raw: list[float], sizes: list[int], sparsity) -> list:
+def _saturate(raw: list[float], sizes: list[int], sparsity, full=None) -> list:
     """Densities min(1, eps raw) with eps such that the budget is met; at ties all the largest
-    saturate together."""
+    saturate together. Layers that are `full` are dense from the start."""
+    start = np.asarray([False] * len(sizes) if full is None else full)
+    if is_concrete(sparsity) and sum(sizes) * (1.0 - sparsity) < sum(
+        n for n, f in zip(sizes, start) if f
+    ):
+        raise ValueError(
+            f"sparsity={sparsity}: the layers that stay dense have more weights than that leaves; ask "
+            "for less, or do without last_dense"
+        )
     n, r = np.asarray(sizes, np.float64), np.asarray(raw, np.float64)
     if is_concrete(sparsity):
         zeros = np.floor(np.round(float(sparsity) * n, 9))
-        full = np.zeros(len(n), bool)
+        full = start
         while not full.all():
             budget = (n - zeros)[~full].sum() - zeros[full].sum()
             eps = budget / (r * n)[~full].sum()
             top = r[~full].max()
             if top * eps <= 1.0:
                 break
-            full |= r == top
+            full = full | (r == top)
         return [1.0 if f else max(float(eps * x), 0.0) for f, x in zip(full, r)]
     # The same with a traced sparsity, in units of the whole network so that float32 does.
     share, r32 = jnp.asarray(n / n.sum(), jnp.float32), jnp.asarray(r / r.max(), jnp.float32)
@@ -131,9 +143,96 @@ def _saturate(raw: list[float], sizes: list[int], sparsity) -> list:
     def grow(full):
         return full | (r32 >= jnp.max(jnp.where(full, 0.0, r32)))
 
-    full = jax.lax.while_loop(over, grow, jnp.zeros(len(n), bool))
+    full = jax.lax.while_loop(over, grow, jnp.asarray(start))
     density = jnp.where(full, 1.0, eps_of(full) * r32)
     return [density[i] for i in range(len(sizes))]
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformPlus(ByShape):
+    """The first layer dense, the last at least 20 % dense, the others at one sparsity such that the
+    total is the one asked for (Gale et al., The state of sparsity, 2019, as Lee et al., LAMP, 2021,
+    use it)."""
+
+    last_density: float = 0.2
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        paths = [leaf.path for leaf in leaves]
+        first, last = min(paths, key=_natural, default=None), last_leaf(leaves)
+        sizes = [leaf.size for leaf in leaves]
+        floor = [
+            1.0 if path == first else self.last_density if path == last else 0.0 for path in paths
+        ]
+        return [1.0 - d for d in _fill(floor, sizes, sparsity)]
+
+
+def _fill(floor: list[float], sizes: list[int], sparsity) -> list:
+    """Densities max(floor, x) with x such that the budget is met."""
+    xp: Any = np if is_concrete(sparsity) else jnp
+    dtype = np.float64 if is_concrete(sparsity) else np.float32
+    share, low = xp.asarray(sizes, dtype) / sum(sizes), xp.asarray(floor, dtype)
+    if is_concrete(sparsity) and float((share * low).sum()) > 1.0 - sparsity:
+        raise ValueError(
+            f"sparsity={sparsity}: the layers with a least density have more weights than that leaves"
+        )
+    return _solve(lambda x: xp.maximum(low, x), share, 1.0 - sparsity, xp)
+
+
+def _solve(density, share, wanted, xp) -> list:
+    """The densities at the x in [0, 1] with sum(share density(x)) = wanted, by bisection."""
+    low, high = share[0] * 0.0, share[0] * 0.0 + 1.0
+    for _ in range(60 if xp is np else 26):
+        middle = (low + high) / 2
+        enough = xp.sum(share * density(middle)) >= wanted
+        low, high = xp.where(enough, low, middle), xp.where(enough, middle, high)
+    found = density(high)
+    return [float(d) if xp is np else d for d in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced(ByShape):
+    """The same number of kept weights in every layer: density min(1, d N / (L n)), n of N weights in
+    one of L layers. What a small layer cannot hold goes to the others (`redistribute`), so that the
+    total is the one asked for; without, as in the authors' code, the network is sparser than asked.
+    (Gadhikar, Mukherjee & Burkholz, Why random pruning is all we need to start sparse, 2023.)"""
+
+    redistribute: bool = True
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        if not leaves:
+            return []
+        concrete = is_concrete(sparsity)
+        xp: Any = np if concrete else jnp
+        sizes = [float(leaf.layer_size) for leaf in leaves]
+        layers = [leaf.layers for leaf in leaves]
+        n = xp.asarray(sizes, np.float64 if concrete else np.float32)
+        total = float(sum(leaf.size for leaf in leaves))
+        if not self.redistribute:
+            equal = (1.0 - sparsity) * total / sum(layers)
+            found = xp.minimum(1.0, equal / n)
+            return [1.0 - (float(d) if concrete else d) for d in found]
+        share = n * xp.asarray(layers, n.dtype) / total
+        densities = _solve(lambda x: xp.minimum(1.0, x * max(sizes) / n), share, 1.0 - sparsity, xp)
+        return [1.0 - d for d in densities]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramidal(ByShape):
+    r"""Density $r^l$ in the l-th layer from the input (natural order of the paths, from 1), with r
+    such that the total is the one asked for. (Gadhikar, Mukherjee & Burkholz, Why random pruning is
+    all we need to start sparse, 2023.)"""
+
+    def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
+        if not leaves:
+            return []
+        concrete = is_concrete(sparsity)
+        xp: Any = np if concrete else jnp
+        order = sorted((leaf.path for leaf in leaves), key=_natural)
+        depth = np.asarray([order.index(leaf.path) + 1 for leaf in leaves])
+        sizes = np.asarray([leaf.size for leaf in leaves], np.float64)
+        share = xp.asarray(sizes / sizes.sum(), np.float64 if concrete else np.float32)
+        densities = _solve(lambda r: r ** xp.asarray(depth), share, 1.0 - sparsity, xp)
+        return [1.0 - d for d in densities]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
+from jaxsparse.nn.condensed import Condensed, condense, condensed_matmul
 from jaxsparse.nn.nm_linear import NMLinear
 from jaxsparse.nn.sparse_ift import SparseDoped, SparseFactorized, SparseParallel, SparseWide
 from jaxsparse.nn.two_view import (
@@ -17,8 +18,11 @@ from jaxsparse.nn.two_view import (
 __all__ = [
     "BlockSparseLinear",
     "Compacted",
+    "Condensed",
     "NMLinear",
     "compact",
+    "condense",
+    "condensed_matmul",
     "Backward",
     "SLoPeLinear",
     "SparseDoped",
