@@ -66,7 +66,7 @@ class Entries:
 
 class Bounds(NamedTuple):
     """All numbers of a level lie in [lo, last]. `smooth`: they are spread evenly, so that the first
-    pass may interpolate; else it takes the thresholds `probes`, if there are any."""
+    pass may interpolate; else it takes the thresholds `probes`, or uniform ones."""
 
     lo: int
     last: int
@@ -249,29 +249,28 @@ def search(
     wide = size >= WIDE
     shape = entries[0].kept_shape if len(entries) == 1 else ()
     operands = tuple(e.operands for e in entries)
-    varying = _varying(operands, k)
+    plain = _nothing((operands, k)) == 0
 
     def per_slice(x):
-        return varying(jnp.broadcast_to(x, shape) if x.ndim <= len(shape) else x)
+        x = jnp.broadcast_to(x, shape) if x.ndim <= len(shape) else x
+        return jnp.where(plain, x, x)
 
     k = tuple(per_slice(c) for c in k)
     some = positive(k)
     c_lo = tuple(per_slice(c) for c in count_of(size, size, wide))
     c_hi = tuple(per_slice(c) for c in count_of(0, size, wide))
-    passes = varying(jnp.zeros((), jnp.int32))
+    passes = jnp.where(plain, jnp.int32(0), jnp.int32(0))
     found: list[Array] = []
 
     for j, bound in enumerate(bounds):
         step = _Step(entries, operands, j, tuple(found), k, some, c_hi, wide, shape)
         lo, last = per_slice(jnp.int32(bound.lo)), per_slice(jnp.int32(bound.last))
         slow = per_slice(jnp.asarray(not bound.smooth))
-        if j == 0 and first is not None:
-            thresholds = per_slice(jnp.broadcast_to(_front(first, lo), (THRESHOLDS, *shape)))
-        elif bound.probes:
-            probes = jnp.asarray(bound.probes, jnp.int32)
-            thresholds = per_slice(jnp.broadcast_to(_front(probes, lo), (THRESHOLDS, *shape)))
-        else:
+        given = first if j == 0 and first is not None else first_thresholds(bound)
+        if bound.smooth:
             thresholds = _next_thresholds(lo, last, c_lo, c_hi, k, slow)
+        else:
+            thresholds = per_slice(jnp.broadcast_to(_front(given, lo), (THRESHOLDS, *shape)))
         start = _State(lo, last, c_lo, c_hi, thresholds, slow, passes)
         done = some & equal(c_lo, k)
         end = lax.while_loop(step.goes_on, step, start)
@@ -351,18 +350,23 @@ class _Step:
         return _State(lo, last, c_lo, c_hi, thresholds, slow, s.passes + 1)
 
 
-def _varying(operands, k):
-    """A function that marks a constant as differing between devices where the data do, as loops
-    inside `shard_map` ask."""
-    axes = frozenset()
-    for x in jax.tree.leaves((operands, k)):
-        axes |= getattr(jax.typeof(x), "vma", frozenset())
+def first_thresholds(bound: Bounds) -> Array:
+    """The thresholds of the first pass over a level of which nothing is known."""
+    if bound.probes:
+        return jnp.asarray(bound.probes, jnp.int32)
+    steps = range(1, THRESHOLDS + 1)
+    span = bound.last - bound.lo
+    return jnp.asarray([bound.lo + -(-span * i // (THRESHOLDS + 1)) for i in steps], jnp.int32)
 
-    def mark(x):
-        missing = tuple(sorted(axes - getattr(jax.typeof(x), "vma", frozenset())))
-        return lax.pcast(x, missing, to="varying") if missing else x
 
-    return mark
+def _nothing(arrays) -> Array:
+    """0, made of no entries of the arrays: inside `shard_map` it has the type of numbers that
+    differ between devices as the data do, and gives it to what loops start from."""
+    zero = jnp.int32(0)
+    for x in jax.tree.leaves(arrays):
+        x = jnp.reshape(x, 1) if jnp.ndim(x) == 0 else x
+        zero += jnp.sum(lax.slice(x, (0,) * x.ndim, (0,) * x.ndim), dtype=jnp.int32)
+    return zero
 
 
 def _span(lo: Array, last: Array) -> Array:

@@ -306,26 +306,41 @@ def _tie_bounds(size: int, hashed: bool, wide: bool, leaves: int | None) -> list
     return bounds
 
 
-def _sample(entries: Sequence[Entries], k: Count, bound: Bounds) -> Array | None:
-    """Eight thresholds of the first level near its k-th number, from a strided sample.
+def _first_thresholds(entries: Sequence[Entries], k: Count, bound: Bounds) -> Array | None:
+    """Eight thresholds of the first level to begin with; None for those of the bounds.
 
-    The sample is cut out by slices, which sharded arrays allow without moving more than it.
+    On CPU, where a pass over the data is dear, they lie around the k-th of a strided sample. A TPU
+    would read all of the data for it, and has no need of it.
     """
     size = sum(e.ranked for e in entries)
-    if size < _SAMPLED_FROM or bound.smooth or any(e.shape and e.ranked == 0 for e in entries):
+    if size < _SAMPLED_FROM or bound.smooth or math.prod(entries[0].kept_shape) > 1:
         return None
+    if any(_explicitly_sharded(x) for e in entries for x in jax.tree.leaves(e.operands)):
+        return None
+    blind = _search.first_thresholds(bound)
+    operands = tuple(e.operands for e in entries)
+    near = functools.partial(_near_thresholds, entries, size, bound)
+    return lax.platform_dependent(operands, k, cpu=near, default=lambda *_: blind)
+
+
+def _explicitly_sharded(x: Array) -> bool:
+    """Whether the type of x says that it is sharded; such axes do not take slices."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    return any(axis is not None for axis in spec)
+
+
+def _near_thresholds(entries: Sequence[Entries], size: int, bound: Bounds, operands, k) -> Array:
     parts = []
-    for e in entries:
+    for e, (arrays, where, *rest) in zip(entries, operands):
         strides = _strides(e.shape, max(1, size // _SAMPLE))
 
         def cut(x, e=e, strides=strides):
-            if x is None or jnp.ndim(x) == 0:
+            if x is None or x.ndim == 0:
                 return x
             x = jnp.broadcast_to(x, (1,) * (len(e.shape) - x.ndim) + x.shape)
             steps = [s if n > 1 else 1 for s, n in zip(strides, x.shape)]
             return lax.slice(x, (0,) * x.ndim, x.shape, steps)
 
-        (arrays, where, *rest) = e.operands
         levels, inside = e.levels(tuple(map(cut, arrays)), cut(where), *rest)
         part = levels[0] if inside is None else jnp.where(inside, levels[0], INT_MIN)
         parts.append(part.ravel())
@@ -443,8 +458,7 @@ def _topk(arrays, k: Count, where, seed, *, score, axes) -> Array:
         return _pairwise(score(*arrays), k[0], where, seed, axes[0])
     entries = _entries(arrays, score, where, seed, shape=shape, axes=axes, wide=wide)
     bounds = _value_bounds(dtype) + _tie_bounds(ranked, seed is not None, wide, None)
-    whole = math.prod(entries.kept_shape) == 1
-    first = _sample([entries], k, bounds[0]) if whole else None
+    first = _first_thresholds([entries], k, bounds[0])
     return _mask(entries, _search.search([entries], k, bounds, first), positive(k))
 
 
@@ -674,7 +688,7 @@ def _topk_together(operands, k: Count, where, seed, own, *, score) -> list[Array
     if own[0] is not None:
         bounds = [Bounds(0, 1, smooth=True), *bounds]
     else:
-        first = _sample(entries, k, bounds[0])
+        first = _first_thresholds(entries, k, bounds[0])
     found = _search.search(entries, k, bounds, first)
     return [_mask(e, found, positive(k)) for e in entries]
 
@@ -686,7 +700,7 @@ def _neighbours(operands, k: Count, where, *, score) -> tuple[Array, Array]:
     entries, bounds = _together(operands, where, None, none, score)
     dtype = _dtype_of(operands, score)
     bounds = _value_bounds(dtype)
-    found = _search.search(entries, k, bounds, _sample(entries, k, bounds[0]))
+    found = _search.search(entries, k, bounds, _first_thresholds(entries, k, bounds[0]))
     some = positive(k)
     low, high = _limits(dtype)
     above, below = [], []
