@@ -245,19 +245,15 @@ def _matmul_kernel(
     # all its columns have been seen to, it is closed, that is, sent off.
     end = c == chunks - 1
     base = c * group
-    cols = [plan_ref[of_j, stored(base + g)] for g in range(group)]
+    first, last = (plan_ref[of_j, stored(base + g)] for g in (0, group - 1))
     before = jnp.where(c == 0, -1, plan_ref[of_j, stored(jnp.maximum(base - 1, 0))])
-    start = jnp.where(c == 0, 0, cols[0])
+    start = jnp.where(c == 0, 0, first)
     stop = jnp.where(end, columns, plan_ref[of_j, stored(base + group)])
     opened = jnp.minimum((jnp.maximum(start - 1, before) + per) // per, groups)
-    to_open = jnp.minimum((jnp.maximum(stop - 1, cols[-1]) + per) // per, groups)
+    to_open = jnp.minimum((jnp.maximum(stop - 1, last) + per) // per, groups)
     closed = start // per
     to_close = stop // per
-    # Columns without blocks are zeros.
-    gap = (start < cols[0]) | (stop - cols[-1] > 1)
-    for left, right in zip(cols, cols[1:]):
-        gap |= right - left > 1
-    busy, next_busy = cols[0] < columns, ~end & (stop < columns)
+    busy, next_busy = first < columns, ~end & (stop < columns)
 
     def for_rows(t, body):
         """body(rows of panel t in HBM, their number): the last panel may be short."""
@@ -305,6 +301,16 @@ def _matmul_kernel(
             x_copy(0, 0, lambda copy: copy.start())
             w_slot_ref[0] = 0
 
+            # Columns without blocks are zeros. Nothing else is ever written there, so that one
+            # cleaning serves all panels.
+            def clear(j, carry):
+                y_buf[:, pl.ds(pl.multiple_of(j * bn, bn), bn)] = jnp.zeros(
+                    (panel, bn), y_buf.dtype
+                )
+                return carry
+
+            lax.fori_loop(0, columns, clear, 0)
+
             @pl.when(busy)
             def _():
                 fetch_blocks(0, 0)
@@ -332,12 +338,6 @@ def _matmul_kernel(
 
         lax.fori_loop(opened, to_open, open_group, 0)
 
-        def clear(j, carry):
-            y_buf[:, pl.ds(pl.multiple_of(j * bn, bn), bn)] = jnp.zeros((panel, bn), y_buf.dtype)
-            return carry
-
-        lax.fori_loop(jnp.where(gap, start, stop), stop, clear, 0)
-
         @pl.when(busy)
         def _():
             w_slot_ref[0] = 1 - w_slot
@@ -346,6 +346,7 @@ def _matmul_kernel(
             ).wait()
             ks = [plan_ref[of_k, stored(base + g)] for g in range(group)]
             ks = [pl.multiple_of(k * bk, bk) for k in ks]
+            cols = [plan_ref[of_j, stored(base + g)] for g in range(group)]
             js = [pl.multiple_of(j * bn, bn) for j in cols]
             fresh = [j != left for left, j in zip([before, *cols], cols)]
             contract = (((1,), (1 if transposed else 0,)), ((), ()))
