@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsparse import plan as plans
@@ -59,7 +60,9 @@ def _mest(
     amount = mutation
     if not callable(mutation):
         table = jnp.asarray(mutation, jnp.float32)
-        if is_concrete(mutation) and (table.ndim != 1 or bool(jnp.any((table < 0) | (table >= 1)))):
+        # In numpy: jnp would trace what is known, where the method is made under jit.
+        known = np.asarray(mutation) if is_concrete(mutation) else np.zeros(1)
+        if known.ndim != 1 or ((known < 0) | (known >= 1)).any():
             raise ValueError(f"mutation={mutation}: give fractions in [0, 1), one per phase")
         amount = schedules.phases(table, updates.begin, updates.end)
 
