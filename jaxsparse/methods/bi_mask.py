@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from jaxsparse import scores, selection, structures
-from jaxsparse._counts import when
+from jaxsparse._counts import is_concrete, when
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
@@ -88,6 +88,7 @@ def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: 
     keeps_raw=True,
     dynamics="projected",
     structures="NM",
+    gradients="all",
 )
 def bi_mask(
     inner: optax.GradientTransformation,
@@ -127,7 +128,7 @@ def bi_mask(
     Raises:
       ValueError: another structure, groups that do not divide, no candidate.
     """
-    if candidates < 1 or update_every < 1:
+    if candidates < 1 or (is_concrete(update_every) and update_every < 1):
         raise ValueError(
             f"candidates={candidates}, update_every={update_every}: both must be at least 1"
         )
@@ -157,6 +158,7 @@ def bi_mask(
     keeps_raw=True,
     dynamics="projected",
     structures="NM",
+    gradients="all",
 )
 def bdwp(
     inner: optax.GradientTransformation,

@@ -12,7 +12,7 @@ import optax
 
 from jaxsparse import scores
 from jaxsparse import targets as rules
-from jaxsparse._counts import when
+from jaxsparse._counts import is_concrete, when
 from jaxsparse.allocations import Uniform
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -88,7 +88,7 @@ def slope(
     """
     forward, kind = pattern(structure)
     late = total_steps - total_steps // 100 if adapter_step is None else adapter_step
-    if update_every < 1:
+    if is_concrete(update_every) and update_every < 1:
         raise ValueError(f"update_every={update_every}: must be at least 1")
     if isinstance(late, int) and late < 0:
         raise ValueError(f"adapter_step={late}: must not be negative")
