@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse._counts import is_concrete
+from jaxsparse._counts import is_concrete, scale_count
 from jaxsparse.targets import unmatched_message
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class ErdosRenyi(ByShape):
             raw = [self._raw(leaf.layer_shape) for leaf in free]
             sizes = [leaf.layer_size * leaf.layers for leaf in free]
             full = [leaf.path == last for leaf in free]
-            found = _saturate(raw, sizes, sparsity, full)
+            zeros = lambda s: [leaf.layers * scale_count(leaf.layer_size, s) for leaf in free]
+            found = _saturate(raw, sizes, zeros, sparsity, full)
             densities |= dict(zip([leaf.path for leaf in free], found))
         return [1.0 - densities[leaf.path] for leaf in leaves]
 
@@ -107,9 +108,10 @@ class ErdosRenyi(ByShape):
         return (sum(shape) / math.prod(shape)) ** self.power
 
 
-def _saturate(raw: list[float], sizes: list[int], sparsity, full=None) -> list:
+def _saturate(raw: list[float], sizes: list[int], zeros_at, sparsity, full=None) -> list:
     """Densities min(1, eps raw) with eps such that the budget is met; at ties all the largest
-    saturate together. Layers that are `full` are dense from the start."""
+    saturate together. Layers that are `full` are dense from the start; `zeros_at(sparsity)` counts
+    the zeros of a uniform split, whole weights in every layer."""
     start = np.asarray([False] * len(sizes) if full is None else full)
     if is_concrete(sparsity) and sum(sizes) * (1.0 - sparsity) < sum(
         n for n, f in zip(sizes, start) if f
@@ -120,7 +122,7 @@ def _saturate(raw: list[float], sizes: list[int], sparsity, full=None) -> list:
         )
     n, r = np.asarray(sizes, np.float64), np.asarray(raw, np.float64)
     if is_concrete(sparsity):
-        zeros = np.floor(np.round(float(sparsity) * n, 9))
+        zeros = np.asarray(zeros_at(float(sparsity)), np.float64)
         full = start
         while not full.all():
             budget = (n - zeros)[~full].sum() - zeros[full].sum()

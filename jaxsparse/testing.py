@@ -78,8 +78,13 @@ class Run(NamedTuple):
 
 
 def by_path(tree) -> dict[str, np.ndarray]:
-    """The leaves of a tree as NumPy arrays, by path."""
-    return {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    """The leaves of a tree as NumPy arrays (keys as their data), by path."""
+
+    def plain(x):
+        is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return {path_name(path): plain(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def masks_of(state):

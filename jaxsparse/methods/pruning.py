@@ -81,7 +81,8 @@ def _gradual(
         raise ValueError(
             f"initial_sparsity={initial_sparsity}: must be in [0, sparsity={sparsity}]"
         )
-    start = initial_sparsity / jnp.maximum(sparsity, 1e-9) if initial_sparsity else 0.0
+    none = is_concrete(initial_sparsity) and initial_sparsity == 0
+    start = 0.0 if none else initial_sparsity / jnp.maximum(sparsity, 1e-9)
     ramp = schedules.cubic(updates.begin, updates.end, initial=start)
     rule = keep_best(
         score, recipe.allocation_of(allocation), sparsity, ramp=ramp, nested=not recovery, seed=seed
