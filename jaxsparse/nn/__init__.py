@@ -1,5 +1,6 @@
 """Flax NNX modules that compute sparsely."""
 
+from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import Condensed, condense, condensed_matmul
@@ -16,6 +17,9 @@ from jaxsparse.nn.two_view import (
 )
 
 __all__ = [
+    "BlockCache",
+    "BlockSparseAttention",
+    "top_blocks",
     "BlockSparseLinear",
     "Compacted",
     "Condensed",

@@ -109,11 +109,12 @@ def block_sparse_attention(
         sizes = dict(block_q=mask.block_q, block_kv=mask.block_kv)
         mask = mask & BlockMask.causal(mask.q_len, mask.kv_len, **sizes)
     name = choose_implementation(implementation, q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "reference":
         out, lse = reference.attention(q, k, v, mask, segments, scale, softcap)
     else:
-        out, lse = _attention(name, scale, softcap, q, k, v, mask, segments)
+        parts: Any = _attention(name, scale, softcap, q, k, v, mask, segments)
+        out, lse = parts
     return (out, lse) if return_lse else out
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from pallas_kernels.block_sparse_attention.rules import (
     Everything,
@@ -127,7 +128,7 @@ class BlockMask:
                 f"keep has dtype {keep.dtype} and shape {tuple(keep.shape)}; it must be bool "
                 "[q_blocks, kv_blocks], [heads, q_blocks, kv_blocks] or with a leading batch"
             )
-        nq, nk = keep.shape[-2:]
+        nq, nk = (int(n) for n in keep.shape[-2:])
         q_len = nq * block_q if q_len is None else q_len
         kv_len = nk * block_kv if kv_len is None else kv_len
         _check_sizes(q_len, kv_len, block_q, block_kv)
@@ -410,7 +411,8 @@ class BlockMask:
         start = jnp.stack(
             [jnp.asarray(q_block) * self.block_q, jnp.asarray(kv_block) * self.block_kv]
         )
-        part = _build(codes, self.capacity, *lengths, self.block_q, self.block_kv, self.rules, None)
+        sizes = (lengths[0], lengths[1], self.block_q, self.block_kv)
+        part = _build(codes, self.capacity, *sizes, self.rules, None)
         return dataclasses.replace(
             part,
             dropped=self.dropped,
@@ -461,7 +463,7 @@ def _blocks(length: int, block: int) -> int:
 
 
 def _concrete(x: Array | np.ndarray) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, Tracer)
 
 
 def _check_sizes(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:

@@ -73,7 +73,8 @@ def ring_block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     axes = varying_axes(q, k, v, mask) | {axis_name}
     q, k, v, mask = vary((q, k, v, mask), axes)
-    return _ring(name, axis_name, scale, softcap, q, k, v, mask)
+    result: Any = _ring(name, axis_name, scale, softcap, q, k, v, mask)
+    return result
 
 
 def _window(mask: BlockMask, of_q: Any, of_k: Any, q: Array, k: Array) -> BlockMask:
@@ -89,6 +90,10 @@ def _pass_on(tree: Any, axis_name: str) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _ring(name, axis_name, scale, softcap, q, k, v, mask):
+    return _visit_all(name, axis_name, scale, softcap, q, k, v, mask)
+
+
+def _visit_all(name, axis_name, scale, softcap, q, k, v, mask):
     me, n = lax.axis_index(axis_name), lax.axis_size(axis_name)
 
     def visit(carry, i):
@@ -105,7 +110,7 @@ def _ring(name, axis_name, scale, softcap, q, k, v, mask):
 
 
 def _ring_fwd(name, axis_name, scale, softcap, q, k, v, mask):
-    out, lse = _ring(name, axis_name, scale, softcap, q, k, v, mask)
+    out, lse = _visit_all(name, axis_name, scale, softcap, q, k, v, mask)
     return (out, lse), (q, k, v, mask, out, lse)
 
 

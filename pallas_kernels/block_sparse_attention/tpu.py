@@ -531,8 +531,11 @@ def backward(
             args = q[:, :, at], k, v, part, ids, scale, softcap, *of_rows, interpret
             results.append(backward(*args))
         dq, dk, dv = zip(*results)
-        total = [sum(x.astype(jnp.float32) for x in xs).astype(k.dtype) for xs in (dk, dv)]
-        return jnp.concatenate(dq, 2), *total
+        dk, dv = (
+            functools.reduce(jnp.add, [x.astype(jnp.float32) for x in xs]).astype(k.dtype)
+            for xs in (dk, dv)
+        )
+        return jnp.concatenate(dq, 2), dk, dv
 
     b, h, q_len, d = q.shape
     kv_heads, kv_len, dv = k.shape[1], k.shape[2], v.shape[-1]
@@ -595,7 +598,7 @@ def backward(
         return (jnp.sum(x, 2) if h > kv_heads else x[:, :, 0])[:, :, :kv_len].astype(k.dtype)
 
     dq = dq.reshape(b, h, rows, d)[:, :, :q_len]
-    return dq, *(sum_of_group(x) for x in of_keys)
+    return dq, sum_of_group(of_keys[0]), sum_of_group(of_keys[1])
 
 
 # -------------------------------------------------------------------- around the kernels

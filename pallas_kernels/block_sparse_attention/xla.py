@@ -49,8 +49,8 @@ class _Heads:
         self.bq, self.bk = mask.block_q, mask.block_kv
         self.precision = "highest" if q.dtype == jnp.float32 else None
 
-        self.q, self.k, self.v = self.by_block(q, self.bq), self.by_block(k, self.bk), None
-        self.v = self.by_block(v, self.bk)
+        self.q = self.by_block(q, self.bq)
+        self.k, self.v = (self.by_block(x, self.bk) for x in (k, v))
         self.segments = None
         if segment_ids is not None:
             self.segments = [
