@@ -19,6 +19,9 @@ def get_config() -> config_dict.ConfigDict:
     c.options.update_every = config_dict.placeholder(int)
     c.options.begin_step = config_dict.placeholder(int)
     c.options.end_step = config_dict.placeholder(int)
+    c.options.initial_sparsity = config_dict.placeholder(
+        float
+    )  # of gradual pruning: its first step
     c.options.drop_fraction = config_dict.placeholder(float)
     c.options.allocation = config_dict.placeholder(str)  # uniform, er, erk, global, lamp, ...
     c.options.structure = config_dict.placeholder(str)  # 2:4, block:16x16, channel, fan_in
@@ -43,7 +46,8 @@ def get_config() -> config_dict.ConfigDict:
     c.batch_size = 128  # of all devices together
     c.steps = 4000
     c.optimizer = "adamw"  # adamw, sgd, lion, muon
-    c.learning_rate = 1e-3  # the peak: linear warm-up, cosine decay to zero
+    c.learning_rate = 1e-3  # the peak, after a linear warm-up
+    c.decay = "cosine"  # to zero at the last step: cosine, linear
     c.warmup_steps = 100
     c.weight_decay = 0.0  # on leaves with two or more axes
     c.momentum = 0.9  # of sgd
