@@ -21,7 +21,12 @@ _EMPTY = "#E8E8E8"
 
 
 def masks(
-    by_name: Mapping[str, Any], *, changed_from: Mapping[str, Any] | None = None, columns: int = 3
+    by_name: Mapping[str, Any],
+    *,
+    changed_from: Mapping[str, Any] | None = None,
+    columns: int = 3,
+    xlabel: str = "outputs",
+    ylabel: str = "inputs",
 ) -> Figure:
     """Each mask as a picture: a pixel per weight, blue where it is kept.
 
@@ -31,6 +36,7 @@ def masks(
       changed_from: earlier masks of the same names; what was grown since is then green, what was
         dropped orange.
       columns: pictures side by side.
+      xlabel, ylabel: what the columns and the rows of a mask are.
 
     Example:
       >>> figure = masks({"a layer": np.eye(4) > 0})
@@ -66,8 +72,8 @@ def masks(
             aspect="auto" if not 0.3 <= heights[i] <= 1.5 else "equal",
         )  # fmt: skip
         axes.set_title(f"{name}, {100 * mask.mean():.3g} % kept", fontsize=9, color=_INK)
-        axes.set_xlabel("outputs", fontsize=8, color=_INK)
-        axes.set_ylabel("inputs", fontsize=8, color=_INK)
+        axes.set_xlabel(xlabel, fontsize=8, color=_INK)
+        axes.set_ylabel(ylabel, fontsize=8, color=_INK)
         axes.tick_params(colors=_INK, labelsize=7)
     if changed_from is not None:
         names = {"kept": _COLORS[0], "grown": _COLORS[2], "dropped": _COLORS[1]}

@@ -1,0 +1,92 @@
+"""Every notebook runs from top to bottom, as a reader runs it, and is stored without outputs."""
+
+import os
+import pathlib
+
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def test_the_notebooks_that_the_readme_of_the_folder_lists_are_those_that_exist():
+    listed = (ROOT / "colab" / "README.md").read_text()
+    assert len(NOTEBOOKS) == 6
+    assert all(f"]({path.name})" in listed for path in NOTEBOOKS)
+    assert listed.count(".ipynb)") == len(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_outputs_are_stripped(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [], cell.id
+            assert cell.execution_count is None, cell.id
+            assert not cell.metadata, cell.id
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_the_first_code_cell_installs_in_colab_only(path):
+    cell = next(c for c in read(path).cells if c.cell_type == "code")
+    lines = cell.source.splitlines()
+    install = [i for i, line in enumerate(lines) if "%pip install" in line]
+    assert len(install) == 1
+    assert lines[install[0] - 1] == 'if "google.colab" in sys.modules:'
+    assert lines[install[0]].startswith("    ")
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    address = next(
+        line.split()[1].strip()
+        for line in (ROOT / "mkdocs.yml").read_text().splitlines()
+        if line.startswith("repo_url:")
+    )
+    assert f"repository-code: {address}\n" in (ROOT / "CITATION.cff").read_text()
+    for path in NOTEBOOKS:
+        assert f"git+{address}" in path.read_text(), path.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_only_public_names_are_used(path):
+    import ast
+
+    for cell in read(path).cells:
+        if cell.cell_type != "code" or "%pip" in cell.source:
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom):
+                names = (node.module or "").split(".") + [a.name for a in node.names]
+            elif isinstance(node, ast.Import):
+                names = [part for a in node.names for part in a.name.split(".")]
+            else:
+                continue
+            private = [n for n in names if n.startswith("_")]
+            assert not private, (cell.id, private)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_the_notebook_runs_from_top_to_bottom(path, tmp_path):
+    from nbclient import NotebookClient
+
+    # The reader's environment: no eight virtual devices, unless the notebook asks for them.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    notebook = read(path)
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute(env=environment)
+    shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert any("image/png" in o.get("data", {}) for o in shown)
+    assert not any(o.output_type == "error" for o in shown)
