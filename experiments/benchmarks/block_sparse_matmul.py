@@ -76,23 +76,20 @@ def tpu_n_of_m(rows=16, size=4096, n=2, m=4):
 
 
 def _tpu_rows():
-    """Name of the factory and its arguments, for v5e and (fewer) for the others."""
+    """Name of the factory, its arguments, and whether it is run for other chips than v5e, too."""
     sparse = "tpu_block_sparse"
-    for block in (128, 256, 512):
-        for sparsity in (0.5, 0.75, 0.875 if block > 128 else 0.906):
-            yield sparse, dict(block=block, sparsity=sparsity), True
-    for block in (128, 256):
-        for sparsity in (0.75, 0.9):
-            yield sparse, dict(block=block, sparsity=sparsity, balanced=False), True
-    for block, sparsity in ((128, 0.75), (128, 0.906), (256, 0.75)):
-        yield sparse, dict(size=8192, block=block, sparsity=sparsity), False
-    for product in ("input gradient", "weight gradient"):
-        for block in (128, 256, 512):
-            yield sparse, dict(product=product, block=block), True
-    yield sparse, dict(product="input gradient", balanced=False), False
-    yield sparse, dict(product="weight gradient", balanced=False), False
+    for block, sparsities in ((128, (0.75, 0.906, 0.5)), (256, (0.75, 0.5, 0.875)), (512, (0.75,))):
+        for sparsity in sparsities:
+            yield sparse, dict(block=block, sparsity=sparsity), sparsity == 0.75
     for n in (2, 1):
         yield "tpu_n_of_m", dict(n=n), True
+    for product in ("weight gradient", "input gradient"):
+        for block in (128, 256, 512):
+            yield sparse, dict(product=product, block=block), block == 256
+    for block, sparsity in ((128, 0.75), (128, 0.9), (256, 0.75)):
+        yield sparse, dict(block=block, sparsity=sparsity, balanced=False), False
+    for block, sparsity in ((128, 0.75), (128, 0.906)):
+        yield sparse, dict(size=8192, block=block, sparsity=sparsity), False
 
 
 def measure_tpu(results: dict, topologies: list[str]) -> None:
@@ -384,7 +381,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What block-sparse and N:M products cost")
     parser.add_argument("--tpu", action="store_true", help="schedule figures (needs libtpu)")
     parser.add_argument("--cpu", action="store_true", help="wall-clock on this machine")
     parser.add_argument("--tables", action="store_true", help="only tables and plot, from the file")

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-# ruff: noqa: E501, SIM105, B023
-# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# ruff: noqa: SIM115, B007, B023, UP031, UP032
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 """tpu_static: what the real TPU compiler says about a JAX function, without a TPU.
 
 Give it a factory ``module:function`` returning ``(fn, args)`` and a topology
@@ -861,7 +861,7 @@ class Kernel:
                     break
                 i += 1
         self.loops = []
-        for i, (g, t) in self.branch.items():
+        for i, (_g, t) in self.branch.items():
             if t is not None and t <= i:
                 self.loops.append((t, min(i + DELAY_SLOTS, len(b) - 1), i))
         self.loops.sort(key=lambda l: (l[0], -l[1]))
@@ -894,7 +894,7 @@ class Kernel:
                     c["vmatmul_" + kind] += 1
                     m = re.search(r"mxu(\d)", op)
                     if m:
-                        c["mxu%s_busy" % m.group(1)] += self.rates[kind]
+                        c["mxu{}_busy".format(m.group(1))] += self.rates[kind]
                     else:  # v7x names the accumulator only: share equally
                         for q in range(self.mxus):
                             c["mxu%d_busy" % q] += self.rates[kind] / self.mxus
@@ -1018,7 +1018,7 @@ class Kernel:
         names = []
         for L in self.leaders:
             end, br = self.blocks[L]
-            body, off, extra = [], 0, 0
+            body, _off, extra = [], 0, 0
             has_br = False
             for i in range(L, end + 1):
                 t = i - L
@@ -1028,7 +1028,7 @@ class Kernel:
                     op = o.opcode
                     g = None
                     if o.guard:
-                        r = "P[%s]" % o.guard[1][1:]
+                        r = "P[{}]".format(o.guard[1][1:])
                         g = f"_N({r})" if o.guard[0] else r
                     if op.startswith("sbr"):
                         if i == br:
@@ -1056,7 +1056,7 @@ class Kernel:
                         )
                         if m:
                             if m.group(3):
-                                r = "P[%s]" % m.group(3)[1:]
+                                r = "P[{}]".format(m.group(3)[1:])
                                 g = f"_N({r})" if m.group(2) else r
                             pre.append(
                                 f"a{k} = {self._addr(m.group(1))}; x{k} = {self._val(m.group(4).lstrip(', '))}"
@@ -1123,7 +1123,6 @@ class Kernel:
         make = self.compile()
         S, P, M = [U] * 64, [U] * 32, {}
         dma = _Dma(bpc, latency, granule)
-        kern = self
 
         class Ev:
             t = 0
@@ -1193,9 +1192,8 @@ class Kernel:
                 key = tuple(sig[kb])
                 c0, s0 = mark[kb]
                 p = paths[kb].get(key)
-                if p is None:
-                    if len(paths[kb]) < 200:
-                        paths[kb][key] = p = [0, 0, 0.0]
+                if p is None and len(paths[kb]) < 200:
+                    paths[kb][key] = p = [0, 0, 0.0]
                 if p is not None:
                     p[0] += 1
                     p[1] += ev.t - c0
@@ -1376,7 +1374,7 @@ def _rates(dump, gen):
                     ("plain", "matmul"),
                     ("x8", "matmul_x8_packed"),
                 ):
-                    q = re.search(r"MXU_0 %s: \(\d+/(\d+)\)" % lab, blk)
+                    q = re.search(r"MXU_0 {}: \(\d+/(\d+)\)".format(lab), blk)
                     if q and int(q.group(1)):
                         r[key] = max(1, round(n / int(q.group(1))))
     return r

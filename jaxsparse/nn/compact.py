@@ -1,10 +1,11 @@
 """`compact`: from a model trained under masks to one that stores and computes only what they keep."""
 
 import dataclasses
-import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -119,7 +120,7 @@ def _sparse_layer(linear: nnx.Linear, mask: np.ndarray, blocks, platform: str):
         name = f"blocks of {fitting[0]} x {fitting[1]}"
         if mask.mean() >= BLOCKS_PAY_BELOW:
             return None, f"{name}, but too many to be faster than dense"
-        return BlockSparseLinear.from_dense(linear, mask, block_shape=fitting), name
+        return BlockSparseLinear.from_dense(linear, jnp.asarray(mask), block_shape=fitting), name
     for n, m in ((1, 4), (2, 4)):
         if mask.shape[0] % m or _most_of_a_group(mask, m) > n:
             continue
@@ -128,7 +129,7 @@ def _sparse_layer(linear: nnx.Linear, mask: np.ndarray, blocks, platform: str):
             return None, f"{n}:{m}, but element by element, which is not faster on {platform}"
         share = 1 if platform == "tpu" else share
         name = f"{n}:{m}" + (f" shared by {share} outputs" if share > 1 else "")
-        return NMLinear.from_dense(linear, mask, n=n, m=m, share=share), name
+        return NMLinear.from_dense(linear, jnp.asarray(mask), n=n, m=m, share=share), name
     return None, "its mask has no structure that pays"
 
 
@@ -165,13 +166,13 @@ def _replace(model: nnx.Module, path, layer: nnx.Module) -> nnx.Module:
     """The model with the module at `path` replaced, in place unless it is the model itself."""
     if not path:
         return layer
-    parent = model
+    parent: Any = model
     for name in path[:-1]:
         parent = _get(parent, name)
     if isinstance(path[-1], str):
         setattr(parent, path[-1], layer)
     else:
-        operator.setitem(parent, path[-1], layer)
+        parent[path[-1]] = layer  # nnx.List, nnx.Dict
     return model
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def block_sparse_matmul(
             raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
     dtype = jnp.result_type(x.dtype, w.dtype)
     out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
-    x, w = x.astype(dtype), w.astype(dtype)
+    x, w = jnp.asarray(x, dtype), w.astype(dtype)
     reasons = {
         "tpu": tpu.why_not(x, w, interpret),
         "xla": "interpret=True is about the TPU kernels" if interpret else None,
@@ -86,7 +87,7 @@ def block_sparse_matmul(
     static = _Static(name, w.shape, w.block_shape, precision, out_dtype, interpret)
     if w.num_blocks == 0 or x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
-    y = _product(static, x.reshape(-1, x.shape[-1]), w.values, w.pattern)
+    y = _product(static, jnp.reshape(x, (-1, w.shape[0])), w.values, w.pattern)
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -113,7 +114,9 @@ _product.defvjp(_product_fwd, _product_bwd)
 def _multiply(
     static: _Static, transposed: bool, out_dtype: jnp.dtype, x: Array, values: Array, pattern: Array
 ) -> Array:
-    kwargs = dict(transposed=transposed, precision=static.precision, out_dtype=out_dtype)
+    kwargs: dict[str, Any] = dict(
+        transposed=transposed, precision=static.precision, out_dtype=out_dtype
+    )
 
     def run(x, values, pattern):
         w = BlockSparse(values, pattern, static.shape, static.block_shape)

@@ -22,6 +22,7 @@ sums of as many blocks as fit; with more blocks the tokens are read again for ea
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def _pad_cols(x: Array, cols: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, cols - x.shape[1])))
 
 
-def _compiler_params(dimensions: tuple[str, ...], vmem: int) -> pltpu.CompilerParams:
+def _compiler_params(dimensions: tuple[Any, ...], vmem: int) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=dimensions,
         disable_bounds_checks=True,  # indices are clipped before; the checks cost 5 %
@@ -290,9 +291,18 @@ def _matmul_kernel(
         )
 
     def fetch_blocks(chunk, s):
-        for g in range(group):
-            at = jnp.minimum(stored(chunk * group + g), w_hbm.shape[0] - 1)
-            pltpu.make_async_copy(w_hbm.at[at], w_buf.at[s, g], w_sem.at[s]).start()
+        one = 0 if transposed else w_hbm.shape[0] // group  # chunks that lie in one piece
+
+        @pl.when(chunk < one)
+        def _():
+            piece = w_hbm.at[pl.ds(chunk * group, group)]
+            pltpu.make_async_copy(piece, w_buf.at[s], w_sem.at[s]).start()
+
+        @pl.when(chunk >= one)
+        def _():
+            for g in range(group):
+                at = jnp.minimum(stored(chunk * group + g), w_hbm.shape[0] - 1)
+                pltpu.make_async_copy(w_hbm.at[at], w_buf.at[s, g], w_sem.at[s]).start()
 
     @pl.when(i < mine)
     def _():

@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.export
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +131,8 @@ class BlockSparse:
         if block_mask.ndim != 2:
             raise ValueError(f"block_mask.shape={block_mask.shape} must have two dimensions")
         if block_shape is None:
-            block_shape = tuple(max(1, s // b) for s, b in zip(dense.shape, block_mask.shape))
+            rows, cols = (max(1, s // b) for s, b in zip(dense.shape, block_mask.shape))
+            block_shape = rows, cols
         grid = _grid(dense.shape, block_shape, pad)
         if block_mask.shape != grid:
             raise ValueError(
@@ -417,11 +419,12 @@ def _to_dense(w: "BlockSparse") -> Array:
 
 @jax.jit
 def _transpose(w: "BlockSparse") -> "BlockSparse":
+    (rows_n, cols_n), (bh, bw) = w.shape, w.block_shape
     rows, cols, order = _decode(w.pattern)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(w.num_blocks, dtype=jnp.int32))
     pattern = _encode(cols[order], rows[order], back)
     values = w.values[order].swapaxes(1, 2)
-    return BlockSparse(values, pattern, w.shape[::-1], w.block_shape[::-1])
+    return BlockSparse(values, pattern, (cols_n, rows_n), (bw, bh))
 
 
 def _grid(shape: tuple[int, ...], block_shape: tuple[int, int], pad: bool) -> tuple[int, int]:

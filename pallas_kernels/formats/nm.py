@@ -14,6 +14,7 @@ import json
 from typing import Any
 
 import jax
+import jax.core
 import jax.export
 import jax.numpy as jnp
 

@@ -59,7 +59,7 @@ def nm_matmul(
         if not jnp.issubdtype(a.dtype, jnp.floating):
             raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
     dtype = jnp.result_type(x.dtype, w.dtype)
-    x, w = x.astype(dtype), w.astype(dtype)
+    x, w = jnp.asarray(x, dtype), w.astype(dtype)
     only_tpu = "interpret=True is about the TPU kernel" if interpret else None
     reasons = {"tpu": tpu.why_not(x, w, interpret), "xla": only_tpu, "reference": only_tpu}
     if implementation is None and not interpret and target_platform() != "cpu":
@@ -69,7 +69,7 @@ def nm_matmul(
     static = (name, w.shape, w.n, w.m, w.share, precision, out_dtype, interpret)
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
-    y = _product(static, x.reshape(-1, x.shape[-1]), w.values, w.codes)
+    y = _product(static, jnp.reshape(x, (-1, w.shape[0])), w.values, w.codes)
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 

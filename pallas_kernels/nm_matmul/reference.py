@@ -1,5 +1,7 @@
 """Products with an N:M sparse matrix, written to be obviously right."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,7 +19,7 @@ def gradients(
     x: Array, dy: Array, w: NMSparse, *, precision: lax.PrecisionLike = None
 ) -> tuple[Array, Array]:
     """`dy w^T`, and the stored values of `x^T dy`."""
-    how = dict(precision=precision, preferred_element_type=jnp.float32)
+    how: dict[str, Any] = dict(precision=precision, preferred_element_type=jnp.float32)
     dx = jnp.matmul(dy, w.to_dense().T, **how).astype(x.dtype)
     full = jnp.matmul(x.T, dy, **how)
     rows = jnp.repeat(w.rows, w.share, 2)

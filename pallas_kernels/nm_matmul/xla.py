@@ -6,6 +6,8 @@ element-wise form never beats the dense product on a CPU (shuffling costs what i
 the dense product.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -57,7 +59,7 @@ def gradients(
         return reference.gradients(x, dy, w, precision=precision)
     rows, values = _by_set(w)
     xt, dys = x.T, dy.T.reshape(-1, w.share, dy.shape[0])
-    how = dict(precision=precision, preferred_element_type=jnp.float32)
+    how: dict[str, Any] = dict(precision=precision, preferred_element_type=jnp.float32)
 
     def one(dxt, of_set):
         r, v, d = of_set
