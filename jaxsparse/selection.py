@@ -84,15 +84,13 @@ def _value_levels(x: Array) -> tuple[list[Array], Array | None]:
     x = x.astype(_native(x.dtype))
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     keys = _float_keys(x) if floating else x
-    if keys.dtype == jnp.uint32:
-        return [lax.bitcast_convert_type(keys, jnp.int32) ^ INT_MIN], None
+    unsigned = INT_MIN if jnp.issubdtype(keys.dtype, jnp.unsignedinteger) else 0
     if keys.dtype.itemsize == 8:
-        keys = keys if keys.dtype == jnp.int64 else (keys ^ (1 << 63)).astype(jnp.int64)
-        low = (keys & 0xFFFFFFFF) + INT_MIN
-        return [
-            (keys >> 32).astype(jnp.int32),
-            low.astype(jnp.int32),
-        ], (~jnp.isnan(x) if floating else None)
+        words = lax.bitcast_convert_type(keys, jnp.uint32)  # [..., 2], the low one first
+        low, high = _as_int(words[..., 0]) ^ INT_MIN, _as_int(words[..., 1]) ^ unsigned
+        return [high, low], ~jnp.isnan(x) if floating else None
+    if unsigned:
+        return [_as_int(keys) ^ INT_MIN], None
     return [keys.astype(jnp.int32)], None
 
 
@@ -155,7 +153,7 @@ def _seed(seed: Any) -> Array:
 
 def _hash(shape: Sequence[int], seed: Array, zero: Array, offset: int = 0) -> Array:
     """See `position_hash`; positions start at `offset`."""
-    outer, inner = _outer_inner(shape, range(len(shape)), 1 << 32)
+    outer, inner = _outer_inner(shape, range(len(shape)), 2 * _search.WIDE)
     factor, shift = _mix(seed + jnp.uint32(0x9E3779B9)) | 1, _mix(seed ^ jnp.uint32(0x7F4A7C15))
     if outer:
         shift = _mix(_position(shape, outer, zero) + shift)
@@ -280,7 +278,7 @@ def _entries(
         if leaf is not None:
             out.append(jnp.broadcast_to(-leaf + _as_int(zero), (1,) * len(shape)))
         if wide:
-            outer, inner = _outer_inner(shape, axes, 1 << 31)
+            outer, inner = _outer_inner(shape, axes, _search.WIDE)
             out += [~_as_int(_position(shape, part, zero)) for part in (outer, inner)]
         elif seed is None:
             out.append(~_as_int(_position(shape, axes, zero) + jnp.uint32(offset)))
@@ -553,7 +551,7 @@ def _random(k: Count, seed: Array, *, shape: tuple[int, ...]) -> Array:
     def levels(seed, zero):
         out = [_as_int(_hash(shape, seed, zero)) ^ INT_MIN]
         if wide:
-            outer, inner = _outer_inner(shape, axes, 1 << 31)
+            outer, inner = _outer_inner(shape, axes, _search.WIDE)
             out += [~_as_int(_position(shape, part, zero)) for part in (outer, inner)]
         return out, None
 
