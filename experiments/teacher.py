@@ -1,0 +1,236 @@
+"""Which methods find a planted sparse network: loss, and F1 of the support that they recover.
+
+  python -m experiments.teacher
+
+The teacher is a residual network, $h \\leftarrow h + \\tanh(h W_l)$, l = 1, 2, whose matrices hold 2 %
+nonzero weights; a student of the same shape starts from its own dense weights and is trained on the
+teacher's outputs at the teacher's sparsity. The skip connections pin every unit to its place, so that the
+support can be compared weight by weight (in a plain network hidden units can be permuted).
+
+All students share the optimizer, the data and the number of steps; every method has its default options.
+All seeds train at once (`vmap`), a run is one `scan`. N:M methods get the pattern of that sparsity, which
+the teacher does not have. Methods that cannot be asked for a sparsity appear at the one they reach.
+"""
+
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from jax import Array
+
+import jaxsparse
+from jaxsparse import selection
+from jaxsparse.analysis import plots
+from jaxsparse.analysis.report import markdown_table
+
+METHODS = flags.DEFINE_list("methods", ["all"], "students, or all; dense is always run")
+SEEDS = flags.DEFINE_integer("seeds", 3, "teachers and students per method", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 2000, "training steps", lower_bound=10)
+WIDTH = flags.DEFINE_integer("width", 100, "units; the matrices are width x width", lower_bound=2)
+DENSITY = flags.DEFINE_float("density", 0.02, "nonzero weights of the teacher, as a fraction")
+OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/teacher")
+
+LAYERS, BATCH, LEARNING_RATE = 2, 128, 3e-3
+
+
+def network(params, x: Array) -> Array:
+    """`[batch, width]` to `[batch, width]`."""
+    for i in range(LAYERS):
+        x = x + jnp.tanh(x @ params[f"layer{i}"]["kernel"])
+    return x
+
+
+def make_teacher(key: Array, width: int, density: float):
+    """Matrices with exactly `density width^2` nonzero weights, of size 0.5 to 1.5 and either sign."""
+    params = {}
+    for i in range(LAYERS):
+        place, size, sign = jax.random.split(jax.random.fold_in(key, i), 3)
+        kept = selection.topk_mask(
+            jax.random.uniform(place, (width, width)), round(density * width**2)
+        )
+        values = jax.random.uniform(size, (width, width), minval=0.5, maxval=1.5)
+        signs = jax.random.rademacher(sign, (width, width)).astype(jnp.float32)
+        params[f"layer{i}"] = {"kernel": jnp.where(kept, values * signs, 0.0)}
+    return params
+
+
+def make_student(key: Array, width: int):
+    """Dense weights of the usual size."""
+    init = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(key, LAYERS)
+    return {f"layer{i}": {"kernel": init(k, (width, width))} for i, k in enumerate(keys)}
+
+
+def recovered(found: list[Array], truth: list[Array]) -> Array:
+    """F1 of the support: 2 |found and true| / (|found| + |true|).
+
+    >>> a, b = jnp.array([True, True, False]), jnp.array([False, True, True])
+    >>> float(recovered([a], [b]))
+    0.5
+    """
+    count = lambda masks: jnp.sum(jnp.stack([jnp.sum(m) for m in masks]))
+    both = count([f & t for f, t in zip(found, truth)])
+    return 2 * both / (count(found) + count(truth))
+
+
+def options_of(name: str, *, sparsity: float, steps: int, seed: Any) -> dict[str, Any]:
+    """What a student is given besides the method's defaults."""
+    method = jaxsparse.METHODS[name]
+    every = max(1, round(1 / (1 - sparsity)))
+    known = {"total_steps": steps, "seed": seed}
+    if method.structures == "NM" or name == "sr_ste":
+        known["structure"] = jaxsparse.structures.NM(1, every)
+    elif method.controls_sparsity:
+        known["sparsity"] = sparsity
+    return {k: v for k, v in known.items() if k in method.options}
+
+
+def make_run(name: str, *, width: int, density: float, steps: int):
+    """The function `seed -> numbers` that trains one student of one teacher."""
+
+    def run(seed):
+        key = jax.random.key(seed)
+        teacher = make_teacher(jax.random.fold_in(key, 0), width, density)
+        params = make_student(jax.random.fold_in(key, 1), width)
+        schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+        inner = optax.adam(schedule)
+        given = options_of(name, sparsity=1 - density, steps=steps, seed=seed)
+        tx = jaxsparse.make(name, inner, **given)
+        state = tx.init(params)
+        if jaxsparse.masking.find_states(state):
+            params = jaxsparse.apply_masks(params, state)
+
+        def loss_fn(params, x):
+            return jnp.mean((network(params, x) - network(teacher, x)) ** 2)
+
+        def step(carry, i):
+            params, state = carry
+            x = jax.random.normal(jax.random.fold_in(key, i + 2), (BATCH, width))
+            loss, grads = jax.value_and_grad(loss_fn)(params, x)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, _), _ = jax.lax.scan(step, (params, state), jnp.arange(steps))
+        test = jax.random.normal(jax.random.fold_in(key, 1), (2048, width))
+        # Relative to what the identity, a student of zeros, leaves unexplained.
+        unexplained = jnp.mean((test - network(teacher, test)) ** 2)
+        weights, truth = jax.tree.leaves(params), [t != 0 for t in jax.tree.leaves(teacher)]
+        kept = [w != 0 for w in weights]
+        budget = [round(density * w.size) for w in weights]
+        top = [selection.topk_mask(jnp.abs(w), k) for w, k in zip(weights, budget)]
+        return {
+            "loss": loss_fn(params, test) / unexplained,
+            "f1": recovered(kept, truth),
+            "f1_top": recovered(top, truth),
+            "sparsity": 1 - sum(jnp.sum(k) for k in kept) / sum(w.size for w in weights),
+        }
+
+    return run
+
+
+def study(methods: list[str], *, seeds: int, width: int, density: float, steps: int) -> list[dict]:
+    """One row of numbers per method, `[seeds]` each, best loss first."""
+    runs = {
+        name: jax.jit(jax.vmap(make_run(name, width=width, density=density, steps=steps)))
+        for name in methods
+    }
+    for run in runs.values():  # a method that cannot be run stops here, not after an hour
+        jax.eval_shape(run, jnp.arange(seeds))
+    rows = []
+    for name, run in runs.items():
+        started = time.monotonic()
+        numbers = jax.device_get(run(jnp.arange(seeds)))
+        rows.append({"method": name, **numbers})
+        print(
+            f"{name:>20}: loss {np.mean(numbers['loss']):.4f}, F1 {np.mean(numbers['f1']):.3f}, "
+            f"sparsity {np.mean(numbers['sparsity']):.4f}, {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
+    return sorted(rows, key=lambda row: float(np.mean(row["loss"])))
+
+
+def figure(rows: list[dict], title: str):
+    """Loss over F1, one point per method with the range over seeds."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(7.5, 5), layout="constrained", dpi=110, facecolor="white")
+    axes = fig.add_subplot(facecolor="white")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, color="0.5")
+    colors, markers = plots._COLORS, plots._MARKERS
+    for i, row in enumerate(rows):
+        x, y = np.mean(row["f1"]), np.mean(row["loss"])
+        spread = [[x - row["f1"].min()], [row["f1"].max() - x]]
+        rise = [[y - row["loss"].min()], [row["loss"].max() - y]]
+        axes.errorbar(
+            x, y, xerr=spread, yerr=rise, color=colors[i % len(colors)],
+            marker=markers[i // len(colors) % len(markers)], linestyle="none", label=row["method"],
+            capsize=2, linewidth=0.8,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("F1 of the recovered support")
+    axes.set_ylabel("test loss / loss of the identity")
+    axes.set_title(title)
+    fig.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return fig
+
+
+def write(rows: list[dict], out: pathlib.Path, command: str, facts: dict[str, Any]) -> None:
+    """Writes `teacher.md` and `teacher.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"A planted teacher with {facts['density']:.0%} nonzero weights"
+    figure(rows, title).savefig(out / "teacher.png")
+    cell = lambda x, form: f"{np.mean(x):{form}} ± {np.std(x, ddof=min(1, len(x) - 1)):{form}}"
+    table = markdown_table(
+        ["method", "loss", "F1", "F1 of the largest weights", "sparsity"],
+        [
+            [
+                row["method"], cell(row["loss"], ".4f"), cell(row["f1"], ".3f"),
+                cell(row["f1_top"], ".3f"), f"{np.mean(row['sparsity']):.2%}",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+    text = (
+        f"# {title}: loss and recovered support\n\n"
+        f"```\n{command}\n```\n\n"
+        f"{facts['seeds']} teachers, one student each per method; mean and standard deviation. "
+        f"{LAYERS} residual layers of {facts['width']} x {facts['width']} weights, {facts['steps']} "
+        f"steps of {BATCH} fresh examples, Adam at {LEARNING_RATE} with cosine decay, the methods' "
+        "default options. The loss is relative to that of the identity, a student of zeros. F1 "
+        "compares the nonzero weights with the teacher's; the column beside it takes the student's "
+        "largest weights, as many as the teacher has, which is what there is to say of students that "
+        "are not as sparse. N:M methods have a pattern that the teacher has not.\n\n"
+        "![Loss over F1](teacher.png)\n\n" + table + "\n"
+    )
+    (out / "teacher.md").write_text(text)
+
+
+def main(argv):
+    names = list(jaxsparse.METHODS) if METHODS.value == ["all"] else METHODS.value
+    try:
+        for name in names:
+            jaxsparse.METHODS[name]
+        if not 0 < DENSITY.value <= 1:
+            raise ValueError(f"density={DENSITY.value}: must be in (0, 1]")
+        facts: dict[str, Any] = {
+            "seeds": SEEDS.value, "width": WIDTH.value, "density": DENSITY.value,
+            "steps": STEPS.value,
+        }  # fmt: skip
+        rows = study(["dense", *(m for m in names if m != "dense")], **facts)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    given = [a for a in sys.argv[1:] if not a.startswith("--out")]
+    out = pathlib.Path(OUT.value or "runs/teacher")
+    write(rows, out, " ".join(["python -m experiments.teacher", *given]), facts)
+    print(f"wrote {out / 'teacher.md'} and teacher.png")
+
+
+if __name__ == "__main__":
+    app.run(main)
