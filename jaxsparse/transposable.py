@@ -27,8 +27,8 @@ def transposable_nm_mask(scores: Any, n: int, m: int) -> Array:
     """The mask of `[..., rows, columns]` that keeps at most `n` of each `m` consecutive entries of a
     row, and at most `n` of each `m` consecutive entries of a column.
 
-    Each m x m block is a problem of its own. Up to m = 4 it is solved exactly, by comparing all
-    patterns with n per row and column (90 for 2:4); beyond that entries are taken greedily, from the
+    Each m x m block is a problem of its own. Up to m = 4 the best pattern with exactly n per row and
+    column is found by comparing all of them (90 for 2:4); beyond that entries are taken greedily, from the
     largest down, while their row and column have room, which keeps at least half of the best
     possible sum (Hubara et al., Accelerated sparse neural training: a provable and efficient method
     to find N:M transposable masks, 2021) and may leave a few rows with less than n.

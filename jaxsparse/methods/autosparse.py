@@ -67,6 +67,8 @@ def _leaves(tree) -> list:
     "2023",
     controls_sparsity=False,
     keeps_raw=True,
+    starts_dense=True,
+    gradients="all",
     dynamics="projected",
     structures="unstructured",
 )

@@ -8,7 +8,15 @@ from jaxsparse.methods._registry import register
 from jaxsparse.transforms._common import check_inner
 
 
-@register("dense", reference="", controls_sparsity=False, dynamics="none", dense_phase="all steps")
+@register(
+    "dense",
+    reference="",
+    controls_sparsity=False,
+    starts_dense=True,
+    gradients="all",
+    dynamics="none",
+    dense_phase="all steps",
+)
 def dense(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """No sparsity: the inner optimizer as it is."""
     return check_inner(inner)

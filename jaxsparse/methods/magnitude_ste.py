@@ -17,6 +17,7 @@ from jaxsparse.transforms import Projection, keep_best, refresh, straight_throug
     "magnitude_ste",
     reference="Wortsman, Farhadi & Rastegari, Discovering neural wirings, 2019",
     keeps_raw=True,
+    gradients="all",
     dynamics="projected",
 )
 def magnitude_ste(

@@ -28,6 +28,7 @@ _GRADUAL = "dense before begin_step, sparser along the schedule"
 @register(
     "one_shot",
     reference="Gupta et al., Is complexity required for neural network pruning?, 2022",
+    starts_dense=True,
     dynamics="gradual",
     dense_phase="before begin_step",
 )
@@ -105,6 +106,7 @@ def _gradual(
 @register(
     "magnitude",
     reference="Zhu & Gupta, To prune, or not to prune: exploring the efficacy of pruning, 2017",
+    starts_dense=True,
     dynamics="gradual",
     dense_phase=_GRADUAL,
 )
@@ -158,6 +160,7 @@ def magnitude(
 @register(
     "global_magnitude",
     reference="Gupta et al., Is complexity required for neural network pruning?, 2022",
+    starts_dense=True,
     dynamics="gradual",
     dense_phase=_GRADUAL,
 )
@@ -207,6 +210,7 @@ def global_magnitude(
 @register(
     "random_pruning",
     reference="Gale, Elsen & Hooker, The state of sparsity in deep neural networks, 2019",
+    starts_dense=True,
     dynamics="gradual",
     dense_phase=_GRADUAL,
 )
@@ -245,6 +249,8 @@ def random_pruning(
     "saliency",
     reference="Molchanov et al., Pruning convolutional neural networks for resource efficient "
     "inference, 2017",
+    starts_dense=True,
+    gradients="updates",
     dynamics="gradual",
     dense_phase=_GRADUAL,
 )

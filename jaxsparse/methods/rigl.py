@@ -12,7 +12,11 @@ from jaxsparse.methods._registry import register
 from jaxsparse.transforms import drop_and_grow, masked
 
 
-@register("rigl", reference="Evci et al., Rigging the lottery: making all tickets winners, 2020")
+@register(
+    "rigl",
+    reference="Evci et al., Rigging the lottery: making all tickets winners, 2020",
+    gradients="updates",
+)
 def rigl(
     inner: optax.GradientTransformation,
     sparsity: Any = None,

@@ -18,6 +18,7 @@ from jaxsparse.transforms import Projection, keep_best, straight_through
     reference="Zhou et al., Learning N:M fine-grained structured sparse neural networks from "
     "scratch, 2021",
     keeps_raw=True,
+    gradients="all",
     dynamics="projected",
 )
 def sr_ste(

@@ -52,7 +52,7 @@ def _rewire(v: View, kept, fraction, gamma, ablate: bool, salt: Array) -> Array:
 @register(
     "srigl",
     reference="Lasby et al., Dynamic sparse training with structured sparsity, 2024",
-    structures="fan_in",
+    structures="FanIn",
     gradients="updates",
     exact_budget=False,
 )

@@ -101,7 +101,7 @@ _ARGS = """
 """
 
 
-@register("st3", reference=_REFERENCE, keeps_raw=True, dynamics="projected",
+@register("st3", reference=_REFERENCE, keeps_raw=True, starts_dense=True, gradients="all", dynamics="projected",
           structures="unstructured", dense_phase="dense before begin_step")  # fmt: skip
 def st3(
     inner: optax.GradientTransformation,
@@ -135,7 +135,7 @@ def st3(
     )  # fmt: skip
 
 
-@register("st3_sigma", reference=_REFERENCE, keeps_raw=True, dynamics="projected",
+@register("st3_sigma", reference=_REFERENCE, keeps_raw=True, starts_dense=True, gradients="all", dynamics="projected",
           structures="unstructured", dense_phase="dense before begin_step")  # fmt: skip
 def st3_sigma(
     inner: optax.GradientTransformation,

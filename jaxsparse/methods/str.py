@@ -17,6 +17,7 @@ from jaxsparse.methods.autosparse import learned_threshold
     "2020",
     controls_sparsity=False,
     keeps_raw=True,
+    starts_dense=True,
     dynamics="projected",
     structures="unstructured",
 )

@@ -1,0 +1,269 @@
+"""Budgets and initial networks, LAMP, SAP and APP, transposable masks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from training import masks, matrix, start, stepper
+
+import jaxsparse
+from jaxsparse import allocations, schedules
+from jaxsparse import plan as plans
+from jaxsparse.transposable import _greedy, transposable_nm_mask
+
+SGD = optax.sgd(0.1)
+SHAPES = {"l1": (784, 300), "l2": (300, 100), "l3": (100, 10)}
+MLP = {k: jnp.zeros(s) for k, s in SHAPES.items()}
+SIZES = np.array([a * b for a, b in SHAPES.values()])
+
+
+def densities(rule, sparsity):
+    return 1 - np.array([float(s) for s in rule.sparsities(plans.make(MLP).leaves, sparsity)])
+
+
+RULES = [
+    allocations.ErdosRenyi(last_dense=True),
+    allocations.UniformPlus(),
+    allocations.Balanced(),
+    allocations.Pyramidal(),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+def test_budgets_meet_the_total_also_where_the_sparsity_is_traced(rule):
+    traced = jax.jit(lambda s: jnp.stack(list(map(jnp.asarray, rule.sparsities(plans.make(MLP).leaves, s)))))  # fmt: skip
+    floor = 0.0 if not isinstance(rule, allocations.UniformPlus) else SIZES[0] / SIZES.sum()
+    for sparsity in (0.05, 0.08, 0.1) if floor else (0.5, 0.9, 0.98):
+        found = densities(rule, sparsity)
+        assert (found >= 0).all() and (found <= 1).all()
+        assert abs((found * SIZES).sum() / SIZES.sum() - (1 - sparsity)) < 1e-5
+        np.testing.assert_allclose(1 - traced(sparsity), found, atol=2e-5)
+
+
+def test_erk_plus_pays_for_its_dense_last_layer():
+    plus, plain = densities(RULES[0], 0.98), densities(allocations.ErdosRenyi(), 0.98)
+    assert plus[2] == 1.0 and plain[2] == pytest.approx(1 - 0.632597, abs=1e-6)
+    assert (plus[:2] < plain[:2]).all()
+    with pytest.raises(ValueError, match="the layers that stay dense have more weights"):
+        densities(RULES[0], 0.999)
+
+
+def test_uniform_plus_keeps_the_first_layer_dense_and_a_fifth_of_the_last():
+    params = {"l1": jnp.zeros((10, 10)), "l2": jnp.zeros((100, 100)), "l3": jnp.zeros((100, 10))}
+    leaves = plans.make(params).leaves
+    found = 1 - np.array(allocations.UniformPlus().sparsities(leaves, 0.9))
+    assert found[0] == 1.0 and found[2] == pytest.approx(0.2)
+    assert found[1] == pytest.approx((1110 - 100 - 200) / 10_000)
+    with pytest.raises(ValueError, match="sparsity=0.999"):
+        allocations.UniformPlus().sparsities(leaves, 0.999)
+
+
+def test_balanced_layers_have_equally_many_weights_unless_they_are_full():
+    found = densities(allocations.Balanced(), 0.98) * SIZES
+    assert found[2] == pytest.approx(1000)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    without = densities(allocations.Balanced(redistribute=False), 0.98) * SIZES
+    assert without[0] == pytest.approx(0.02 * SIZES.sum() / 3) and without[2] == 1000
+    assert without.sum() < found.sum()
+
+
+def test_pyramidal_densities_are_powers_of_a_root():
+    found = densities(allocations.Pyramidal(), 0.9)
+    r = found[0]
+    np.testing.assert_allclose(found, [r, r**2, r**3], rtol=1e-9)
+    assert (r ** np.array([1, 2, 3]) * SIZES).sum() == pytest.approx(0.1 * SIZES.sum(), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_score_ratios_keep_the_budgets_of_snip_and_draw_positions_anew():
+    params = {"a": matrix((10, 10)), "b": matrix((20, 10), 1)}
+    grads = {"a": matrix((10, 10), 2), "b": 0.5 * matrix((20, 10), 3)}
+    ratios = jaxsparse.score_ratios(params, 0.9, grads=grads)
+    _, snip = jaxsparse.prune(params, 0.9, score="saliency", grads=grads, allocation="global")
+    tx = jaxsparse.static(SGD, 0.9, allocation=ratios, seed=3)
+    drawn = masks(tx.init(params))
+    for key, m in drawn.items():
+        assert m.sum() == snip[key].sum() and (m != snip[key]).any()
+
+
+def test_a_minimum_threshold_saves_a_layer_that_a_global_threshold_removes():
+    params = {
+        "weak": 0.01 * matrix((20, 10)),
+        "b": matrix((40, 20), 1),
+        "c": 1.2 * matrix((30, 30), 2),
+    }
+    total, least = 1900, int(1900 * 0.02)
+    _, plain = jaxsparse.prune(params, 0.8, allocation="global")
+    assert plain["weak"].sum() == 0
+    rule = jaxsparse.minimum_threshold(params, 0.8, minimum=0.02)
+    _, found = jaxsparse.prune(params, 0.8, allocation=rule)
+    kept = {k: int(m.sum()) for k, m in found.items()}
+    assert kept["weak"] == least and abs(sum(kept.values()) - total // 5) <= 1
+    # the others give in proportion to their sparsities, not from one ranking
+    sparsity = lambda k, m: 1 - int(m[k].sum()) / m[k].size
+    factors = [sparsity(k, found) / sparsity(k, plain) for k in ("b", "c")]
+    assert factors[0] == pytest.approx(factors[1], rel=3e-3)
+    small = {**params, "tiny": jnp.ones((2, 2))}
+    rule = jaxsparse.minimum_threshold(small, 0.5, minimum=0.02)
+    assert rule.by_path["^tiny$"] == 0.0
+    with pytest.raises(ValueError, match="minimum=0.3: 570 weights in each of 3 layers"):
+        jaxsparse.minimum_threshold(params, 0.9, minimum=0.3)
+
+
+def test_weights_rescaled_to_their_fan_in_keep_the_variance_of_activations():
+    w = {"kernel": matrix((400, 50)) / 20}
+    m = {"kernel": jax.random.uniform(jax.random.key(1), (400, 50)) < 0.1}
+    x = matrix((300, 400), 2)
+    for per in ("output", "layer"):
+        y = x @ jaxsparse.rescale_fan_in(w, m, per=per)["kernel"]
+        assert float(y.std()) == pytest.approx(float((x @ w["kernel"]).std()), rel=0.1)
+    with pytest.raises(ValueError, match="per='input'"):
+        jaxsparse.rescale_fan_in(w, m, per="input")
+
+
+def test_pruning_inside_a_fixed_random_mask_is_a_composition():
+    fixed = jaxsparse.static(optax.sgd(0.1), 0.5, allocation="uniform")
+    tx = jaxsparse.magnitude(fixed, 0.9, total_steps=10, update_every=2, end_step=6)
+    inside = masks(fixed.init({"kernel": matrix()}))["kernel"]
+    params, state = start(tx, {"kernel": matrix()})
+    step = stepper(tx)
+    for t in range(8):
+        params, state = step(params, state, {"kernel": matrix(seed=t)})
+        assert not np.any(np.asarray(params["kernel"])[~inside])
+    assert int((params["kernel"] != 0).sum()) == 10
+
+
+# LAMP, SAP, APP
+
+
+def test_lamp_in_rounds_leaves_the_same_fraction_each_time_and_one_weight_per_layer():
+    params = {"a": matrix((10, 10)), "b": 1e-4 * matrix((10, 10), 1)}
+    tx = jaxsparse.lamp(
+        optax.sgd(0.0), 0.9375, total_steps=10, rounds=4, end_step=6, update_every=1
+    )
+    params, state = start(tx, params)
+    step, kept, last = stepper(tx), [], None
+    for _ in range(8):
+        params, state = step(params, state, params)
+        now = masks(state)
+        kept.append(sum(int(m.sum()) for m in now.values()))
+        assert last is None or all((now[k] <= last[k]).all() for k in now)
+        last = now
+    assert kept == [100, 100, 50, 50, 25, 25, 13, 13]
+    assert abs(int(now["a"].sum()) - int(now["b"].sum())) <= 4, "scale does not matter"
+    with pytest.raises(ValueError, match="rounds=0"):
+        jaxsparse.lamp(SGD, 0.5, total_steps=9, rounds=0)
+
+
+def test_pq_index_goldens():
+    pq = lambda *x: float(jaxsparse.pq_index(jnp.array(x)))
+    assert pq(1, 0, 0, 0) == 0.75 and pq(1, 1, 0, 0) == 0.5 and pq(2, 2, 2) == 0.0
+    assert pq(*[3] + [0] * 99) == pytest.approx(0.99)
+    assert pq(1, 2, 3, 4) == pytest.approx(0.0555859, abs=1e-6)
+    assert pq(0, 0) == 0.0
+    w = matrix()
+    kept = np.abs(w) > 0.5
+    inside = jaxsparse.pq_index(w, where=kept)
+    assert float(inside) == pytest.approx(pq(*np.asarray(w)[kept]), rel=1e-5)
+    with pytest.raises(ValueError, match="p=1, q=0.5"):
+        jaxsparse.pq_index(w, p=1, q=0.5)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=2), st.sampled_from([1e-20, 1.0, 1e20]))
+def test_pq_index_ignores_scale_and_repetition(w, c):
+    x = jnp.array(w)
+    index = float(jaxsparse.pq_index(x))
+    assert 0 <= index < 1
+    assert float(jaxsparse.pq_index(c * x)) == pytest.approx(index, abs=1e-5)
+    assert float(jaxsparse.pq_index(jnp.tile(x, 3))) == pytest.approx(index, abs=1e-5)
+
+
+def test_sap_prunes_what_is_zero_rewinds_and_starts_the_optimizer_anew():
+    w = jnp.where(jnp.arange(100).reshape(10, 10) % 4 == 0, 1.0, 0.0)
+    tx = jaxsparse.sap(optax.sgd(0.1, momentum=0.9), total_steps=10, update_every=3, end_step=5)
+    params, state = start(tx, {"kernel": w})
+    step = stepper(tx)
+    for _ in range(3):
+        params, state = step(params, state, {"kernel": jnp.zeros((10, 10))})
+    params = {"kernel": jnp.where(w == 1, 0.7, params["kernel"])}  # trained for a while
+    params, state = step(params, state, {"kernel": jnp.ones((10, 10))})
+    m = masks(state)["kernel"]
+    np.testing.assert_array_equal(m, w == 1)
+    np.testing.assert_array_equal(np.asarray(params["kernel"])[m], 1.0)
+    np.testing.assert_array_equal(np.asarray(state.inner[0].trace["kernel"])[m], 1.0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "neuron"])
+def test_sap_in_layers_and_neurons(scope):
+    w = jnp.zeros((8, 4)).at[:2].set(1.0).at[2, 0].set(1.0)
+    tx = jaxsparse.sap(SGD, total_steps=10, update_every=1, end_step=1, scope=scope, rewind=False)
+    params, state = start(tx, {"kernel": w})
+    step = stepper(tx)
+    for _ in range(2):
+        params, state = step(params, state, {"kernel": jnp.zeros((8, 4))})
+    assert masks(state)["kernel"].sum(axis=0).tolist() == [3, 2, 2, 2]
+
+
+def test_sap_errors():
+    with pytest.raises(ValueError, match="scope='net'"):
+        jaxsparse.sap(SGD, total_steps=9, scope="net")
+    with pytest.raises(ValueError, match="beta=1"):
+        jaxsparse.sap(SGD, total_steps=9, beta=1)
+
+
+def test_app_prunes_before_each_megabatch_along_its_densities():
+    sparsity = 1 - 0.8**4.5
+    want = [0.8, 0.7155, 0.64, 0.5724, 0.512, 0.4579, 0.4096, 0.3664]
+    np.testing.assert_allclose(schedules.anytime_densities(sparsity, 8), want, atol=5e-5)
+    tx = jaxsparse.app(SGD, sparsity, total_steps=16)
+    params, state = start(tx, {"kernel": matrix((50, 40))})
+    step, kept = stepper(tx), []
+    for t in range(16):
+        params, state = step(params, state, {"kernel": matrix((50, 40), t)})
+        kept.append(int(masks(state)["kernel"].sum()))
+    assert kept[0::2] == kept[1::2]
+    np.testing.assert_allclose(np.array(kept[0::2]) / 2000, want, atol=6e-4)
+    with pytest.raises(ValueError, match="stages=20"):
+        jaxsparse.app(SGD, 0.5, total_steps=10, stages=20)
+
+
+# Transposable masks
+
+
+def brute_force(scores, n):
+    m = len(scores)
+    rows = [np.isin(np.arange(m), c) for c in itertools.combinations(range(m), n)]
+    full = [np.stack(p) for p in itertools.product(rows, repeat=m)]
+    return max((p * scores).sum() for p in full if (p.sum(axis=0) == n).all())
+
+
+@pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 4), (3, 4)])
+def test_small_transposable_masks_are_the_best_and_exactly_n_in_both_directions(n, m):
+    scores = np.abs(np.asarray(matrix((2 * m, 3 * m), n)))
+    mask = np.asarray(transposable_nm_mask(scores, n, m))
+    tiles = mask.reshape(2, m, 3, m)
+    assert (tiles.sum(axis=1) == n).all() and (tiles.sum(axis=3) == n).all()
+    for i, j in itertools.product(range(2), range(3)):
+        block = scores.reshape(2, m, 3, m)[i, :, j]
+        assert (block * tiles[i, :, j]).sum() == pytest.approx(brute_force(block, n), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_large_transposable_masks_hold_the_pattern_and_at_least_half_of_the_best_sum():
+    scores = jnp.abs(matrix((2, 16, 16)))
+    mask = np.asarray(transposable_nm_mask(scores, 2, 8)).reshape(2, 2, 8, 2, 8)
+    assert (mask.sum(axis=2) <= 2).all() and (mask.sum(axis=4) <= 2).all()
+    assert mask.sum() >= 0.9 * mask.size / 4
+    blocks = jnp.abs(matrix((20, 4, 4), 5))
+    greedy = np.asarray((blocks * _greedy(blocks, 2, 4)).sum(axis=(1, 2)))
+    best = np.asarray((blocks * transposable_nm_mask(blocks, 2, 4)).sum(axis=(1, 2)))
+    assert (greedy >= best / 2).all()
+    with pytest.raises(ValueError, match="m=8 must divide"):
+        transposable_nm_mask(jnp.ones((12, 8)), 2, 8)
+    with pytest.raises(ValueError, match="n=5, m=4"):
+        transposable_nm_mask(jnp.ones((4, 4)), 5, 4)
