@@ -11,16 +11,19 @@ from pallas_kernels.block_sparse_attention import (
     ring_block_sparse_attention,
 )
 from pallas_kernels.block_sparse_matmul.api import block_sparse_matmul
-from pallas_kernels.formats import BlockSparse, NMSparse
+from pallas_kernels.condensed_matmul.api import condensed_matmul
+from pallas_kernels.formats import BlockSparse, Condensed, NMSparse
 from pallas_kernels.nm_matmul.api import nm_matmul
 
 __all__ = [
     "BlockMask",
     "BlockSparse",
+    "Condensed",
     "NMSparse",
     "block_sparse_attention",
     "block_sparse_decode",
     "block_sparse_matmul",
+    "condensed_matmul",
     "merge_attention",
     "nm_matmul",
     "ring_block_sparse_attention",

@@ -88,7 +88,7 @@ def block_sparse_matmul(
     if w.num_blocks == 0 or x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
     y = _product(static, jnp.reshape(x, (-1, w.shape[0])), w.values, w.pattern)
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -70,7 +70,7 @@ def nm_matmul(
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
     y = _product(static, jnp.reshape(x, (-1, w.shape[0])), w.values, w.codes)
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

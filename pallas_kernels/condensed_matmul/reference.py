@@ -1,0 +1,12 @@
+"""Product with a condensed matrix, written to be obviously right."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.formats.block_sparse import Array
+from pallas_kernels.formats.condensed import Condensed
+
+
+def matmul(x: Array, w: Condensed, *, precision=None) -> Array:
+    """`x @ w`, summed in float32, in the dtype of x."""
+    y = jnp.matmul(x, w.to_dense(), precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)

@@ -1,0 +1,119 @@
+"""`Condensed`: every output stores the same number of weights (constant fan-in), anywhere."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.core
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats.block_sparse import Array, concrete
+
+
+@dataclasses.dataclass(frozen=True)
+class Condensed:
+    """A matrix `[in, out]` of which each column stores `fan_in` elements.
+
+    Columns with fewer nonzeros are filled up with zeros, so that any unstructured matrix can be
+    held; masks of constant fan-in waste nothing. (The condensed representation of Lasby, Golubeva,
+    Evci, Nica, Ioannou, Dynamic Sparse Training with Structured Sparsity, 2024.) To differentiate,
+    take the gradient with respect to `values`.
+
+    Attributes:
+      values: `[out, fan_in]`.
+      rows: int32 `[out, fan_in]`, the row of each value, ascending.
+      shape: `(in, out)`.
+
+    >>> w = Condensed.from_dense(jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+    >>> w.values.tolist(), w.rows.tolist()
+    ([[1.0, 2.0], [3.0, 0.0]], [[0, 1], [2, 0]])
+    """
+
+    values: Array
+    rows: Array
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_dense(cls, dense: Array, *, fan_in: int | None = None) -> "Condensed":
+        """Store what is not zero; `fan_in` defaults to the most of a column (needed under jit)."""
+        return cls.from_mask(dense, jnp.asarray(dense) != 0, fan_in=fan_in)
+
+    @classmethod
+    def from_mask(cls, dense: Array, mask: Array, *, fan_in: int | None = None) -> "Condensed":
+        """Store what `mask [in, out]` marks.
+
+        Raises:
+          ValueError: if shapes differ, or a column is known to hold more than `fan_in`.
+        """
+        dense, mask = jnp.asarray(dense), jnp.asarray(mask).astype(bool)
+        if dense.ndim != 2 or mask.shape != dense.shape:
+            raise ValueError(
+                f"mask.shape={mask.shape} must equal dense.shape={dense.shape}, two dimensions"
+            )
+        if concrete(mask):
+            most = int(np.asarray(mask).sum(0).max(initial=0))
+            fan_in = most if fan_in is None else fan_in
+            if most > fan_in:
+                raise ValueError(f"fan_in={fan_in} must be at least {most}, the most of a column")
+        elif fan_in is None:
+            raise ValueError("fan_in=None must be a number where the mask is not known (jit)")
+        return _store(dense, mask, fan_in)
+
+    @property
+    def fan_in(self) -> int:
+        """Stored elements of a column."""
+        return self.values.shape[1]
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def to_dense(self) -> Array:
+        """The matrix with its zeros, `[in, out]`."""
+        out = jnp.arange(self.shape[1])[:, None]
+        return jnp.zeros(self.shape, self.dtype).at[self.rows, out].add(self.values)
+
+    def with_values(self, values: Array) -> "Condensed":
+        """The same pattern with other values `[out, fan_in]`."""
+        if jnp.shape(values) != self.values.shape:
+            raise ValueError(f"values.shape={jnp.shape(values)} must be {self.values.shape}")
+        return dataclasses.replace(self, values=values)
+
+    def astype(self, dtype: Any) -> "Condensed":
+        """The same matrix in another dtype."""
+        return dataclasses.replace(self, values=self.values.astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _store(dense: Array, mask: Array, fan_in: int) -> Condensed:
+    inputs, outputs = dense.shape
+    slot = jnp.where(mask, jnp.cumsum(mask, 0) - 1, fan_in)  # fan_in: dropped
+    out = jnp.broadcast_to(jnp.arange(outputs), dense.shape)
+    row = jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32)[:, None], dense.shape)
+    rows = jnp.zeros((outputs, fan_in), jnp.int32).at[out, slot].set(row, mode="drop")
+    values = jnp.zeros((outputs, fan_in), dense.dtype).at[out, slot].set(dense, mode="drop")
+    return Condensed(values, rows, (inputs, outputs))
+
+
+def _flatten(w: Condensed):
+    key = jax.tree_util.GetAttrKey
+    return ((key("values"), w.values), (key("rows"), w.rows)), w.shape
+
+
+jax.tree_util.register_pytree_with_keys(
+    Condensed,
+    _flatten,
+    lambda shape, leaves: Condensed(*leaves, shape),
+    lambda w: ((w.values, w.rows), w.shape),
+)
+
+jax.export.register_pytree_node_serialization(
+    Condensed,
+    serialized_name="pallas_kernels.Condensed",
+    serialize_auxdata=lambda shape: json.dumps(shape).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
