@@ -12,8 +12,10 @@ import optax
 from jax import Array
 from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import masking
+from jaxsparse.masking import SparseState
 from jaxsparse.plan import Leaf, Plan
 
 
@@ -125,9 +127,51 @@ def check_inner(inner) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
-def check_params(params, name: str):
-    """Raises `ValueError` if the parameters were not passed to `update`."""
+def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> Plan:
+    """The plan of an update, whose arguments fit together.
+
+    Raises:
+      ValueError: no parameters; a state that is not of this method, or of another model.
+    """
     if params is None:
+        raise ValueError("update needs the parameters: call tx.update(grads, opt_state, params)")
+    if not isinstance(state, SparseState):
         raise ValueError(
-            f"{name}: update needs the parameters; call tx.update(grads, opt_state, params)"
+            f"opt_state: {type(state).__name__} is not the state that this method's init returns; "
+            "call tx.init(params)"
         )
+    if (state.raw is not None) != keeps_raw:
+        raise ValueError(
+            f"opt_state: the state of another method: it {'does not hold' if keeps_raw else 'holds'} "
+            "raw weights; restore it with the method that made it"
+        )
+    plan = plan_for(params)
+    try:
+        masks = plan.take(state.masks)
+    except ValueError as error:
+        raise ValueError(f"opt_state: the state of another model: {error}") from None
+    for leaf, mask in zip(plan.leaves, masks):
+        found = None if mask is None or isinstance(mask, optax.MaskedNode) else mask.shape
+        if found != leaf.shape:
+            raise ValueError(
+                "opt_state: the state of another model, or of other targets: the mask of "
+                f"{leaf.path!r} is {found or 'missing'}, its weights are {leaf.shape}"
+            )
+    return plan
+
+
+def on_all_devices(state, params):
+    """A new state whose small leaves (counts, thresholds) are on all devices of the parameters, as
+    they are after a compiled update; on one device only, the second update would compile anew."""
+    placed = [getattr(p, "sharding", None) for p in jax.tree.leaves(params)
+              if not isinstance(p, Tracer)]  # fmt: skip
+    meshes = {s.mesh for s in placed if isinstance(s, NamedSharding) and s.num_devices > 1}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+
+    def place(x):
+        loose = isinstance(x, Array) and not isinstance(x, Tracer) and not x.committed
+        return jax.device_put(x, everywhere) if loose else x
+
+    return jax.tree.map(place, state)

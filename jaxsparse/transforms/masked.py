@@ -27,9 +27,10 @@ from jaxsparse.transforms._common import (
     PlanFor,
     Step,
     broken,
+    check_arguments,
     check_inner,
-    check_params,
     like,
+    on_all_devices,
     store_masks,
     views,
 )
@@ -88,7 +89,7 @@ def masked(
         found = init(Step(jnp.int32(0), views(plan, ws), inner_state))
         masks = [like(m, w) for m, w in zip(found, ws)]
         start = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
-        return SparseState(
+        state = SparseState(
             count=jnp.zeros((), jnp.int32),
             masks=store_masks(plan, masks, pack_masks),
             raw=None,
@@ -97,10 +98,10 @@ def masked(
             inner=inner_state,
             aux=None if init_aux is None else init_aux(start),
         )
+        return on_all_devices(state, params)
 
     def update_fn(updates, state, params=None, **extra):
-        check_params(params, "jaxsparse")
-        plan = plan_for(params)
+        plan = check_arguments(params, state, plan_for, keeps_raw=False)
         ws, gs, stored = plan.take(params), plan.take(updates), plan.take(state.masks)
         masks, aux, fire = plan.masks(state.masks), state.aux, jnp.zeros((), bool)
         live, before = masks, state.inner

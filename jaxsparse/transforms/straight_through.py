@@ -29,9 +29,10 @@ from jaxsparse.transforms._common import (
     Step,
     View,
     broken,
+    check_arguments,
     check_inner,
-    check_params,
     like,
+    on_all_devices,
     store_masks,
     views,
 )
@@ -116,11 +117,11 @@ def straight_through(
         aux = initial_aux(plan, zs)
         found = rule(Step(jnp.int32(0), views(plan, zs), aux=aux))
         found = found._replace(masks=[like(m, w) for m, w in zip(found.masks, ws)])
-        return store(plan, jnp.zeros((), jnp.int32), zs, found, inner.init(plan.put(params, zs)))
+        state = store(plan, jnp.zeros((), jnp.int32), zs, found, inner.init(plan.put(params, zs)))
+        return on_all_devices(state, params)
 
     def update_fn(updates, state, params=None, **extra):
-        check_params(params, "jaxsparse")
-        plan = plan_for(params)
+        plan = check_arguments(params, state, plan_for, keeps_raw=True)
         ws, gs, zs = plan.take(params), plan.take(updates), plan.take(state.raw)
         masks = plan.masks(state.masks)
         before = Step(

@@ -22,6 +22,10 @@ COMMON = dict(
 )
 # What a method needs besides, or cannot be given.
 SPECIAL = {
+    "ac_dc": dict(switches=(2, 4, END)),
+    "app": dict(stages=4),
+    "hypersparse": dict(penalty=1e-4),
+    "mdgf": dict(begin_step=None),
     "global_magnitude": dict(allocation=None),
     "magnitude_ste": dict(end_step=0),
     "st3": dict(update_every=1),
@@ -73,7 +77,17 @@ def expected(name, t, sparsity=None):
         # At every step; the quantile interpolates between two magnitudes and is itself pruned.
         now = s * (1 - (1 - min(t / END, 1)) ** 3)
         return total if now == 0 else total - 1 - math.floor((total - 1) * now + 1e-6)
-    if name == "global_magnitude" or chosen.get("allocation") == "global":
+    if not method.exact_budget or name == "app":
+        return None
+    if name in ("snfs", "dsr"):  # the budget moves between layers
+        return sum(_per_layer(s).values())
+    if name == "ac_dc":
+        return SIZES if t < 2 or 4 <= t < END else _per_layer(s)
+    if name in ("gsm", "iss_p"):
+        return SIZES if t < END else _per_layer(s)
+    if name == "hypersparse":
+        return total if t < END else total - math.floor(s * total + 1e-9)
+    if name in ("global_magnitude", "lamp") or chosen.get("allocation") == "global":
         return total - math.floor(s * _ramp(t) * total + 1e-9)
     if name != "one_shot" and method.dynamics == "gradual":
         return _per_layer(s * _ramp(t))
