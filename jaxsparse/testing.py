@@ -224,7 +224,8 @@ def check_extra_args(subject: Subject):
         seen.append(extra["value"])
         return updates, state
 
-    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    probe = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    inner = optax.chain(optax.trace(0.9), probe)  # some methods read a momentum
     tx: Any = optax.with_extra_args_support(subject.build(inner))
     params = parameters()
     state = jax.eval_shape(tx.init, params)
