@@ -28,9 +28,8 @@ from jax import Array, lax
 
 THRESHOLDS = 8
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-# Where 32 bits do not hold the counts, they have two digits to this base. Sums over an axis of up
-# to 2^19 low digits still fit, and 2^43 entries in all.
-BASE_BITS = 12
+# Where 32 bits do not hold the counts, they have two digits to this base.
+BASE_BITS = 24
 WIDE = 2**31
 
 Count = tuple[Array, ...]  # (units,) or (high, low) digits, int32
@@ -157,48 +156,29 @@ def choose(flag: Array, a: Count, b: Count) -> Count:
     return tuple(jnp.where(flag, x, y) for x, y in zip(a, b))
 
 
-def reduce_sum(operands: Sequence[Array], axes: Sequence[int]) -> list[Array]:
-    """The sums of several int32 arrays over `axes`, dimensions kept, in one pass."""
-    return _reduce(operands, (), axes)
-
-
-def _reduce(sums, minima, axes: Sequence[int]) -> list[Array]:
-    """Sums of int32 arrays and minima of uint32 ones, of one shape, over `axes`, in one pass."""
-    operands, n = [*sums, *minima], len(sums)
-    if not axes:
-        return operands
+def totals(
+    flags: Sequence[Array], minima: Sequence[Array], axes: Sequence[int], wide: bool = False
+) -> tuple[list[Count], list[Array]]:
+    """How many of each of the boolean arrays are True, and the minima of uint32 arrays, over
+    `axes`, dimensions kept, in one pass."""
+    ones = [f.astype(jnp.int32) for f in flags]
+    numbers = [(x, jnp.zeros_like(x)) if wide else (x,) for x in ones]
+    n = len(jax.tree.leaves(numbers))
+    structure = jax.tree.structure(numbers)
 
     def combine(a, b):
-        both = list(zip(a, b))
-        return *(x + y for x, y in both[:n]), *(jnp.minimum(x, y) for x, y in both[n:])
+        pairs = zip(structure.unflatten(a[:n]), structure.unflatten(b[:n]))
+        sums = [tuple(reversed(add(x[::-1], y[::-1]))) for x, y in pairs]
+        return *jax.tree.leaves(sums), *(jnp.minimum(x, y) for x, y in zip(a[n:], b[n:]))
 
-    empty = [jnp.int32(0)] * n + [jnp.uint32(2**32 - 1)] * len(minima)
-    shape = [1 if a in axes else n for a, n in enumerate(operands[0].shape)]
-    out = lax.reduce(tuple(operands), tuple(empty), combine, tuple(axes))
-    return [x.reshape(shape) for x in out]
-
-
-def totals(
-    flags: Sequence[Array], minima: Sequence[Array], axes: Sequence[int], wide: bool
-) -> tuple[list[Count], Array, Array]:
-    """How many of each of the boolean arrays are True, and the minima of two others, over `axes`,
-    dimensions kept."""
-    ones = [f.astype(jnp.int32) for f in flags]
-    if not wide:
-        *counts, low, high = _reduce(ones, minima, axes)
-        return [(c,) for c in counts], low, high
-    shape = ones[0].shape
-    first, rest, size = [], [], 1
-    for a in sorted(axes, key=lambda a: -shape[a]):
-        fits = size * shape[a] < WIDE
-        first, rest = ([*first, a], rest) if fits else (first, [*rest, a])
-        size *= shape[a] if fits else 1
-    *counts, low, high = _reduce(ones, minima, sorted(first))
-    digits = [carry(jnp.zeros_like(c), c) for c in counts]
-    for a in rest:
-        digits = [carry(*reduce_sum(c, (a,))) for c in digits]
-    low, high = _reduce((), (low, high), rest)
-    return digits, low, high
+    operands = [*jax.tree.leaves(numbers), *minima]
+    shape = [1 if a in axes else size for a, size in enumerate(ones[0].shape)]
+    if axes:
+        empty = [jnp.int32(0)] * n + [jnp.uint32(2**32 - 1)] * len(minima)
+        operands = lax.reduce(tuple(operands), tuple(empty), combine, tuple(axes))
+        operands = [x.reshape(shape) for x in operands]
+    counts = structure.unflatten(operands[:n])
+    return [c[::-1] for c in counts], list(operands[n:])
 
 
 def least(a: Count, where: Array) -> Count:
@@ -320,7 +300,7 @@ class _Step:
             distances = _span(s.lo, x), _span(x, s.last)
             if inside is not None:
                 distances = [jnp.where(inside, d, jnp.uint32(2**32 - 1)) for d in distances]
-            more, a, b = totals([x >= v for v in t], distances, e.axes, self.wide)
+            more, (a, b) = totals([x >= v for v in t], distances, e.axes, self.wide)
             counts = add(counts, tuple(jnp.stack(c).reshape(t.shape) for c in zip(*more)))
             low, high = (
                 jnp.minimum(low, a.reshape(self.shape)),

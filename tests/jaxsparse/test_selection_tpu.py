@@ -1,0 +1,101 @@
+"""On a TPU mesh with sharded weights, selection moves counters only: read off the compiled program.
+
+The TPU compiler runs without a TPU. Without libtpu these tests are skipped.
+"""
+
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsparse import selection
+
+pytestmark = pytest.mark.slow
+
+LARGEST = 64 * 1024  # bytes; the leaves below have 16 MB and more
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all"
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "s8": 1, "u8": 1}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    from jax.experimental import topologies
+
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    return Mesh(np.array(devices).reshape(4, 4), ("a", "b"))
+
+
+def compiled(mesh, function, *arguments):
+    """The program for arguments given as (shape, spec) or (shape, spec, dtype)."""
+    shapes = [
+        jax.ShapeDtypeStruct(
+            shape, *(dtype or [jnp.float32]), sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for shape, spec, *dtype in arguments
+    ]
+    return jax.jit(function).lower(*shapes).compile()
+
+
+def collectives(text: str) -> list[int]:
+    """The bytes of the result of each collective operation of a program."""
+    found = []
+    for shapes in re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text):
+        sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        found.append(
+            sum(
+                BYTES[d] * math.prod(int(n) for n in dims.split(",") if n)
+                for d, dims in sizes
+                if d in BYTES
+            )
+        )
+    return found
+
+
+K = ((), (), jnp.int32)
+BOTH, ROWS = ((2048, 2048), ("a", "b")), ((4096, 1024), (("a", "b"), None))
+CONV = ((3, 3, 512, 1024), (None, None, None, ("a", "b")), jnp.bfloat16)
+WIDE = ((2**16, 2**16), ("a", "b"))  # 2^32 entries: counts and positions of two words
+
+CASES = {
+    "topk over both axes": (selection.topk_mask, BOTH, K),
+    "topk over rows": (selection.topk_mask, ROWS, K),
+    "topk of a convolution": (selection.topk_mask, CONV, K),
+    "topk of 2^32 weights": (selection.topk_mask, WIDE, K),
+    "topk with hashed ties": (
+        lambda x, k: selection.topk_mask(x, k, ties="hash", seed=k), BOTH, K,
+    ),
+    "topk per output": (lambda x, k: selection.topk_mask(x, k, axis=0), BOTH, K),
+    "topk within a mask": (
+        lambda x, m, k: selection.topk_mask(x, k, where=m), BOTH, (*BOTH, jnp.bool_), K,
+    ),
+    "global topk": (
+        lambda x, y, z, k: selection.global_topk_masks([x, y, z], k),
+        BOTH, CONV, ROWS, K,
+    ),
+    "2:4 along rows": (lambda x: selection.nm_mask(x, 2, 4, axis=0), BOTH),
+    "2:4 along columns": (lambda x: selection.nm_mask(x, 2, 4, axis=1), BOTH),
+    "random": (lambda x, k: selection.random_mask(k, x.shape, k) & (x >= 0), BOTH, K),
+    "quantile": (lambda x, q: x > selection.quantile([x], q), BOTH, ((), ())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_collective_is_as_large_as_a_leaf(mesh, case):
+    function, *arguments = CASES[case]
+    program = compiled(mesh, function, *arguments)
+    assert max(collectives(program.as_text()), default=0) <= LARGEST
+    masks = [s for s in jax.tree.leaves(program.output_shardings) if s.spec != PartitionSpec()]
+    assert masks, "the mask is sharded as the weights are"
+
+
+def test_the_check_sees_a_gathered_leaf(mesh):
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    gather = lambda x: jax.lax.with_sharding_constraint(x * 2, everywhere)
+    assert max(collectives(compiled(mesh, gather, BOTH).as_text())) >= 4 * 2048 * 2048
