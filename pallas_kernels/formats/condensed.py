@@ -107,7 +107,7 @@ def _flatten(w: Condensed):
 jax.tree_util.register_pytree_with_keys(
     Condensed,
     _flatten,
-    lambda shape, leaves: Condensed(*leaves, shape),
+    lambda shape, leaves: Condensed(*tuple(leaves), shape=shape),
     lambda w: ((w.values, w.rows), w.shape),
 )
 
