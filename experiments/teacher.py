@@ -8,13 +8,16 @@ teacher's outputs at the teacher's sparsity. The skip connections pin every unit
 support can be compared weight by weight (in a plain network hidden units can be permuted).
 
 All students share the optimizer, the data and the number of steps; every method has its default options.
-All seeds train at once (`vmap`), a run is one `scan`. N:M methods get the pattern of that sparsity, which
+All seeds train at once (`vmap`), a run is one `scan`; run the command again to go on where it was stopped. N:M methods get the pattern of that sparsity, which
 the teacher does not have. Methods that cannot be asked for a sparsity appear at the one they reach.
 """
 
+import inspect
+import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,7 +87,8 @@ def options_of(name: str, *, sparsity: float, steps: int, seed: Any) -> dict[str
     method = jaxsparse.METHODS[name]
     every = max(1, round(1 / (1 - sparsity)))
     known = {"total_steps": steps, "seed": seed}
-    if method.structures == "NM" or name == "sr_ste":
+    default = inspect.signature(method.fn).parameters.get("structure")
+    if default is not None and isinstance(default.default, jaxsparse.structures.NM):
         known["structure"] = jaxsparse.structures.NM(1, every)
     elif method.controls_sparsity:
         known["sparsity"] = sparsity
@@ -134,25 +138,34 @@ def make_run(name: str, *, width: int, density: float, steps: int):
     return run
 
 
-def study(methods: list[str], *, seeds: int, width: int, density: float, steps: int) -> list[dict]:
-    """One row of numbers per method, `[seeds]` each, best loss first."""
-    runs = {
-        name: jax.jit(jax.vmap(make_run(name, width=width, density=density, steps=steps)))
-        for name in methods
-    }
-    for run in runs.values():  # a method that cannot be run stops here, not after an hour
-        jax.eval_shape(run, jnp.arange(seeds))
-    rows = []
-    for name, run in runs.items():
+def study(
+    methods: list[str], *, seeds: int, width: int, density: float, steps: int,
+    done: list[dict] | None = None, save: Callable[[list[dict]], Any] = lambda rows: None,
+) -> list[dict]:  # fmt: skip
+    """One row of numbers per method, a list of `seeds` each, best loss first. `done` are rows of an
+    earlier study that are not to be repeated; `save` is called with all rows after each method. A
+    method that cannot have this sparsity gets a row with the reason."""
+    rows = list(done or [])
+    for name in methods:
+        if any(row["method"] == name for row in rows):
+            continue
         started = time.monotonic()
-        numbers = jax.device_get(run(jnp.arange(seeds)))
-        rows.append({"method": name, **numbers})
-        print(
-            f"{name:>20}: loss {np.mean(numbers['loss']):.4f}, F1 {np.mean(numbers['f1']):.3f}, "
-            f"sparsity {np.mean(numbers['sparsity']):.4f}, {time.monotonic() - started:.1f} s",
-            flush=True,
-        )
-    return sorted(rows, key=lambda row: float(np.mean(row["loss"])))
+        run = jax.jit(jax.vmap(make_run(name, width=width, density=density, steps=steps)))
+        try:
+            numbers = jax.device_get(run(jnp.arange(seeds)))
+        except ValueError as error:
+            rows.append({"method": name, "error": str(error)})
+            print(f"{name:>20}: {error}", flush=True)
+        else:
+            rows.append({"method": name, **{k: np.asarray(v).tolist() for k, v in numbers.items()}})
+            print(
+                f"{name:>20}: loss {np.mean(numbers['loss']):.4f}, F1 {np.mean(numbers['f1']):.3f}, "
+                f"sparsity {np.mean(numbers['sparsity']):.4f}, {time.monotonic() - started:.1f} s",
+                flush=True,
+            )
+        save(rows)
+        jax.clear_caches()
+    return sorted(rows, key=lambda row: float(np.mean(row.get("loss", [np.inf]))))
 
 
 def figure(rows: list[dict], title: str):
@@ -166,8 +179,8 @@ def figure(rows: list[dict], title: str):
     colors, markers = plots._COLORS, plots._MARKERS
     for i, row in enumerate(rows):
         x, y = np.mean(row["f1"]), np.mean(row["loss"])
-        spread = [[x - row["f1"].min()], [row["f1"].max() - x]]
-        rise = [[y - row["loss"].min()], [row["loss"].max() - y]]
+        spread = [[x - min(row["f1"])], [max(row["f1"]) - x]]
+        rise = [[y - min(row["loss"])], [max(row["loss"]) - y]]
         axes.errorbar(
             x, y, xerr=spread, yerr=rise, color=colors[i % len(colors)],
             marker=markers[i // len(colors) % len(markers)], linestyle="none", label=row["method"],
@@ -184,6 +197,8 @@ def figure(rows: list[dict], title: str):
 def write(rows: list[dict], out: pathlib.Path, command: str, facts: dict[str, Any]) -> None:
     """Writes `teacher.md` and `teacher.png`."""
     out.mkdir(parents=True, exist_ok=True)
+    failed = [row for row in rows if "error" in row]
+    rows = [row for row in rows if "error" not in row]
     title = f"A planted teacher with {facts['density']:.0%} nonzero weights"
     figure(rows, title).savefig(out / "teacher.png")
     cell = lambda x, form: f"{np.mean(x):{form}} ± {np.std(x, ddof=min(1, len(x) - 1)):{form}}"
@@ -209,6 +224,9 @@ def write(rows: list[dict], out: pathlib.Path, command: str, facts: dict[str, An
         "are not as sparse. N:M methods have a pattern that the teacher has not.\n\n"
         "![Loss over F1](teacher.png)\n\n" + table + "\n"
     )
+    if failed:
+        text += "\nWithout a result: " + "; ".join(f"{r['method']} ({r['error']})" for r in failed)
+        text += ".\n"
     (out / "teacher.md").write_text(text)
 
 
@@ -223,11 +241,19 @@ def main(argv):
             "seeds": SEEDS.value, "width": WIDTH.value, "density": DENSITY.value,
             "steps": STEPS.value,
         }  # fmt: skip
-        rows = study(["dense", *(m for m in names if m != "dense")], **facts)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    given = [a for a in sys.argv[1:] if not a.startswith("--out")]
     out = pathlib.Path(OUT.value or "runs/teacher")
+    out.mkdir(parents=True, exist_ok=True)
+    saved, done = out / "teacher.json", []
+    if saved.exists() and (old := json.loads(saved.read_text()))["facts"] == facts:
+        done = old["rows"]  # of a run that was stopped; other methods of one that was not
+
+    def save(rows):
+        saved.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+
+    rows = study(["dense", *(m for m in names if m != "dense")], done=done, save=save, **facts)
+    given = [a for a in sys.argv[1:] if not a.startswith("--out")]
     write(rows, out, " ".join(["python -m experiments.teacher", *given]), facts)
     print(f"wrote {out / 'teacher.md'} and teacher.png")
 
