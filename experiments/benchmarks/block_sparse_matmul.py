@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -92,11 +93,12 @@ def _tpu_rows():
         yield sparse, dict(size=8192, block=block, sparsity=sparsity), False
 
 
-def measure_tpu(results: dict, topologies: list[str]) -> None:
-    """Fill `results["tpu"]`; what is there already is kept."""
+def measure_tpu(results: dict, topologies: list[str], save: Callable[[], None]) -> None:
+    """Fill `results["tpu"]`; what is there already is kept, and `save` is called after each case."""
     from experiments.benchmarks.tpu_static import analyze
 
     done = results.setdefault("tpu", {})
+    results["tpu_versions"] = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
     for topology in topologies:
         cases = [("tpu_dense", dict(size=4096), True), ("tpu_dense", dict(size=8192), False)]
         for factory, kwargs, everywhere in [*cases, *_tpu_rows()]:
@@ -123,7 +125,7 @@ def measure_tpu(results: dict, topologies: list[str]) -> None:
                 compile_s=report["compile_s"],
             )
             print(key, f"{cycles / 1e3:.0f} k cycles", flush=True)
-    results["tpu_versions"] = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
+            save()
 
 
 # ---- CPU: wall-clock ------------------------------------------------------------------------------
@@ -390,15 +392,12 @@ def main() -> None:
     args = parser.parse_args()
     file = args.out / "block_sparse_matmul.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    for wanted, measure in (
-        (args.tpu, lambda: measure_tpu(results, args.topologies)),
-        (args.cpu, lambda: measure_cpu(results)),
-    ):
-        if wanted:
-            try:
-                measure()
-            finally:  # what was measured is not lost if a later case fails
-                file.write_text(json.dumps(results, indent=1) + "\n")
+    save = lambda: file.write_text(json.dumps(results, indent=1) + "\n")
+    if args.tpu:
+        measure_tpu(results, args.topologies, save)
+    if args.cpu:
+        measure_cpu(results)
+        save()
     (args.out / "block_sparse_matmul.md").write_text(
         tables(results) + "\n![speed-up over density](block_sparse_matmul.svg)\n"
     )
