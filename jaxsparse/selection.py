@@ -111,12 +111,11 @@ def _value_bounds(dtype) -> list[Bounds]:
 
 
 def _position(shape: Sequence[int], axes: Sequence[int], zero: Array) -> Array:
-    """The row-major position within `axes`, uint32, of `shape` 1 on the other axes. It starts from
-    `zero`, an operand of the loop: constants would be computed before the loop, and stored."""
-    out = [n if a in axes else 1 for a, n in enumerate(shape)]
-    position = jnp.broadcast_to(zero, out)
+    """The row-major position within `axes`, uint32 of `shape`. It starts from `zero`, an operand of
+    the loop: constants would be computed before the loop, and stored."""
+    position = jnp.broadcast_to(zero, shape)
     for a in axes:
-        position = position * jnp.uint32(shape[a]) + lax.broadcasted_iota(jnp.uint32, out, a)
+        position = position * jnp.uint32(shape[a]) + lax.broadcasted_iota(jnp.uint32, shape, a)
     return position
 
 

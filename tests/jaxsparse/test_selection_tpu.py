@@ -46,15 +46,14 @@ def compiled(mesh, function, *arguments):
 def collectives(text: str) -> list[int]:
     """The bytes of the result of each collective operation of a program."""
     found = []
-    for shapes in re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text):
-        sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        found.append(
-            sum(
-                BYTES[d] * math.prod(int(n) for n in dims.split(",") if n)
-                for d, dims in sizes
-                if d in BYTES
-            )
-        )
+    for shapes, start in re.findall(rf"= (.*?) (?:{COLLECTIVES})(-start)?\(", text):
+        sizes = [
+            BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+            if dtype in BYTES
+        ]
+        # What starts a permutation or a gather returns its operand, too, and tokens.
+        found.append(max(sizes) if start else sum(sizes))
     return found
 
 

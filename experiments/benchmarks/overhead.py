@@ -1,0 +1,240 @@
+"""What a sparse training method adds to a step of the bare inner optimizer.
+
+    python -m experiments.benchmarks.overhead [--methods=static,rigl] [--inner=adamw,momentum]
+    python -m experiments.benchmarks.overhead --mlp
+
+The first form times the optimizer's step alone (`update` and `apply_updates`, donated buffers) on
+the parameters of a ResNet-50, 25.6M in 161 leaves: an ordinary step, a step that updates the masks,
+and the bytes that the state holds besides the inner one's. JaxPruner's algorithm (an argsort and a
+scatter per leaf at an update, `uint8` masks multiplied to the parameters; Lee et al., JaxPruner,
+2023) is written out and timed in the same rounds. The second form times whole training steps of
+the small network 784-300-100-10 at a batch of 128 with straight-through methods. Ratios are to the
+step without sparsity in the same rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+
+import jaxsparse
+from experiments.benchmarks.selection import argsort_mask
+from experiments.benchmarks.timing import machine, medians
+
+METHODS = flags.DEFINE_list(
+    "methods", ["static", "set", "rigl", "magnitude", "global_magnitude"], "Methods to time."
+)
+INNER = flags.DEFINE_list("inner", ["adamw", "momentum"], "Inner optimizers.")
+PACKED = flags.DEFINE_boolean("packed", True, "Also with pack_masks=True.")
+JAXPRUNER = flags.DEFINE_boolean("jaxpruner", True, "Also JaxPruner's algorithm.")
+MLP = flags.DEFINE_boolean("mlp", False, "Whole training steps of a small network instead.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Interleaved rounds; medians are printed.")
+
+SPARSITY, EVERY, UPDATE = 0.9, 100, 200  # masks are updated at step 200, not at step 201
+INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "momentum": lambda: optax.sgd(1e-1, momentum=0.9),
+}
+
+
+def resnet50() -> dict[str, jax.Array]:
+    """Parameters of the shapes of a ResNet-50 (He et al., 2016)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name, size, c_in, c_out):
+        shapes[f"{name}/kernel"] = (size, size, c_in, c_out)
+        shapes[f"{name}/norm_scale"] = shapes[f"{name}/norm_bias"] = (c_out,)
+
+    conv("stem", 7, 3, 64)
+    c_in = 64
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for block in range(blocks):
+            name = f"stage{stage}/block{block}"
+            conv(f"{name}/a", 1, c_in, width)
+            conv(f"{name}/b", 3, width, width)
+            conv(f"{name}/c", 1, width, 4 * width)
+            if block == 0:
+                conv(f"{name}/shortcut", 1, c_in, 4 * width)
+            c_in = 4 * width
+    shapes["head/kernel"], shapes["head/bias"] = (2048, 1000), (1000,)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {n: 0.05 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())}
+
+
+def stepper(tx, params, grads, at: int | None) -> Callable[[], Any]:
+    """A function that takes one step; the counter of a sparse method is set to `at` before it."""
+
+    @jax.jit
+    def start(params):
+        return jax.tree.map(jnp.copy, params), tx.init(params)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    carry = list(start(params))
+
+    def run():
+        if at is not None:
+            carry[1] = carry[1]._replace(count=jnp.int32(at))
+        carry[:] = step(carry[0], carry[1], grads)
+        return carry[0]
+
+    return run
+
+
+def argsort_pruning(inner) -> optax.GradientTransformationExtraArgs:
+    """JaxPruner's algorithm in the same form: parameters times uint8 masks, sorted at an update."""
+
+    def masks_of(params):
+        return [
+            argsort_mask(jnp.abs(p), p.size - int(SPARSITY * p.size))
+            for p in jax.tree.leaves(params)
+            if p.ndim > 1
+        ]
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return jaxsparse.masking.SparseState(
+            zero, masks_of(params), None, None, None, inner.init(params), None
+        )
+
+    def update(updates, state, params=None, **extra):
+        assert params is not None
+        updates, inner_state = inner.update(updates, state.inner, params, **extra)
+        after = optax.apply_updates(params, updates)
+        masks = jax.lax.cond(state.count % EVERY == 0, lambda: masks_of(after), lambda: state.masks)
+        kept = iter(masks)
+        after = jax.tree.map(lambda p: p * next(kept) if p.ndim > 1 else p, after)
+        updates = jax.tree.map(jnp.subtract, after, params)
+        return updates, state._replace(count=state.count + 1, masks=masks, inner=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def size_of(tx, params) -> int:
+    """Bytes of the state."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+
+
+def build(name: str, inner, **options):
+    """The method with what it needs of sparsity, length and frequency."""
+    known = jaxsparse.METHODS[name].options
+    given = dict(sparsity=SPARSITY, total_steps=10_000, update_every=EVERY, begin_step=0, **options)
+    if not jaxsparse.METHODS[name].controls_sparsity:
+        del given["sparsity"]
+    return jaxsparse.make(name, inner, **{k: v for k, v in given.items() if k in known})
+
+
+def overhead(inner_name: str) -> None:
+    """One table: all methods around one inner optimizer."""
+    params = resnet50()
+    grads = jax.tree.map(lambda p: 0.01 * jnp.sin(100 * p), params)
+    inner = INNERS[inner_name]()
+    bare, weights = size_of(inner, params), sum(p.size for p in params.values() if p.ndim > 1)
+    print(f"### {inner_name}: {sum(p.size for p in params.values()):,} parameters\n")
+    print(
+        "| | ordinary step | step with an update | bytes of state per weight |\n|---|---|---|---|"
+    )
+    candidates: dict[str, Any] = {}
+    for name in METHODS.value:
+        for packed in (False, True) if PACKED.value else (False,):
+            label = f"{name}, packed masks" if packed else name
+            candidates[label] = build(name, inner, pack_masks=packed)
+    if JAXPRUNER.value:
+        candidates["argsort per leaf, uint8 masks, as JaxPruner"] = argsort_pruning(inner)
+    for label, tx in candidates.items():
+        runs = {
+            "bare": stepper(inner, params, grads, None),
+            "ordinary": stepper(tx, params, grads, UPDATE + 1),
+            "update": stepper(tx, params, grads, UPDATE),
+        }
+        t = medians(runs, rounds=ROUNDS.value, seconds=60)
+        more = (size_of(tx, params) - bare) / weights
+        print(
+            f"| {label} | {t['ordinary'] / t['bare']:.2f} ({1e3 * t['ordinary']:.0f} ms) "
+            f"| {t['update'] / t['bare']:.1f} | {more:.3f} |",
+            flush=True,
+        )
+    print()
+
+
+# -- The small network -----------------------------------------------------------------------------
+
+
+def mlp() -> None:
+    """Whole training steps with straight-through methods, which project at every step."""
+    sizes, batch = (784, 300, 100, 10), 128
+    keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
+    params = {
+        f"layer{i}": {
+            "kernel": jax.random.normal(k, (a, b)) / a**0.5,
+            "bias": jnp.zeros(b),
+        }
+        for i, (k, a, b) in enumerate(zip(keys, sizes, sizes[1:]))
+    }
+    x = jax.random.normal(keys[-1], (batch, sizes[0]))
+    y = jax.random.randint(keys[-2], (batch,), 0, sizes[-1])
+
+    def loss(params):
+        h = x
+        for i in range(len(sizes) - 1):
+            h = h @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
+            h = jax.nn.relu(h) if i < len(sizes) - 2 else h
+        return optax.softmax_cross_entropy_with_integer_labels(h, y).mean()
+
+    def training(tx):
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        carry = [params, tx.init(params)]
+
+        def run():
+            for _ in range(10):
+                carry[:] = step(*carry)
+            return carry[0]
+
+        return run
+
+    inner = optax.adam(1e-3)
+    runs = {"dense": training(inner)}
+    for name in ("st3", "magnitude_ste", "sr_ste", "autosparse", "str"):
+        options: dict[str, Any] = {"update_every": 1}
+        if name == "sr_ste":
+            rules = [("layer0", True), ("layer1", True), (".*", False)]
+            options |= {
+                "structure": jaxsparse.structures.NM(2, 4),
+                "sparsity": None,
+                "targets": rules,
+            }
+        known = jaxsparse.METHODS[name].options
+        given = {"sparsity": SPARSITY, "total_steps": 10_000, **options}
+        if not jaxsparse.METHODS[name].controls_sparsity:
+            del given["sparsity"]
+        tx = jaxsparse.make(name, inner, **{k: v for k, v in given.items() if k in known})
+        runs[name] = training(tx)
+    t = medians(runs, rounds=ROUNDS.value * 3, seconds=60)
+    print("### Training step, 784-300-100-10, batch 128, adam\n\n| | ratio | ms |\n|---|---|---|")
+    for name, seconds in t.items():
+        print(f"| {name} | {seconds / t['dense']:.2f} | {100 * seconds:.2f} |")
+
+
+def main(argv):
+    del argv
+    print(f"{machine()}; medians of interleaved rounds, ratios to the bare step\n")
+    if MLP.value:
+        return mlp()
+    for name in INNER.value:
+        overhead(name)
+
+
+if __name__ == "__main__":
+    app.run(main)
