@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def _progress(step, begin, end) -> jax.Array:
     return jnp.where(step >= end, 1.0, jnp.minimum(done / whole, 1.0))
 
 
-def polynomial(begin, end, *, final=1.0, initial=0.0, power=3) -> Schedule:
+def polynomial(begin, end, *, final: Any = 1.0, initial: Any = 0.0, power: Any = 3) -> Schedule:
     r"""$S(t) = S_f + (S_i - S_f)(1 - (t - t_0)/(t_1 - t_0))^{power}$: `initial` before `begin`,
     exactly `final` from `end` on. With power 3 it is the cubic curve of Zhu & Gupta, To prune, or
     not to prune, 2017.
@@ -44,7 +45,7 @@ def polynomial(begin, end, *, final=1.0, initial=0.0, power=3) -> Schedule:
     return schedule
 
 
-def cubic(begin, end, *, final=1.0, initial=0.0) -> Schedule:
+def cubic(begin, end, *, final: Any = 1.0, initial: Any = 0.0) -> Schedule:
     """`polynomial` of power 3."""
     return polynomial(begin, end, final=final, initial=initial, power=3)
 
