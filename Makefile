@@ -1,5 +1,5 @@
 # make train   creates the environment, trains a sparse network, writes a report with plots
-# make test    creates the environment, checks style and types, runs every test
+# make test    creates the environment, checks style and types, runs the tests (test-slow: the long ones)
 # make docs    builds the documentation into site/, without a warning
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,16 +11,17 @@ ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: train test test-fast lint docs env clean
+.PHONY: train test test-slow lint docs env clean
 
 train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=runs/quickstart
 
 test: lint
-	$(BIN)/python -m pytest -n 2
-
-test-fast: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Notebooks, compilation of every kernel variant for every TPU generation, long runs.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
