@@ -481,23 +481,36 @@ def passes(scores: Array, k: Any) -> Array:
 def _pairwise(x: Array, k: Array, where: Array | None, seed: Array | None, axis: int) -> Array:
     """The mask of short slices: every entry counts the ones before it in its slice."""
     levels, inside = _value_levels(x)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        inside = ~jnp.isnan(x)  # these have the lowest number already
+    if inside is None and jnp.issubdtype(x.dtype, jnp.floating):
+        inside = ~jnp.isnan(x)
     if where is not None:
         inside = where if inside is None else inside & where
-        levels = [jnp.broadcast_to(inside, x.shape).astype(jnp.int32), *levels]
     if seed is not None:
         levels.append(_as_int(_hash(x.shape, seed, jnp.uint32(0))) ^ INT_MIN)
+    if inside is not None:
+        inside = jnp.broadcast_to(inside, x.shape)
+        levels = [jnp.where(inside, level, INT_MIN) for level in levels]
     rows = [[lax.index_in_dim(level, i, axis) for level in levels] for i in range(x.shape[axis])]
+    eligible = None
+    if inside is not None:
+        eligible = [lax.index_in_dim(inside, i, axis) for i in range(x.shape[axis])]
     ranks = [jnp.zeros(rows[0][0].shape, jnp.int8) for _ in rows]
     for j in range(len(rows)):
         for i in range(j):
-            # i comes before j where it is not below it, for i stands before j
-            before = _search.at_or_above(rows[i], rows[j])
-            ranks[j] = ranks[j] + before.astype(jnp.int8)
-            ranks[i] = ranks[i] + (~before).astype(jnp.int8)
-    mask = lax.concatenate([r < k.astype(jnp.int8) for r in ranks], axis)
-    return mask if inside is None else mask & inside
+            # i is ahead of j where it is not below it, for i stands before j
+            first = _search.at_or_above(rows[i], rows[j])
+            if eligible is not None:
+                first = (first | ~eligible[j]) & eligible[i]
+                second = ~first & eligible[j]
+            else:
+                second = ~first
+            ranks[j] = ranks[j] + first.astype(jnp.int8)
+            ranks[i] = ranks[i] + second.astype(jnp.int8)
+    limit = k.astype(jnp.int8)
+    kept = [r < limit for r in ranks]
+    if eligible is not None:
+        kept = [m & e for m, e in zip(kept, eligible)]
+    return lax.concatenate(kept, axis)
 
 
 def nm_mask(scores: Any, n: int, m: int, *, axis: int = -1, stride_groups: bool = False) -> Array:

@@ -23,7 +23,7 @@ import optax
 from absl import app, flags
 
 import jaxsparse
-from experiments.benchmarks.peer_masks import argsort_mask
+from experiments.benchmarks.selection import argsort_mask
 from experiments.benchmarks.timing import machine, medians
 
 METHODS = flags.DEFINE_list(

@@ -5,7 +5,7 @@
 Prints Markdown tables: exact top-k masks of this library next to the algorithms in use elsewhere,
 the number of passes that the search takes on easy and on adversarial scores, and N:M masks.
 JaxPruner's algorithm is an argsort and a scatter per mask, and two argsorts per N:M mask
-(Lee et al., JaxPruner, 2023). `--slow` includes it at the full size.
+(Lee et al., JaxPruner, 2023); it is written out here. `--slow` includes it at the full size.
 """
 
 from __future__ import annotations
@@ -14,20 +14,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jax import lax
 
-from experiments.benchmarks.peer_masks import (
-    argsort_mask,
-    argsort_nm_mask,
-    sort_mask,
-    top_k_mask,
-    top_k_nm_mask,
-)
 from experiments.benchmarks.timing import machine, medians
 from jaxsparse import selection
 
 SIZE = flags.DEFINE_integer("size", 25_000_000, "Number of scores.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds; medians are printed.")
 SLOW = flags.DEFINE_boolean("slow", False, "Time the sorts at the full size (a minute or more).")
+
+
+# -- The algorithms in use elsewhere ---------------------------------------------------------------
+
+
+def argsort_mask(x, k):
+    """JaxPruner's unstructured mask: indices in descending order, ones scattered to the first k."""
+    order = jnp.argsort(x.ravel())[::-1]
+    kept = (jnp.arange(x.size) < k).astype(jnp.uint8)
+    return jnp.zeros(x.size, jnp.uint8).at[order].set(kept).reshape(x.shape)
+
+
+def top_k_mask(x, k: int):
+    """`lax.top_k` and a scatter."""
+    _, kept = lax.top_k(x.ravel(), k)
+    return jnp.zeros(x.size, bool).at[kept].set(True).reshape(x.shape)
+
+
+def sort_mask(x, k):
+    """A sort for the threshold; not exact where scores are equal."""
+    return x >= jnp.sort(x.ravel())[x.size - k]
+
+
+def argsort_nm_mask(x, n: int, m: int):
+    """JaxPruner's N:M mask: ranks within groups by two argsorts."""
+    groups = x.reshape(-1, m)
+    ranks = jnp.argsort(jnp.argsort(groups, axis=1), axis=1)
+    return (ranks >= m - n).reshape(x.shape)
+
+
+def top_k_nm_mask(x, n: int, m: int):
+    """`lax.top_k` within groups, and a one-hot sum."""
+    _, kept = lax.top_k(x.reshape(-1, m), n)
+    return jnp.any(kept[..., None] == jnp.arange(m), axis=1).reshape(x.shape)
 
 
 # -- Scores ----------------------------------------------------------------------------------------
