@@ -32,8 +32,8 @@ def pq_index(
       where: the d entries that count (bool), such as those still kept; all by default. 0 if none.
       axis: the axes over which it is taken.
 
-    >>> round(float(pq_index(jnp.array([1.0, 2.0, 3.0, 4.0]))), 7)
-    0.0555859
+    >>> round(float(pq_index(jnp.array([1.0, 2.0, 3.0, 4.0]))), 6)
+    0.055586
 
     Raises:
       ValueError: p or q out of order.
