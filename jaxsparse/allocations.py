@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 
 from jaxsparse._counts import is_concrete, scale_count
-from jaxsparse.targets import unmatched_message
+from jaxsparse.targets import check_matched
 
 if TYPE_CHECKING:
     from jaxsparse.plan import Leaf
@@ -50,9 +50,7 @@ def last_leaf(leaves: Sequence[Leaf]) -> str | None:
 
 def _dense_leaves(leaves: Sequence[Leaf], first_dense: bool, dense: Sequence[str]) -> set[str]:
     paths = [leaf.path for leaf in leaves]
-    unmatched = [p for p in dense if not any(re.search(p, path) for path in paths)]
-    if unmatched:
-        raise ValueError(unmatched_message("allocation(dense=...)", unmatched, paths))
+    check_matched("allocation(dense=...)", dense, paths)
     chosen = {path for path in paths if any(re.search(p, path) for p in dense)}
     return chosen | ({min(paths, key=_natural)} if first_dense and paths else set())
 
@@ -252,9 +250,7 @@ class Explicit(ByShape):
 
     def sparsities(self, leaves: Sequence[Leaf], sparsity) -> list:
         paths = [leaf.path for leaf in leaves]
-        unmatched = [p for p in self.by_path if not any(re.search(p, path) for path in paths)]
-        if unmatched:
-            raise ValueError(unmatched_message("allocation", unmatched, paths))
+        check_matched("allocation", self.by_path, paths)
 
         def of(path: str):
             for pattern, value in self.by_path.items():

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxsparse.targets import path_name, select
+
 
 class SparseState(NamedTuple):
     """The state of every method of the library.
@@ -107,10 +109,15 @@ def count_kept(masks) -> int:
     return sum(int(np.count_nonzero(np.asarray(m))) for m in found)
 
 
+def by_path(tree) -> dict[str, Any]:
+    """What a tree of masks (or of values at sparse leaves) holds, by the path of the leaf."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mask)[0]
+    keep = [(p, x) for p, x in flat if not (x is None or isinstance(x, optax.MaskedNode))]
+    return {path_name(path): x for path, x in keep}
+
+
 def from_zeros(params, targets=None):
     """The masks of a model that is sparse already: True where a weight is not exactly 0."""
-    from jaxsparse.targets import select
-
     leaves, treedef = jax.tree.flatten(params)
     chosen = select(params, targets)
     return treedef.unflatten([p != 0 if s.selected else None for p, s in zip(leaves, chosen)])

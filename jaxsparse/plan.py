@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -56,20 +57,14 @@ class Leaf:
     def salt(self, seed: Any, stream: Any = 0) -> Array:
         """A uint32 that differs between leaves, seeds and streams (the number of an update)."""
         path = jnp.uint32(zlib.crc32(self.path.encode()))
-        return _mix(_mix(_mix(_as_uint32(seed)) ^ path) + _as_uint32(stream))
+        mix = selection.mix
+        return mix(mix(mix(_as_uint32(seed)) ^ path) + _as_uint32(stream))
 
 
 def _as_uint32(x) -> Array:
     if isinstance(x, int):
         return jnp.uint32(x & 0xFFFFFFFF)
     return jnp.asarray(x).astype(jnp.uint32)
-
-
-def _mix(x: Array) -> Array:
-    """A bijection of uint32 that scatters its argument (the finaliser of MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +124,10 @@ def make(params, target_rules=None, structure: Any = None) -> Plan:
 
 
 def _structures(paths: list[str], structure) -> list[Structure]:
-    import re
-
     if not isinstance(structure, Mapping):
         return [structures.resolve(structure)] * len(paths)
-    unmatched = [p for p in structure if not any(re.search(p, path) for path in paths)]
-    if unmatched and paths:
-        raise ValueError(targets.unmatched_message("structure", unmatched, paths))
+    if paths:
+        targets.check_matched("structure", structure, paths)
     kinds = {p: structures.resolve(s) for p, s in structure.items()}
     default = structures.Unstructured()
     return [next((k for p, k in kinds.items() if re.search(p, path)), default) for path in paths]

@@ -127,7 +127,7 @@ def _outer_inner(shape: Sequence[int], axes: Sequence[int], limit: int) -> tuple
     return list(axes[:split]), list(axes[split:])
 
 
-def _mix(x: Array) -> Array:
+def mix(x: Array) -> Array:
     """A bijection of uint32 that scatters its argument (the finaliser of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -153,10 +153,10 @@ def _seed(seed: Any) -> Array:
 def _hash(shape: Sequence[int], seed: Array, zero: Array, offset: int = 0) -> Array:
     """See `position_hash`; positions start at `offset`."""
     outer, inner = _outer_inner(shape, range(len(shape)), 2 * _search.WIDE)
-    factor, shift = _mix(seed + jnp.uint32(0x9E3779B9)) | 1, _mix(seed ^ jnp.uint32(0x7F4A7C15))
+    factor, shift = mix(seed + jnp.uint32(0x9E3779B9)) | 1, mix(seed ^ jnp.uint32(0x7F4A7C15))
     if outer:
-        shift = _mix(_position(shape, outer, zero) + shift)
-    return _mix((_position(shape, inner, zero) + jnp.uint32(offset)) * factor + shift)
+        shift = mix(_position(shape, outer, zero) + shift)
+    return mix((_position(shape, inner, zero) + jnp.uint32(offset)) * factor + shift)
 
 
 def position_hash(shape: Sequence[int], seed: Any) -> Array:

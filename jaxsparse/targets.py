@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,6 +105,13 @@ def select(params, targets: Targets = None) -> list[Selected]:
         if unmatched:
             raise ValueError(unmatched_message("targets", unmatched, [path for path, _ in named]))
     return [_check(path, leaf, answer) for (path, leaf), answer in zip(named, answers)]
+
+
+def check_matched(argument: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+    """Raises `ValueError` if one of the patterns matches none of the paths."""
+    unmatched = [p for p in patterns if not any(re.search(p, path) for path in paths)]
+    if unmatched:
+        raise ValueError(unmatched_message(argument, unmatched, paths))
 
 
 def unmatched_message(argument: str, patterns: Sequence[str], paths: Sequence[str]) -> str:

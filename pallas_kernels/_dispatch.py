@@ -9,6 +9,7 @@ present arguments (`None` if it can):
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 
 def choose(implementation: str | None, reasons: Mapping[str, str | None]) -> str:
@@ -54,3 +55,18 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def check_operands(x, w) -> jax.Array:
+    """x `[..., in]` as an array, checked against the sparse matrix w `[in, out]`.
+
+    Raises:
+      ValueError: the shapes do not match, or a dtype is not floating point.
+    """
+    x = jnp.asarray(x)
+    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"x.shape={x.shape} must end in {w.shape[0]}, the rows of w {w.shape}")
+    for name, a in (("x", x), ("w", w)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    return x

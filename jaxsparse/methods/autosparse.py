@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -36,8 +37,7 @@ def learned_threshold(
 
     def rule(step: Step) -> Projection:
         thresholds, _ = step.aux
-        by_path = {v.leaf.path: v for v in step.views}
-        shifts = [threshold_of(v, s) for v, s in zip(by_path.values(), _leaves(thresholds))]
+        shifts = [threshold_of(v, s) for v, s in zip(step.views, jax.tree.leaves(thresholds))]
         return Projection(
             [jnp.abs(v.w) > t for v, t in zip(step.views, shifts)], shifts, aux=step.aux
         )
@@ -53,12 +53,6 @@ def learned_threshold(
         pull_back=lambda v, step: v.g * backward(v, step).astype(v.g.dtype),
         learner=learner, raw_dtype=raw_dtype, pack_masks=pack_masks,
     )  # fmt: skip
-
-
-def _leaves(tree) -> list:
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 @register(

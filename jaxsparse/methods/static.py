@@ -80,16 +80,11 @@ def _nonzeros(step: Step) -> list:
     return [v.w != 0 for v in step.views]
 
 
-def _by_path(masks) -> dict[str, Any]:
-    flat = jax.tree_util.tree_flatten_with_path(masks, is_leaf=masking.is_mask)[0]
-    return {targets_.path_name(path): m for path, m in flat if m is not None}
-
-
 def _plan_of(params, masks):
     """The plan whose sparse leaves are those that have a mask."""
     from jaxsparse import plan
 
-    wanted = _by_path(masks)
+    wanted = masking.by_path(masks)
     result = plan.make(params, lambda path, _: path in wanted)
     missing = sorted(set(wanted) - {leaf.path for leaf in result.leaves})
     if missing and result.treedef.num_leaves:
@@ -99,7 +94,7 @@ def _plan_of(params, masks):
 
 
 def _given(masks, view) -> jax.Array:
-    mask = jnp.asarray(masking.unpack(_by_path(masks)[view.leaf.path]))
+    mask = jnp.asarray(masking.unpack(masking.by_path(masks)[view.leaf.path]))
     if mask.shape != view.w.shape or mask.dtype != bool:
         raise ValueError(
             f"masks: the mask of {view.leaf.path!r} is {mask.dtype}{list(mask.shape)}; it must be "

@@ -15,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import optax
 from jax import Array
 
 from jaxsparse import masking
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
-from jaxsparse.targets import path_name
 from jaxsparse.transforms._common import PlanFor, like, store_masks
 
 
@@ -101,10 +99,10 @@ def backward_views(opt_state) -> dict[str, tuple[Array, Any]]:
     for state in masking.find_states(opt_state):
         if not isinstance(state.aux, BackwardView):
             continue
-        raw = {} if state.raw is None else _by_path(state.raw)
+        raw = {} if state.raw is None else masking.by_path(state.raw)
         found |= {
             path: (masking.unpack(b), raw.get(path))
-            for path, b in _by_path(state.aux.masks).items()
+            for path, b in masking.by_path(state.aux.masks).items()
         }
     if not found:
         raise ValueError(
@@ -112,9 +110,3 @@ def backward_views(opt_state) -> dict[str, tuple[Array, Any]]:
             "alone or inside optax wrappers"
         )
     return found
-
-
-def _by_path(tree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=masking.is_mask)[0]
-    keep = [(p, x) for p, x in leaves if not (x is None or isinstance(x, optax.MaskedNode))]
-    return {path_name(path): x for path, x in keep}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._dispatch import choose
+from pallas_kernels._dispatch import check_operands, choose
 from pallas_kernels.block_sparse_matmul import reference, tpu, xla
 from pallas_kernels.formats.block_sparse import Array, BlockSparse
 
@@ -69,12 +69,7 @@ def block_sparse_matmul(
     """
     if not isinstance(w, BlockSparse):
         raise ValueError(f"w must be a BlockSparse, not {type(w).__name__}")
-    x = jnp.asarray(x)
-    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"x.shape={x.shape} must end in {w.shape[0]}, the rows of w {w.shape}")
-    for name, a in (("x", x), ("w", w)):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    x = check_operands(x, w)
     dtype = jnp.result_type(x.dtype, w.dtype)
     out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
     x, w = jnp.asarray(x, dtype), w.astype(dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._dispatch import choose, target_platform
+from pallas_kernels._dispatch import check_operands, choose, target_platform
 from pallas_kernels.condensed_matmul import reference, xla
 from pallas_kernels.formats.block_sparse import Array
 from pallas_kernels.formats.condensed import Condensed
@@ -45,12 +45,7 @@ def condensed_matmul(
     """
     if not isinstance(w, Condensed):
         raise ValueError(f"w must be a Condensed, not {type(w).__name__}")
-    x = jnp.asarray(x)
-    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"x.shape={x.shape} must end in {w.shape[0]}, the rows of w {w.shape}")
-    for name, a in (("x", x), ("w", w)):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    x = check_operands(x, w)
     not_cpu = None if target_platform() == "cpu" else "its loops are made for CPU"
     why_not_xla = not_cpu if implementation is None else None
     name = choose(implementation, {"xla": why_not_xla, "reference": None})

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._dispatch import choose, target_platform
+from pallas_kernels._dispatch import check_operands, choose, target_platform
 from pallas_kernels.formats.block_sparse import Array
 from pallas_kernels.formats.nm import NMSparse
 from pallas_kernels.nm_matmul import reference, tpu, xla
@@ -52,12 +52,7 @@ def nm_matmul(
     """
     if not isinstance(w, NMSparse):
         raise ValueError(f"w must be an NMSparse, not {type(w).__name__}")
-    x = jnp.asarray(x)
-    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"x.shape={x.shape} must end in {w.shape[0]}, the rows of w {w.shape}")
-    for name, a in (("x", x), ("w", w)):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    x = check_operands(x, w)
     dtype = jnp.result_type(x.dtype, w.dtype)
     x, w = jnp.asarray(x, dtype), w.astype(dtype)
     only_tpu = "interpret=True is about the TPU kernel" if interpret else None
