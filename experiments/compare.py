@@ -28,7 +28,7 @@ from experiments import datasets, report
 from experiments.configs import base
 from experiments.train import make_task
 from jaxsparse.analysis import flops, plots
-from jaxsparse.analysis.report import markdown_table
+from jaxsparse.analysis.page import markdown_table
 from jaxsparse.targets import path_name
 
 METHODS = flags.DEFINE_list("methods", ["all"], "methods to compare, or all; dense is always run")

@@ -30,7 +30,7 @@ from jax import Array
 import jaxsparse
 from jaxsparse import selection
 from jaxsparse.analysis import plots
-from jaxsparse.analysis.report import markdown_table
+from jaxsparse.analysis.page import markdown_table
 
 METHODS = flags.DEFINE_list("methods", ["all"], "students, or all; dense is always run")
 SEEDS = flags.DEFINE_integer("seeds", 3, "teachers and students per method", lower_bound=1)

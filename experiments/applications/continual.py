@@ -26,7 +26,7 @@ from jax import Array
 import jaxsparse
 from jaxsparse import masking, selection
 from jaxsparse import plan as plans
-from jaxsparse.analysis.report import markdown_table
+from jaxsparse.analysis.page import markdown_table
 
 TASKS, CLASSES = 5, 10
 

@@ -26,7 +26,7 @@ from jax import Array
 from jaxsparse import masking, scores
 from jaxsparse import plan as plans
 from jaxsparse.allocations import Uniform
-from jaxsparse.analysis.report import markdown_table
+from jaxsparse.analysis.page import markdown_table
 
 SIDE, ACTIONS, DISCOUNT, SLIP, HORIZON = 13, 4, 0.97, 0.1, 80
 GOAL = (10, 10)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import jaxsparse
-from jaxsparse.analysis.report import markdown_table
+from jaxsparse.analysis.page import markdown_table
 
 
 class Problem(NamedTuple):

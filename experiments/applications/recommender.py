@@ -21,7 +21,7 @@ from jax import Array
 import jaxsparse
 from jaxsparse import plan as plans
 from jaxsparse import schedules, transforms
-from jaxsparse.analysis.report import markdown_table
+from jaxsparse.analysis.page import markdown_table
 
 
 class Ratings(NamedTuple):

@@ -27,6 +27,16 @@ def _pairs(a: Any, b: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (first[name], second[name]) for name in first}
 
 
+def density(masks: Any) -> dict[str, float]:
+    """The part of each leaf that its mask keeps, by path: what `flops.sparse_flops` and
+    `plots.density_bars` take. Leaves without a mask are left out.
+
+    >>> density({"w": np.array([True, False, False, False]), "b": None})
+    {'w': 0.25}
+    """
+    return {name: float(np.mean(m)) for name, m in _flat(masks).items() if m.size}
+
+
 def hamming(a: Any, b: Any) -> int:
     """The positions at which two trees of masks differ. Of the masks of two consecutive updates it is
     the "sparse architecture divergence" of SR-STE (Zhou et al., 2021).

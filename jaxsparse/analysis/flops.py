@@ -1,4 +1,4 @@
-"""Floating-point operations of a network, dense and sparse, and of training it.
+"""Floating-point operations of a network, dense and sparse, and of training it; bytes that they move.
 
 The accounting is that of Evci et al., "Rigging the Lottery: Making All Tickets Winners" (2020),
 appendix H: multiplications and additions of linear layers and convolutions count, everything else is
@@ -18,13 +18,13 @@ zeros, as most does, no time is saved.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.extend import core
 
+from jaxsparse.analysis import memory
 from jaxsparse.targets import path_name
 
 # The operations through which a weight is still that weight.
@@ -59,24 +59,72 @@ def forward_flops(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, 
       >>> forward_flops(net, params, shape((1, 40), jnp.float32))
       {'first': 8000, 'last': 2000}
     """
-    closed = jax.make_jaxpr(fn)(params, *args)
-    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    owners = [*names, *[None] * (len(closed.jaxpr.invars) - len(names))]
-    total: Counter = Counter()
-    _walk(closed.jaxpr, owners, 1, total)
-    return {name: total[name] for name in [*names, ""] if total[name]}
+    found = _products(fn, params, args)
+    return {leaf: sum(p.flops for p in ps) for leaf, ps in found.items()}
+
+
+class Traffic(NamedTuple):
+    """Bytes of the weights and of the activations (read and written) of a layer's products."""
+
+    weights: int
+    activations: int
+
+
+def forward_bytes(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    density: Mapping[str, float] | None = None,
+) -> dict[str, Traffic]:
+    """Bytes that the products of `fn(params, *args)` move, by the leaf of `params` that they multiply:
+    each product reads its two operands once and writes its result once, in their dtypes. What lies
+    between products is taken to be fused into them. `forward_flops` divided by the sum is the
+    arithmetic intensity, which says whether a layer waits for memory.
+
+    Args:
+      fn, params, *args: as for `forward_flops`, and traced in the same way.
+      density: of the sparse leaves, by path (`dynamics.density(masks)`): their weights count as many
+        bytes as the smallest of the formats of `memory.stored_bytes` takes.
+
+    Returns:
+      By path; under the empty path the products without a leaf of `params`, as activations.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+      >>> net = lambda p, x: x @ p["w"]
+      >>> forward_bytes(net, {"w": shape(100, 10)}, shape(1, 100))
+      {'w': Traffic(weights=4000, activations=440)}
+      >>> forward_bytes(net, {"w": shape(100, 10)}, shape(1, 100), density={"w": 0.1})
+      {'w': Traffic(weights=525, activations=440)}
+
+    Raises:
+      ValueError: a density that is not in [0, 1].
+    """
+    density = _checked(density or {})
+
+    def weights(leaf: str, p: _Product) -> int:
+        kept = round(p.size * density.get(leaf, 1.0))
+        return p.times * min(memory.stored_bytes(p.size, kept, p.itemsize).values())
+
+    return {
+        leaf: Traffic(sum(weights(leaf, p) for p in ps), sum(p.activations for p in ps))
+        for leaf, ps in _products(fn, params, args).items()
+    }
 
 
 def sparse_flops(dense: Mapping[str, int], density: Mapping[str, float]) -> float:
-    """Operations of the forward pass with layers of these densities (1 where none is given).
+    """Operations of the forward pass with layers of these densities (1 where none is given). Those of
+    masks are `dynamics.density(masks)`.
 
     Example:
       >>> sparse_flops({"first": 8000, "last": 2000}, {"first": 0.1})
       2800.0
+
+    Raises:
+      ValueError: a density that is not in [0, 1].
     """
-    for name, d in density.items():
-        if not 0 <= d <= 1:
-            raise ValueError(f"density[{name!r}]={d}: must be between 0 and 1")
+    _checked(density)
     return float(sum(flops * density.get(name, 1.0) for name, flops in dense.items()))
 
 
@@ -112,8 +160,55 @@ def training_flops(
     return (3.0 * sparse * every + 2.0 * sparse + dense) / (every + 1)
 
 
-def _walk(jaxpr, owners, times, total) -> list[str | None]:
-    """Adds the operations of `jaxpr` to `total`; returns the leaves that its outputs are views of."""
+def _checked(density: Mapping[str, float]) -> Mapping[str, float]:
+    for name, d in density.items():
+        if not 0 <= d <= 1:
+            raise ValueError(f"density[{name!r}]={d}: must be between 0 and 1")
+    return density
+
+
+class _Product(NamedTuple):
+    """One product of the trace, evaluated `times` times; `flops` and `activations` are of all times.
+    `size` and `itemsize` are of the operand that is a view of `leaf`, 0 if none is."""
+
+    leaf: str
+    times: int
+    flops: int
+    activations: int
+    size: int
+    itemsize: int
+
+
+def _products(fn, params, args) -> dict[str, list[_Product]]:
+    """By leaf, in the order of the leaves; products without a leaf last."""
+    closed = jax.make_jaxpr(fn)(params, *args)
+    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    owners = [*names, *[None] * (len(closed.jaxpr.invars) - len(names))]
+    found: list[_Product] = []
+    _walk(closed.jaxpr, owners, 1, found)
+    by_leaf = {name: [p for p in found if p.leaf == name] for name in [*names, ""]}
+    return {leaf: products for leaf, products in by_leaf.items() if products}
+
+
+def _product(eqn, inner: int, leaves, times: int) -> _Product:
+    """`inner` is the length of the sums; `leaves` are the owners of the operands, the likelier one to
+    be the weights first."""
+    bytes_of = lambda v: math.prod(v.aval.shape) * v.aval.dtype.itemsize
+    (out,) = eqn.outvars
+    moved = sum(map(bytes_of, (*eqn.invars[:2], out)))
+    weights = next((v for leaf, v in leaves if leaf is not None), None)
+    return _Product(
+        next((leaf for leaf, _ in leaves if leaf is not None), ""),
+        times,
+        times * 2 * math.prod(out.aval.shape) * inner,
+        times * (moved - (bytes_of(weights) if weights is not None else 0)),
+        math.prod(weights.aval.shape) if weights is not None else 0,
+        weights.aval.dtype.itemsize if weights is not None else 0,
+    )
+
+
+def _walk(jaxpr, owners, times, found) -> list[str | None]:
+    """Adds the products of `jaxpr` to `found`; returns the leaves that its outputs are views of."""
     owner = dict(zip(jaxpr.invars, owners))
     find = lambda v: None if isinstance(v, core.Literal) else owner.get(v)
     for eqn in jaxpr.eqns:
@@ -123,28 +218,26 @@ def _walk(jaxpr, owners, times, total) -> list[str | None]:
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             inner = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-            flops = 2 * math.prod(eqn.outvars[0].aval.shape) * inner
-            total[inputs[0] or inputs[1] or ""] += times * flops
+            found.append(_product(eqn, inner, [*zip(inputs, eqn.invars)], times))
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
             features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             inner = math.prod(kernel) // features
-            flops = 2 * math.prod(eqn.outvars[0].aval.shape) * inner
-            total[inputs[1] or inputs[0] or ""] += times * flops
+            found.append(_product(eqn, inner, [*zip(inputs, eqn.invars)][::-1], times))
         elif name == "cond":
-            counts = []
+            branches: list[list[_Product]] = []
             for branch in eqn.params["branches"]:
-                counts.append(Counter())
-                outputs = _walk(branch.jaxpr, inputs[1:], times, counts[-1])
-            total.update(max(counts, key=lambda c: c.total()))
+                branches.append([])
+                outputs = _walk(branch.jaxpr, inputs[1:], times, branches[-1])
+            found += max(branches, key=lambda ps: sum(p.flops for p in ps))
         elif name == "while":
             skip = eqn.params["cond_nconsts"]
-            _walk(eqn.params["body_jaxpr"].jaxpr, inputs[skip:], times, total)
+            _walk(eqn.params["body_jaxpr"].jaxpr, inputs[skip:], times, found)
         elif name in _VIEWS:
             outputs[0] = inputs[0]
         elif (inner := _inner_jaxpr(eqn)) is not None:
             length = eqn.params["length"] if name == "scan" else 1
-            outputs = _walk(inner, inputs, times * length, total)
+            outputs = _walk(inner, inputs, times * length, found)
         owner.update(zip(eqn.outvars, outputs))
     return [find(v) for v in jaxpr.outvars]
 

@@ -27,16 +27,19 @@ def _figure(width: float = 6.4, height: float = 3.8) -> tuple[Figure, Axes]:
     # Every colour is set here: a dark style of the reader's must not meet our light background, and
     # on a dark page the figure stays a card that can be read.
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110, facecolor="white")
-    axes = figure.add_subplot(facecolor="white")
+    # Notebooks show a figure that is the value of a cell, whether or not pyplot was imported.
+    setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010
+    return figure, _inked(figure.add_subplot(facecolor="white"))
+
+
+def _inked(axes: Axes) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(which="both", colors=_INK)
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_color(_INK)
     axes.grid(alpha=0.25, color="0.5")
-    # Notebooks show a figure that is the value of a cell, whether or not pyplot was imported.
-    setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010
-    return figure, axes
+    return axes
 
 
 def _png(figure: Figure) -> bytes:
@@ -97,19 +100,43 @@ def density_bars(densities: Mapping[str, float], *, title: str = "Density per la
     return figure
 
 
-def churn(steps: Sequence[float], total: Sequence[float], layers: Mapping[str, Sequence[float]]):
-    """How much of the mask is new since the last look, in total and per layer, over the steps."""
+def sparsity(
+    steps: Sequence[float], total: Sequence[float], layers: Mapping[str, Sequence[float]]
+) -> Figure:
+    """The sparsity over the steps of training, of all sparse layers together and of each.
+
+    Example:
+      >>> figure = sparsity([0, 1], [0.5, 0.8], {"first": [0.4, 0.7], "last": [0.6, 0.9]})
+      >>> [line.get_label() for line in figure.axes[0].lines]
+      ['first', 'last', 'all']
+    """
+    return _with_layers(
+        steps, total, layers, title="Sparsity", ylabel="zeros / weights", ylim=(0, 1.02)
+    )
+
+
+def churn(
+    steps: Sequence[float], total: Sequence[float], layers: Mapping[str, Sequence[float]]
+) -> Figure:
+    """How much of the mask is new since the last look, in total and per layer, over the steps.
+
+    Example:
+      >>> churn([0, 1], [0.3, 0.1], {"first": [0.3, 0.1]}).axes[0].get_ylabel()
+      'newly kept / kept'
+    """
+    return _with_layers(
+        steps, total, layers,
+        title="New weights at each look at the mask", ylabel="newly kept / kept", ylim=(0, None),
+    )  # fmt: skip
+
+
+def _with_layers(steps, total, layers, *, title, ylabel, ylim) -> Figure:
+    """A thick line for all, a thin one per layer."""
     figure, axes = _figure()
     for i, (name, values) in enumerate(layers.items()):
-        style = _style(i + 1)
-        axes.plot(steps, values, label=name, linewidth=0.9, alpha=0.8, **style)
+        axes.plot(steps, values, label=name, linewidth=0.9, alpha=0.8, **_style(i + 1))
     axes.plot(steps, total, label="all", color=_COLORS[0], linewidth=2)
-    axes.set(
-        title="New weights at each look at the mask",
-        xlabel="step",
-        ylabel="newly kept / kept",
-        ylim=(0, None),
-    )
+    axes.set(title=title, xlabel="step", ylabel=ylabel, ylim=ylim)
     if 0 < len(layers) <= 12:
         axes.legend(frameon=False, labelcolor=_INK, fontsize="x-small")
     return figure
@@ -132,6 +159,37 @@ def accuracy_over_sparsity(
     to 97.5 %, as in the memory that it saves.
     """
     figure, axes = _figure(8.0, 5.0)
+    _draw_accuracy(axes, results, dense, title)
+    return figure
+
+
+def accuracy_panels(
+    panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+    *,
+    dense: float | None = None,
+    title: str = "Accuracy over sparsity",
+) -> Figure:
+    """`accuracy_over_sparsity` for many methods: one panel for each group of them, in two columns with
+    the same scale of accuracy.
+
+    Example:
+      >>> point = {"sparsity": 0.9, "accuracy": 0.8, "deviation": 0.01}
+      >>> figure = accuracy_panels({"fixed": {"static": [point]}, "pruned": {"magnitude": [point]}})
+      >>> [axes.get_title() for axes in figure.axes]
+      ['fixed', 'pruned']
+    """
+    rows = math.ceil(len(panels) / 2)
+    figure, first = _figure(13.0, 1.0 + 4.4 * rows)
+    first.remove()
+    figure.suptitle(title, color=_INK)
+    shared = None
+    for i, (name, results) in enumerate(panels.items()):
+        shared = _inked(figure.add_subplot(rows, 2, i + 1, sharey=shared, facecolor="white"))
+        _draw_accuracy(shared, results, dense, name)
+    return figure
+
+
+def _draw_accuracy(axes: Axes, results, dense: float | None, title: str) -> None:
     if dense is not None:
         axes.axhline(dense, color="0.4", linestyle="--", linewidth=1, label="dense")
     densities: list[float] = []
@@ -165,7 +223,6 @@ def accuracy_over_sparsity(
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )
-    return figure
 
 
 def _covers(values, x):

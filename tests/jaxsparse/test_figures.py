@@ -37,6 +37,7 @@ def all_figures():
             {"a": ([1, 2], [3, 4]), "b": ([1, 2], [1, 2])}, title="t", ylabel="y"
         ),
         "density": plots.density_bars({"a": 0.5}),
+        "sparsity": plots.sparsity([1, 2], [0.5, 0.8], {"a": [0.5, 0.8]}),
         "churn": plots.churn([1, 2], [0.5, 0.2], {"a": [0.5, 0.2]}),
         "accuracy": plots.accuracy_over_sparsity(POINTS, dense=0.95),
     }

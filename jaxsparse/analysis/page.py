@@ -1,4 +1,5 @@
-"""A page of text, tables and plots, written as Markdown and as one HTML file that needs no other."""
+"""A page of text, tables and plots, written as Markdown and as one HTML file that needs no other. The
+report of a training is one (`training.py`)."""
 
 from __future__ import annotations
 
@@ -24,16 +25,16 @@ figcaption { font-size: .85rem; color: #555; max-width: 42rem } code { backgroun
 """
 
 
-class Report:
+class Page:
     """Collects the parts in order; `write` renders them.
 
     Example:
       >>> import pathlib, tempfile
-      >>> report = Report("A run")
-      >>> report.text("It ended well.")
-      >>> report.table(["layer", "kept"], [["first", 10]])
+      >>> page = Page("A run")
+      >>> page.text("It ended well.")
+      >>> page.table(["layer", "kept"], [["first", 10]])
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     print(report.write(directory)[0].read_text())
+      ...     print(page.write(directory)[0].read_text())
       # A run
       <BLANKLINE>
       It ended well.
