@@ -36,12 +36,10 @@ def forward_flops(task, data, state) -> dict[str, int]:
 
 def weight_gradient(method: str, update_every: int | None) -> Literal["sparse", "dense"] | int:
     """At which weights the gradient is needed: see `jaxsparse.analysis.flops.training_flops`."""
-    record = jaxsparse.METHODS[method]
-    if record.dynamics in ("projected", "none"):
-        return "dense"
-    if record.dynamics == "dynamic" and method != "set":  # SET grows at random
-        return update_every or 100
-    return "sparse"
+    kinds: dict[str, Literal["sparse", "dense"] | int] = {
+        "kept": "sparse", "updates": update_every or 100, "all": "dense"
+    }  # fmt: skip
+    return kinds[jaxsparse.METHODS[method].gradients]
 
 
 def write(config, workdir: pathlib.Path, data, task, state, evaluation) -> pathlib.Path:

@@ -39,6 +39,7 @@ def _inked(axes: Axes) -> Axes:
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_color(_INK)
     axes.grid(alpha=0.25, color="0.5")
+    axes.set_axisbelow(True)
     return axes
 
 
@@ -72,12 +73,14 @@ def curves(
       ['Loss']
     """
     figure, axes = _figure()
+    if log:
+        axes.set_yscale("log")
     for i, (label, (x, y)) in enumerate(series.items()):
         few = "o" if len(x) <= 30 else None
         axes.plot(x, y, label=label, marker=few, markersize=3.5, **_style(i))
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=ylim)
-    if log:
-        axes.set_yscale("log")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if ylim is not None:  # None would freeze the limits as they are now
+        axes.set_ylim(ylim)
     if len(series) > 1:
         axes.legend(
             frameon=False, labelcolor=_INK, ncols=math.ceil(len(series) / 10), fontsize="small"

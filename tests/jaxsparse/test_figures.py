@@ -129,6 +129,13 @@ def test_the_front_holds_exactly_the_points_that_none_beats(points):
     assert front == sorted(set(front))
 
 
+def test_small_losses_fill_a_logarithmic_plot():
+    x, y = [1, 2, 3], [1.0, 1e-2, 1e-3]
+    axes = plots.curves({"loss": (x, y)}, title="t", ylabel="loss", log=True).axes[0]
+    low, high = axes.get_ylim()
+    assert 1e-4 < low < 1e-3 and 1 < high < 10
+
+
 def test_error_bars_are_the_deviations():
     axes = figures.accuracy_over_flops(POINTS).axes[0]
     (bars,) = axes.containers[1].lines[2]
