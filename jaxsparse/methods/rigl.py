@@ -39,9 +39,11 @@ def rigl(
     2. among all other positions, those just dropped included, grow the $\lfloor n_1 f \rfloor$ of
        largest |g|.
 
-    An update takes the place of the gradient step. A grown weight starts at 0 with a fresh inner
-    state; one that is dropped and grown at once keeps its value and state. g is the dense gradient
-    at the sparse parameters, of the update's own batch: average it over replicas before `update`.
+    An update takes the place of the gradient step: no weight moves, dense leaves included, and the
+    inner optimizer's moments and their counts stay as they are. A schedule of the learning rate goes
+    on, for it counts the steps of the run. A grown weight starts at 0 with a fresh inner state; one
+    that is dropped and grown at once keeps its value and state. g is the dense gradient at the
+    sparse parameters, of the update's own batch: average it over replicas before `update`.
 
     Args:
       inner: the optimizer of the weights.
@@ -52,10 +54,8 @@ def rigl(
       begin_step, end_step: the first update (`update_every`) and $T_{end}$ (75 % of the run).
       structure, allocation, targets, seed, pack_masks: see the guide of options.
 
-    This differs from the authors' code in: 1. exact counts where scores tie (they add noise to
-    |w|); equal gradients are ranked by a seeded hash. 2. at an update the inner optimizer sees a
-    gradient of zeros, so that its moments decay once and its schedule keeps pace with the run; they
-    skip it.
+    This differs from the authors' code in exact counts where scores tie (they add noise to |w|);
+    equal gradients are ranked by a seeded hash.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.rigl(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)

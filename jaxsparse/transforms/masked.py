@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -35,6 +34,7 @@ from jaxsparse.transforms._common import (
     views,
 )
 from jaxsparse.transforms._restart import restart
+from jaxsparse.transforms._skip import update_unless
 
 Rule = Callable[[Step], list[Array]]
 
@@ -72,8 +72,8 @@ def masked(
       settle: what becomes of the weights after the step: returns masks and weights, from a `Step`
         whose views hold the weights after the step.
       replaces_step: an update of the masks takes the place of the gradient step, as in RigL: the
-        weights then change at mask flips only, and the inner optimizer sees zeros (its moments decay
-        once, its count goes on with that of the run).
+        weights then change at mask flips only, and the slots of the inner optimizer stay as they
+        are, but for those that `restarts` (see `update_unless`).
       restarts: the inner state of a weight that is grown starts as at `init` (the slots of pruned
         weights are held there).
       resets: the steps (a function of the count) at which the inner state of every weight, of dense
@@ -117,26 +117,27 @@ def masked(
             )
 
             def run(carry, count, ws, gs):
-                old, old_aux, stay, inner_state = carry
+                old, old_aux, stay, slots = carry
                 old = [unpack(m) for m in old]
                 gs = readable(gs, old)
-                step = Step(count, views(plan, ws, gs, old), inner_state, old_aux)
+                # What does not restart is read, not carried: under vmap what is carried is copied.
+                step = Step(count, views(plan, ws, gs, old), slots if restarts else before, old_aux)
                 new, new_aux = rule(step) if init_aux else (rule(step), old_aux)  # type: ignore[misc]
                 both = [n & o for n, o in zip(new, old)]
                 if restarts:
-                    inner_state = restart(inner, inner_state, both, plan, params)
+                    slots = restart(inner, slots, both, plan, params)
                 stay = plan.take(store_masks(plan, both, pack_masks)) if stay else stay
-                return plan.take(store_masks(plan, new, pack_masks)), new_aux, stay, inner_state
+                return plan.take(store_masks(plan, new, pack_masks)), new_aux, stay, slots
 
             # A weight that grows in a step that moves the others is told apart: it takes no step.
             stay = stored if restarts and not replaces_step else []
-            stored, aux, stay, before = when(
-                fire, run, (stored, aux, stay, before), state.count, ws, gs
+            slots = before if restarts else None
+            stored, aux, stay, slots = when(
+                fire, run, (stored, aux, stay, slots), state.count, ws, gs
             )
+            before = slots if restarts else before
             masks = [unpack(m) for m in stored]
             live = [unpack(m) for m in stay] or masks
-            if replaces_step:
-                live = [m & ~fire for m in masks]
 
         if resets is not None:
             anew = lambda old, params: restart(inner, old, None, plan, params)
@@ -145,9 +146,11 @@ def masked(
             seen = inner_sees(Step(state.count, views(plan, ws, gs, masks), before, aux))
         else:
             seen = gs if inner_sees == "dense" else hidden(gs, live)
-        deltas, new_inner = inner.update(plan.put(updates, seen), before, params, **extra)
-        if replaces_step:  # dense leaves stand still as well
-            deltas = jax.tree.map(lambda d: jnp.where(fire, jnp.zeros((), d.dtype), d), deltas)
+        seen = plan.put(updates, seen)
+        if replaces_step:
+            deltas, new_inner = update_unless(fire, inner, seen, before, params, **extra)
+        else:
+            deltas, new_inner = inner.update(seen, before, params, **extra)
 
         def applied(d, w, m, alive):
             return jnp.where(m, jnp.where(alive, d.astype(w.dtype), jnp.zeros((), w.dtype)), -w)

@@ -139,17 +139,25 @@ def test_rigl_runs_with_any_inner_optimizer_and_stays_exact(name):
             p, s = carry
             u, s = tx.update(gradients(p, target(p)), s, p, value=1.0)
             p = optax.apply_updates(p, u)
-            return (p, s), (p, s.masks)
+            return (p, s), (p, s.masks, s.inner)
 
         return jax.lax.scan(step, (params, tx.init(params)), None, length=6)[1]
 
-    ps, ms = jax.device_get(run(params))
+    ps, ms, inner = run(params)
+    ps, ms = jax.device_get((ps, ms))
     assert ms["kernel"].reshape(6, -1).sum(1).tolist() == [32] * 6
     assert not np.any(ps["kernel"][~ms["kernel"]])
     assert all(np.all(np.isfinite(x)) for x in ps.values())
     assert np.any(ms["kernel"][1] != ms["kernel"][2]), "the masks were updated at step 2"
     grown = ms["kernel"][2] & ~ms["kernel"][1]
     assert not np.any(ps["kernel"][2][grown]), "grown weights start at 0"
+    both = ms["kernel"][2] & ms["kernel"][1]
+    for path, x in by_path(inner).items():  # the update has taken the place of the step
+        if x.shape[1:] == both.shape:
+            assert np.array_equal(x[2][both], x[1][both]), f"slots in {path} moved"
+        if x.shape[1:] == ps["bias"].shape[1:]:
+            assert np.array_equal(x[2], x[1]), f"slots of the bias in {path} moved"
+    assert np.array_equal(ps["bias"][2], ps["bias"][1]), "dense leaves stand still"
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])
@@ -202,6 +210,33 @@ def test_two_methods_share_a_network_between_them():
         assert not np.any(weights[path][~m])
     assert np.count_nonzero(first["conv/kernel"]) == 26
     assert by_path(jaxsparse.get_raw_params(state)).keys() == {"dense/kernel"}
+
+
+@pytest.mark.parametrize("names", [("static", "st3", "dense"), ("dense", "static", "st3")])
+def test_labels_may_stand_for_whole_branches(names):
+    """A branch that belongs to another method is a single `MaskedNode` in the state of this one."""
+    labels = dict(zip(("conv", "dense", "norm"), names))
+    tx = optax.partition(
+        {
+            "static": jaxsparse.static(optax.sgd(0.1), 0.75, allocation="uniform"),
+            "st3": jaxsparse.st3(optax.sgd(0.1), 0.5, total_steps=9, begin_step=0, end_step=0),
+            "dense": optax.sgd(0.1),
+        },
+        labels,
+    )
+    params = parameters()
+    state = tx.init(params)
+    sizes = {"conv": 256, "dense": 128, "norm": 0}
+    kept = {"static": 0.25, "st3": 0.5}
+    want = {f"{b}/kernel": sizes[b] * kept[n] for b, n in labels.items() if n in kept and sizes[b]}
+    masks = by_path(jaxsparse.get_masks(state))
+    assert {path: m.sum() for path, m in masks.items()} == want
+    sparse = by_path(jaxsparse.apply_masks(params, state))
+    assert {path: np.count_nonzero(sparse[path]) for path in want} == want
+    rows = {r.path: r for r in jaxsparse.summarize(params, state).rows}
+    assert {path for path, r in rows.items() if r.masked is not None} == set(want)
+    raw = jaxsparse.get_raw_params(state)
+    assert set(by_path(raw)) == {p for p in want if labels[p.split("/")[0]] == "st3"}
 
 
 def test_a_method_may_hold_another_one_for_other_leaves():

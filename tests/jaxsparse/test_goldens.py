@@ -157,11 +157,39 @@ def test_rigl_drops_and_grows_the_weights_of_the_worked_example():
 
 
 def test_rigl_keeps_the_slots_of_a_weight_dropped_and_grown_at_once_and_clears_the_grown_one():
-    """At an update the inner optimizer sees zeros: momentum decays once, and is otherwise kept."""
     tx, w, g, state = rigl_example()
     _, state = step(tx, w, state, g)
     slots = flat(state.inner[0].trace)
-    assert slots[:2].tolist() == pytest.approx([0.9 * 7] * 2) and slots[4] == 0.0
+    assert slots[:2].tolist() == [7.0, 7.0] and slots[4] == 0.0
+
+
+def test_an_update_of_rigl_takes_the_place_of_the_step_and_schedules_go_on():
+    """Adam's moments and the count of their bias correction belong together; the learning rate
+    belongs to the step of the run, which the authors' code counts at updates too."""
+    rate = optax.linear_schedule(1.0, 0.0, 10)
+    tx = jaxsparse.rigl(
+        optax.inject_hyperparams(optax.adamw)(rate), 0.5, total_steps=10, update_every=2,
+        allocation="uniform",
+    )  # fmt: skip
+    w = {"kernel": jnp.arange(1.0, 9.0).reshape(4, 2), "bias": jnp.ones(2)}
+    g = jax.tree.map(lambda x: 1.0 / x, w)
+    state = tx.init(w)
+    w = jaxsparse.apply_masks(w, state)
+    adam, seen = [], []
+    for _ in range(3):  # step 2 is an update
+        before = w
+        w, state = step(tx, w, state, g)
+        (found,) = [x for x in jax.tree.leaves(state.inner, is_leaf=is_adam) if is_adam(x)]
+        adam.append(found)
+        seen.append(float(state.inner.hyperparams["learning_rate"]))
+    assert [int(a.count) for a in adam] == [1, 2, 2]
+    assert seen == pytest.approx([1.0, 0.9, 0.8])
+    assert np.array_equal(before["bias"], w["bias"])
+    assert np.array_equal(adam[1].mu["bias"], adam[2].mu["bias"])
+
+
+def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
 
 
 def test_rigl_between_updates_moves_kept_weights_only():
