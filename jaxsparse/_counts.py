@@ -12,20 +12,25 @@ position, a swept sparsity) are computed in 32-bit integer arithmetic: float32 c
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from jaxsparse import _search
 
 # A float32 fraction carries a relative error of 2^-24; 0.9 becomes 0.89999998 and floor(0.9 * 10)
 # would be 8. A tolerance of 2^-23 repairs this and moves no count for tensors below 2^22 weights.
 _FRACTION_BITS = 30
 _TOLERANCE = 1 << (_FRACTION_BITS - 23)
 MAX_TRACED = 2**31 - 1
+INT_WIDE = 2**55 - 1
 
 
 def is_concrete(*values) -> bool:
@@ -53,10 +58,7 @@ def scale_count(n, fraction):
             f"a count of {n} weights with a traced fraction is beyond 32-bit integers; give the "
             "sparsity as a Python number, or split the leaf"
         )
-    one = jnp.uint32(1 << _FRACTION_BITS)
-    f = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
-    q = jnp.round(f * (1 << _FRACTION_BITS)).astype(jnp.uint32)
-    q = jnp.where(q > 0, jnp.minimum(q + _TOLERANCE, one), q)
+    q = _fixed_point(fraction)
     n = jnp.asarray(n).astype(jnp.uint32)
     # (n * q) >> 30 by 16-bit halves; every partial product stays below 2^32.
     nh, nl, qh, ql = n >> 16, n & 0xFFFF, q >> 16, q & 0xFFFF
@@ -65,9 +67,61 @@ def scale_count(n, fraction):
     return (4 * high + (mid >> 14) + carry).astype(jnp.int32)
 
 
+def _fixed_point(fraction) -> Array:
+    """A fraction in [0, 1] as a multiple of 2^-30, uint32."""
+    f = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
+    q = jnp.round(f * (1 << _FRACTION_BITS)).astype(jnp.uint32)
+    return jnp.where(q > 0, jnp.minimum(q + _TOLERANCE, jnp.uint32(1 << _FRACTION_BITS)), q)
+
+
 def kept_count(n, sparsity):
     """n - floor(sparsity * n): the number of weights that stay, as `scale_count`."""
     return n - scale_count(n, sparsity)
+
+
+def kept_units(n: int, sparsity, size: int):
+    """`kept_count(n, sparsity) // size`; if it is traced and n is 2^31 or more, as the two digits
+    (high, low) of a count to the base 2^24, which `selection.global_topk_masks` takes.
+
+    >>> [int(digit) for digit in kept_units(2**40, jnp.float32(1.0), 4)]
+    [0, 0]
+    """
+    if n <= MAX_TRACED or isinstance(sparsity, float | int | Fraction | np.number):
+        return kept_count(n, sparsity) // size
+    if n >= 1 << 55 or size >= 1 << 24:
+        raise ValueError(f"{n} weights in units of {size} are more than can be counted")
+    # By long multiplication, subtraction and division, in digits that leave room for the carries.
+    mask = 0xFFFF
+    q = _fixed_point(sparsity)
+    ns, qs = [(n >> 16 * i) & mask for i in range(4)], [q & mask, q >> 16]
+    product: list = [0] * 7
+    for i, a in enumerate(ns):
+        carry = 0
+        for j, b in enumerate(qs):
+            t = product[i + j] + a * b + carry
+            product[i + j], carry = t & mask, t >> 16
+        product[i + 2] = carry
+    zeros = [(product[i + 1] >> 14) | ((product[i + 2] << 2) & mask) for i in range(4)]
+    kept, borrow = [], 0
+    for a, b in zip(ns, zeros):
+        t = a + (1 << 16) - b - borrow
+        kept.append(t & mask)
+        borrow = 1 - (t >> 16)
+    quotient, rest = [], 0
+    for byte in [x for a in reversed(kept) for x in (a >> 8, a & 0xFF)]:
+        t = (rest << 8) | byte
+        quotient.append((t // size).astype(jnp.int32))
+        rest = t % size
+    digit = lambda bytes_: functools.reduce(lambda x, y: (x << 8) | y, bytes_)
+    return digit(quotient[1:5]), digit(quotient[5:])
+
+
+def later(done, final, now):
+    """The count of a schedule: `final` where `done`, else `now`, or `final` if that is more."""
+    if not isinstance(now, tuple):
+        return jnp.where(done, final, jnp.maximum(now, final))
+    last = _search.count_of(final, INT_WIDE, wide=True)
+    return _search.choose(done | _search.at_least(last, now), last, now)
 
 
 def when(predicate, function, carry, *operands):

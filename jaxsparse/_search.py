@@ -92,7 +92,12 @@ class Found(NamedTuple):
 
 
 def count_of(value: Any, cap: int, wide: bool) -> Count:
-    """A count from a Python integer or an integer array, not above `cap` and not negative."""
+    """A count from a Python integer, an integer array or two digits, not above `cap` and not
+    negative."""
+    if isinstance(value, tuple):
+        top = count_of(cap, cap, wide=True)
+        value = choose(at_least(value, top), top, value)
+        return value if wide else ((value[0] << BASE_BITS) | value[1],)
     if isinstance(value, int | np.integer):
         value = max(min(int(value), cap), 0)
         if not wide:

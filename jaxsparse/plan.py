@@ -56,15 +56,18 @@ class Leaf:
 
     def salt(self, seed: Any, stream: Any = 0) -> Array:
         """A uint32 that differs between leaves, seeds and streams (the number of an update)."""
-        path = jnp.uint32(zlib.crc32(self.path.encode()))
-        mix = selection.mix
-        return mix(mix(mix(_as_uint32(seed)) ^ path) + _as_uint32(stream))
+        return _salt(seed, stream, self.path)
 
 
-def _as_uint32(x) -> Array:
-    if isinstance(x, int):
-        return jnp.uint32(x & 0xFFFFFFFF)
-    return jnp.asarray(x).astype(jnp.uint32)
+def _salt(seed: Any, stream: Any, name: str) -> Array:
+    """A uint32 that differs between seeds, streams and names; never their sum, by which seed 0 at
+    step 1 would be seed 1 at step 0."""
+
+    def uint32(x) -> Array:
+        return jnp.uint32(x & 0xFFFFFFFF) if isinstance(x, int) else jnp.asarray(x, jnp.uint32)
+
+    mix, path = selection.mix, jnp.uint32(zlib.crc32(name.encode()))
+    return mix(mix(mix(uint32(seed)) ^ path) + uint32(stream))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,8 @@ def unit_budgets(leaves: Sequence[Leaf], allocation, sparsity, fraction=1.0) -> 
     found = []
     for leaf, s in zip(leaves, allocation.sparsities(leaves, sparsity)):
         fixed, n = leaf.structure.sparsity, leaf.layer_size
-        s = fixed if fixed is not None and s != 0.0 else s
+        dense = _counts.is_concrete(s) and s == 0.0
+        s = s if fixed is None or dense else fixed
         final = leaf.structure.budget(leaf.layer_shape, _counts.kept_count(n, s))
         if isinstance(final, int) and final < 1:
             raise ValueError(
@@ -234,13 +238,13 @@ def _choose_global(leaves, values, allocation, sparsity, fraction, where, ties, 
         )
     (size,) = unit
     total = sum(leaf.size for leaf in leaves)
-    kept = _counts.kept_count(total, sparsity) // size
+    kept = _counts.kept_units(total, sparsity, size)
     if isinstance(kept, int) and kept < 1:
         raise ValueError(f"sparsity={sparsity} leaves nothing of {total} weights; ask for less")
     if not isinstance(fraction, float) or fraction != 1.0:
         ramp = jnp.asarray(fraction, jnp.float32)
-        now = _counts.kept_count(total, sparsity * ramp) // size
-        kept = jnp.where(ramp >= 1.0, kept, jnp.maximum(now, kept))
+        now = _counts.kept_units(total, sparsity * ramp, size)
+        kept = _counts.later(ramp >= 1.0, kept, now)
     ranked = [
         allocation.rank(leaf.structure.pool(v, leaf.lead), leaf.lead)
         for leaf, v in zip(leaves, values)
@@ -254,7 +258,7 @@ def _choose_global(leaves, values, allocation, sparsity, fraction, where, ties, 
         kept,
         where=None if all(w is None for w in eligible) else eligible,
         ties=ties,
-        seed=_as_uint32(seed) + _as_uint32(stream),
+        seed=_salt(seed, stream, ""),
         minimum=[
             leaf.layers * (m // (size * max(leaf.layers, 1)))
             for leaf, m in zip(leaves, allocation.floor([leaf.size for leaf in leaves]))

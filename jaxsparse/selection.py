@@ -193,6 +193,8 @@ def _check_ties(ties: str, seed: Any) -> Array | None:
 
 
 def _check_k(k: Any, name: str = "k") -> Any:
+    if isinstance(k, tuple) and len(k) == 2:  # digits, which the library itself makes
+        return k
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         array = jnp.asarray(k)
         if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -660,7 +662,8 @@ def global_topk_masks(
 
     Args:
       leaves: a list of score arrays (with `score`, of its operands: arrays or tuples of arrays).
-      k: how many in all, an int or an integer scalar (traced or not).
+      k: how many in all, an int or an integer scalar (traced or not); a traced k that 32 bits do
+        not hold is given as its digits (high, low) to the base 2^24, both int32.
       where: for each array the eligible entries, or None.
       ties, seed, score: as for `topk_mask`.
       minimum: for each array how many of its own largest come before all others. If k is less than

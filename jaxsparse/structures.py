@@ -39,7 +39,8 @@ class Structure:
         structure."""
 
     def pool(self, x: Array, lead: int = 0) -> Array:
-        """Sums per-weight scores (or counts) to scores of units."""
+        """Sums per-weight scores (or counts) to scores of units, in float32 at least: sums of
+        bfloat16 rounded to bfloat16 would tie where the scores do not."""
         return x
 
     def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
@@ -74,6 +75,11 @@ class Unstructured(Structure):
     """Any pattern."""
 
 
+def _sum(x: Array, axes: tuple[int, ...]) -> Array:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.sum(axes, dtype=jnp.promote_types(x.dtype, jnp.float32) if floating else x.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Block(Structure):
     """Tiles of `height` x `width` of the kernel seen as a matrix `[in, out]` (the leading axes of a
@@ -100,7 +106,7 @@ class Block(Structure):
         return (*shape[:lead], rows // self.height, self.height, cols // self.width, self.width)
 
     def pool(self, x: Array, lead: int = 0) -> Array:
-        return x.reshape(self._tiles(x.shape, lead)).sum(axis=(lead + 1, lead + 3), dtype=x.dtype)
+        return _sum(x.reshape(self._tiles(x.shape, lead)), (lead + 1, lead + 3))
 
     def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
         tiles = jnp.broadcast_to(
@@ -133,7 +139,7 @@ class Channel(Structure):
         return tuple(a for a in range(lead, ndim) if a != ndim + axis)
 
     def pool(self, x: Array, lead: int = 0) -> Array:
-        return x.sum(axis=self._others(x.ndim, lead), dtype=x.dtype)
+        return _sum(x, self._others(x.ndim, lead))
 
     def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
         return jnp.broadcast_to(jnp.expand_dims(units, self._others(len(shape), lead)), shape)

@@ -1,0 +1,119 @@
+"""A plan finds the sparse leaves of a tree, and `choose` keeps exactly the budget that is asked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse
+from jaxsparse import _counts, _search, allocations, plan, structures
+from jaxsparse.testing import by_path
+
+
+def shapes(**sizes):
+    """A tree of kernels that hold no memory."""
+    return {
+        name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in sizes.items()
+    }
+
+
+def test_values_move_between_the_tree_and_the_list_of_sparse_leaves():
+    tree = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": (jnp.ones((4, 4)), None)}
+    p = plan.make(tree)
+    assert [leaf.path for leaf in p.leaves] == ["a/kernel", "b/0"]
+    assert [x.shape for x in p.take(tree)] == [(2, 3), (4, 4)]
+    put = p.put(tree, [1, 2])
+    assert put["a"]["kernel"] == 1 and put["b"] == (2, None) and put["a"]["bias"].shape == (3,)
+    assert p.scatter([1, 2]) == {"a": {"kernel": 1, "bias": None}, "b": (2, None)}
+
+
+def test_structures_may_be_given_by_path():
+    p = plan.make(shapes(a=(8, 8), b=(8, 8)), None, {"^a": structures.NM(2, 4)})
+    assert [str(leaf.structure) for leaf in p.leaves] == [
+        str(structures.NM(2, 4)), str(structures.Unstructured())
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="structure.*no_such_layer"):
+        plan.make(shapes(a=(8, 8)), None, {"no_such_layer": structures.NM(2, 4)})
+
+
+def test_salts_differ_between_seeds_streams_and_leaves_and_never_by_their_sum():
+    a, b = plan.make(shapes(a=(4, 4), b=(4, 4))).leaves
+    found = {int(leaf.salt(s, t)) for leaf in (a, b) for s in range(8) for t in range(8)}
+    assert len(found) == 2 * 8 * 8
+
+
+def test_a_global_ranking_breaks_ties_differently_at_every_seed_and_step():
+    leaves = plan.make(shapes(a=(16, 16))).leaves
+
+    def mask(seed, step):
+        (m,) = plan.choose(
+            leaves, [jnp.zeros((16, 16))], allocations.Global(), 0.5, ties="hash", seed=seed,
+            stream=step,
+        )  # fmt: skip
+        return np.asarray(m)
+
+    assert mask(0, 0).sum() == 128
+    assert not np.array_equal(mask(0, 1), mask(1, 0))
+    assert not np.array_equal(mask(0, 0), mask(0, 1))
+    assert np.array_equal(mask(3, 2), mask(3, 2))
+
+
+def test_an_n_m_structure_decides_whatever_traced_sparsity_is_swept():
+    w = {"a": {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}}
+    kind = structures.NM(2, 4)
+
+    @jax.jit
+    def masks(sparsity):
+        return plan.prune(w, sparsity, structure=kind)[1]
+
+    (m,) = by_path(masks(jnp.float32(0.5))).values()
+    assert m.reshape(2, 4, 4).sum(1).tolist() == [[2] * 4] * 2
+    # A layer that the allocation keeps dense stays dense.
+    leaves = plan.make(w, None, kind).leaves
+    assert plan.unit_budgets(leaves, allocations.Uniform(first_dense=True), 0.5) == [4]
+
+
+def test_a_schedule_of_a_global_budget_counts_beyond_2_to_the_31(monkeypatch):
+    n = 5 * 2**31 + 12345
+    for size in (1, 3, 128):
+        for s in (0.0, 0.25, 0.9, 0.998, 1.0):
+            high, low = _counts.kept_units(n, jnp.float32(s), size)
+            found = int(high) * 2**24 + int(low)
+            zeros = n * int(_counts._fixed_point(s)) >> 30
+            assert found == (n - zeros) // size
+            assert abs(found * size - n * (1 - s)) < n * 2**-22 + size
+    # The whole way through, where numbers of 7 bits are the widest.
+    jax.clear_caches()
+    monkeypatch.setattr(_search, "WIDE", 2**7)
+    monkeypatch.setattr(_counts, "MAX_TRACED", 2**7 - 1)
+    leaves = plan.make(shapes(a=(20, 10), b=(10, 10))).leaves
+    values = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+    choose = jax.jit(lambda f: plan.choose(leaves, values, allocations.Global(), 0.9, fraction=f))
+    kept = [int(sum(m.sum() for m in choose(jnp.float32(f)))) for f in (0.0, 0.5, 1.0)]
+    assert kept == [300, 300 - 135, 30]
+    jax.clear_caches()
+
+
+def test_a_gradual_global_method_can_be_traced_on_a_network_of_ten_billion_weights():
+    tree = shapes(**{f"layer{i}": (2**15, 2**15) for i in range(10)})
+    tx = jaxsparse.global_magnitude(optax.sgd(0.1), 0.9, total_steps=100)
+    state = jax.eval_shape(tx.init, tree)
+    updates, new = jax.eval_shape(tx.update, tree, state, tree)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(tree)
+
+
+def test_budgets_at_the_end_of_a_ramp_are_those_of_the_final_sparsity():
+    leaves = plan.make(shapes(a=(10, 10))).leaves
+    for f, kept in ((0.0, 100), (0.5, 55), (1.0, 10)):
+        (found,) = plan.unit_budgets(leaves, allocations.Uniform(), 0.9, jnp.float32(f))
+        assert int(found) == kept
+
+
+def test_choosing_within_masks_never_brings_a_weight_back():
+    leaves = plan.make(shapes(a=(10, 10))).leaves
+    values = [jax.random.normal(jax.random.key(0), (10, 10))]
+    where = [jax.random.bernoulli(jax.random.key(1), 0.5, (10, 10))]
+    (m,) = plan.choose(leaves, values, allocations.Uniform(), 0.8, where=where)
+    assert int(m.sum()) == 20 and not np.any(np.asarray(m & ~where[0]))
