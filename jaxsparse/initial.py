@@ -131,5 +131,5 @@ def rescale_fan_in(params, masks, *, per: str = "output"):
         return jnp.where(m, p * factor, jnp.zeros((), p.dtype))
 
     leaves, treedef = jax.tree.flatten(params)
-    found = treedef.flatten_up_to(masks)
+    found = masking.at_leaves(masks, params)
     return treedef.unflatten([p if m is None else one(p, m) for p, m in zip(leaves, found)])

@@ -7,6 +7,7 @@ every sparse leaf and `None` at every dense one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -90,13 +91,40 @@ def apply(params, masks):
     """
 
     def one(p, m):
-        if m is None or isinstance(m, optax.MaskedNode):
+        if m is None:
             return p
         return jnp.where(unpack(m), p, jnp.zeros((), p.dtype))
 
     leaves, treedef = jax.tree.flatten(params)
-    masks = jax.tree.structure(plain(params)).flatten_up_to(plain(masks))
+    masks = at_leaves(plain(masks), plain(params))
     return treedef.unflatten([one(p, m) for p, m in zip(leaves, masks)])
+
+
+def at_leaves(tree, params) -> list:
+    """What a tree of masks (or of values at sparse leaves) holds at each leaf of `params`, in their
+    order; None where it has nothing. What is missing at a whole branch, such as one that
+    `optax.partition` gives to another method, is missing at all its leaves.
+
+    >>> params = {"a": {"b": jnp.ones(2), "w": jnp.ones(2)}, "c": jnp.ones(2)}
+    >>> at_leaves({"a": optax.MaskedNode(), "c": jnp.ones(2)}, params)[:2]
+    [None, None]
+    """
+    if _missing(tree):
+        return [None] * len(jax.tree.leaves(params))
+    branches, node = _one_level(params)
+    if jax.tree_util.treedef_is_leaf(node):
+        return [tree]
+    pairs = zip(node.flatten_up_to(tree), branches)
+    return [x for below, branch in pairs for x in at_leaves(below, branch)]
+
+
+def _missing(x) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _one_level(node):
+    """The children of a node, None among them, and its structure."""
+    return jax.tree.flatten(node, is_leaf=lambda x: x is not node)
 
 
 def count_kept(masks) -> int:
@@ -165,18 +193,23 @@ def _states(opt_state) -> list[SparseState]:
 
 
 def _merge(trees: list):
-    """One tree from several that are None or MaskedNode where another one has its leaf."""
-    if not trees:
-        return None
+    """One tree from several that are None or MaskedNode where another has a leaf or a branch."""
 
-    def first(*xs):
-        return next((x for x in xs if not (x is None or isinstance(x, optax.MaskedNode))), None)
+    def merge(a, b):
+        if _missing(a) or _missing(b) or isinstance(a, PackedMask):
+            return (None if _missing(b) else b) if _missing(a) else a
+        branches, node = _one_level(a)
+        if jax.tree_util.treedef_is_leaf(node):
+            return a
+        return node.unflatten(map(merge, branches, node.flatten_up_to(b)))
 
-    return jax.tree.map(first, *trees, is_leaf=is_mask)
+    merged = functools.reduce(merge, trees, None)
+    return jax.tree.map(lambda x: None if _missing(x) else x, merged, is_leaf=is_mask)
 
 
 def get_masks(opt_state):
-    """The tree of boolean masks of the methods inside `opt_state`; `None` at dense leaves.
+    """The tree of boolean masks of the methods inside `opt_state`; `None` at dense leaves (and at
+    whole branches that `optax.partition` gives to no method with masks).
 
     Finds them in any nesting of optax wrappers, and merges the masks of several methods that share
     the leaves between them (`optax.partition`).
@@ -222,17 +255,12 @@ def apply_masks(params, opt_state):
       ValueError: `opt_state` holds no state of a jaxsparse method.
     """
     leaves, treedef = jax.tree.flatten(params)
-    arrays = jax.tree.structure(plain(params))  # leaf by leaf the same, without NNX variables
-
-    def read(tree):
-        return [None] * len(leaves) if tree is None else arrays.flatten_up_to(tree)
-
+    arrays = plain(params)  # leaf by leaf the same, without NNX variables
+    read = lambda tree: at_leaves(tree, arrays)
     for state in _states(opt_state):
         rows = zip(leaves, read(state.masks), read(state.raw), read(state.shift), read(state.scale))
         leaves = [
-            p
-            if m is None or isinstance(m, optax.MaskedNode)
-            else project(p if z is None else z, unpack(m), shift, scale, p.dtype)
+            p if m is None else project(p if z is None else z, unpack(m), shift, scale, p.dtype)
             for p, m, z, shift, scale in rows
         ]
     return treedef.unflatten(leaves)

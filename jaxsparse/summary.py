@@ -149,10 +149,11 @@ def summarize(params, opt_state=None) -> Summary:
     ---------------------------------------------------
     total            16        4    75.00%     -   64 B
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(masking.plain(params))
+    tree = masking.plain(params)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     masks = [None] * len(leaves)
     if opt_state is not None and masking.find_states(opt_state):
-        masks = treedef.flatten_up_to(masking.get_masks(opt_state))
+        masks = masking.at_leaves(masking.get_masks(opt_state), tree)
     rows = []
     for (path, leaf), mask in zip(leaves, masks):
         x = np.asarray(jax.device_get(leaf))
