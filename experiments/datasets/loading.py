@@ -12,6 +12,7 @@ import difflib
 import fcntl
 import functools
 import importlib
+import io
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -247,7 +248,8 @@ def _prepared_builder(name: str, data_dir: str | None):
         with _lock(directory.parent):
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
             try:
-                builder.download_and_prepare()
+                with _silence() if name in OFFLINE else contextlib.nullcontext():
+                    builder.download_and_prepare()
             except (ImportError, RuntimeError) as error:
                 if name in OFFLINE or "tensorflow" not in str(error).lower():
                     raise
@@ -257,6 +259,15 @@ def _prepared_builder(name: str, data_dir: str | None):
                     f"tfds build {name} --file_format=array_record --data_dir={directory.parents[1]}"
                 ) from error
     return builder
+
+
+@contextlib.contextmanager
+def _silence():
+    """Without TFDS's account of a download, where there is nothing to download."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+    tfds.enable_progress_bar()
 
 
 @contextlib.contextmanager
