@@ -6,12 +6,12 @@ from jaxsparse.methods._registry import register as register
 from jaxsparse.methods.ac_dc import ac_dc
 from jaxsparse.methods.app import app
 from jaxsparse.methods.autosparse import autosparse
-from jaxsparse.methods.bi_mask import bdwp, bi_mask
+from jaxsparse.methods.bdwp import bdwp
+from jaxsparse.methods.bi_mask import bi_mask
 from jaxsparse.methods.deep_r import deep_r
 from jaxsparse.methods.dense import dense
 from jaxsparse.methods.dsr import dsr
 from jaxsparse.methods.dst_ee import dst_ee
-from jaxsparse.methods.gradient_flow import mdgf, sdgf, sdgf_stages
 from jaxsparse.methods.granet import granet
 from jaxsparse.methods.gsm import gsm
 from jaxsparse.methods.hypersparse import art_stop, hypersparse, hypersparse_loss
@@ -19,6 +19,7 @@ from jaxsparse.methods.iss_p import iss_p
 from jaxsparse.methods.itop import exploration_rate, rigl_itop, set_itop
 from jaxsparse.methods.lamp import lamp
 from jaxsparse.methods.magnitude_ste import magnitude_ste
+from jaxsparse.methods.mdgf import mdgf
 from jaxsparse.methods.mest import mest, mest_soft
 from jaxsparse.methods.pruning import (
     global_magnitude,
@@ -29,6 +30,7 @@ from jaxsparse.methods.pruning import (
 )
 from jaxsparse.methods.rigl import rigl
 from jaxsparse.methods.sap import pq_index, sap
+from jaxsparse.methods.sdgf import sdgf, sdgf_stages
 from jaxsparse.methods.set import set_
 from jaxsparse.methods.slope import slope
 from jaxsparse.methods.snfs import snfs

@@ -25,7 +25,6 @@ _SWITCHES = (10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85)
     dynamics="gradual",
     dense_phase="dense before the first switch, and between each second switch and the next",
     starts_dense=True,
-    gradients="all",
 )
 def ac_dc(
     inner: optax.GradientTransformation,

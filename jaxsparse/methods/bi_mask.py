@@ -1,4 +1,4 @@
-"""Bi-Mask and BDWP: N:M weights for the forward product, and others for the input's gradient."""
+"""Bi-Mask: N:M weights for the forward product, and some of them for the input's gradient."""
 
 from __future__ import annotations
 
@@ -9,51 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import scores, selection, structures
+from jaxsparse import scores, selection
 from jaxsparse._counts import is_concrete, when
 from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._backward import aligned, along_outputs, grouped, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
 from jaxsparse.transforms.two_view import two_view
-
-
-def pattern(structure: Any) -> tuple[NM, NM]:
-    """The forward structure (groups along the inputs) and the backward one (along the outputs).
-
-    Raises:
-      ValueError: not an N:M structure along the inputs.
-    """
-    if not isinstance(structure, NM) or structure.axis != -2 or structure.strided:
-        raise ValueError(
-            f"structure={structure!r}: two-view methods need NM(n, m), groups of consecutive "
-            "inputs; the backward view takes the same n:m along the outputs"
-        )
-    return structure, NM(structure.n, structure.m, axis=-1)
-
-
-def along_outputs(leaf: Leaf, kind: NM, w: Array, *, where: Any = None, order: Any = None) -> Array:
-    """b: the n largest |w| in each group of m outputs, among those of the mask `where`; groups are
-    formed in `order` (`[*stacked, out]`), and b comes back in the weights' own."""
-    score = scores.magnitude(w)
-    if order is None:
-        return structures.topk(kind, score, kind.n, lead=leaf.lead, where=where)
-    index = jnp.broadcast_to(_aligned(leaf, order), w.shape)
-    b = _grouped(leaf, kind, score, where, index)
-    return jnp.put_along_axis(jnp.zeros_like(b), index, b, axis=-1, inplace=False)
-
-
-def _grouped(leaf, kind, score, where, index):
-    there = None if where is None else jnp.take_along_axis(where, index, -1)
-    score = jnp.take_along_axis(score, index, -1)
-    return structures.topk(kind, score, kind.n, lead=leaf.lead, where=there)
-
-
-def _aligned(leaf: Leaf, order: Array) -> Array:
-    """`[*stacked, out]` as `[*stacked, 1, ..., out]`."""
-    between = (1,) * (len(leaf.layer_shape) - 1)
-    return order.reshape(*order.shape[:-1], *between, order.shape[-1])
 
 
 def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: Any) -> Array:
@@ -66,8 +30,8 @@ def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: 
     key, score = jax.random.key(salt), scores.magnitude(w)
 
     def kept(order):
-        index = jnp.broadcast_to(_aligned(leaf, order), w.shape)
-        return selection.count(_grouped(leaf, kind, score, f, index), axis=axes)
+        index = jnp.broadcast_to(aligned(leaf, order), w.shape)
+        return selection.count(grouped(leaf, kind, score, f, index), axis=axes)
 
     def attempt(i, best):
         order, most = best
@@ -148,55 +112,3 @@ def bi_mask(
     tx = sr_ste(inner, decay=decay, structure=forward, targets=targets, raw_dtype=raw_dtype,
                 pack_masks=pack_masks)  # fmt: skip
     return two_view(tx, recipe.plan_for(targets, forward), kind, rule, pack_masks=pack_masks)
-
-
-@register(
-    "bdwp",
-    reference="Fang et al., Efficient N:M sparse DNN training using algorithm, architecture, and "
-    "dataflow co-design, 2023",
-    controls_sparsity=False,
-    keeps_raw=True,
-    dynamics="projected",
-    structures="NM",
-    gradients="all",
-)
-def bdwp(
-    inner: optax.GradientTransformation,
-    *,
-    decay: Any = 0.0,
-    structure: Any = NM(2, 8),  # noqa: B008 - a frozen value
-    targets: Any = None,
-    raw_dtype: Any = None,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Bidirectional weight pruning: two n:m views of the dense W, made anew after every step and
-    independent of each other,
-
-    $$Y = X W_f,\quad \partial X = \partial Y W_b^T,\quad \partial W = X^T \partial Y,$$
-
-    $W_f$ the n largest of each group of m inputs, $W_b$ of each group of m outputs. Unlike in
-    Bi-Mask, $W_b$ holds exactly n/m of the weights, some of which $W_f$ lacks.
-
-    The parameters are $W_f$; $W_b$ needs layers with two views: see `jaxsparse.nn.two_view`. On
-    ordinary layers this is `sr_ste` with this `decay`.
-
-    Args:
-      inner: the optimizer of W.
-      decay: of the weights that $W_f$ lacks, as in `sr_ste`.
-      structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
-      targets, raw_dtype, pack_masks: see the guide of options.
-
-    >>> import jaxsparse
-    >>> tx = jaxsparse.methods.bdwp(optax.sgd(0.1), structure=jaxsparse.structures.NM(2, 8))
-
-    Raises:
-      ValueError: another structure, groups that do not divide.
-    """
-    forward, kind = pattern(structure)
-    tx = sr_ste(inner, decay=decay, structure=forward, targets=targets, raw_dtype=raw_dtype,
-                pack_masks=pack_masks)  # fmt: skip
-    return two_view(
-        tx, recipe.plan_for(targets, forward), kind,
-        lambda leaf, w, f, old, count: (along_outputs(leaf, kind, w), None),
-        pack_masks=pack_masks,
-    )  # fmt: skip

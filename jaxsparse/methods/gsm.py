@@ -20,7 +20,6 @@ from jaxsparse.transforms import Step, keep_best, masked
     dynamics="gradual",
     dense_phase="dense before end_step",
     starts_dense=True,
-    gradients="all",
 )
 def gsm(
     inner: optax.GradientTransformation,

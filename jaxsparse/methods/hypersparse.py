@@ -85,7 +85,6 @@ def art_stop(pruned: Sequence[float], dense: Sequence[float], buffer: int = 1) -
     dynamics="gradual",
     dense_phase="dense before end_step",
     starts_dense=True,
-    gradients="all",
     structures="unstructured",
 )
 def hypersparse(

@@ -21,7 +21,6 @@ from jaxsparse.transforms import Step, keep_best, masked
     dynamics="gradual",
     dense_phase="dense before end_step",
     starts_dense=True,
-    gradients="all",
 )
 def iss_p(
     inner: optax.GradientTransformation,

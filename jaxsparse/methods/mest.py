@@ -147,12 +147,11 @@ def mest(
     seed: Any = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MEST with elastic mutation (EM): each layer is pruned to the sparsity $S + \mu_t$ by
+    r"""MEST with elastic mutation (EM): prune each layer beyond its sparsity S by |w| and |g|, and grow
+    it back at random.
 
-    $$|w| + \lambda |g|$$
-
-    and grown back to S at random positions; $\mu_t$ falls in steps. g is the gradient of kept
-    weights only: no dense gradient is ever needed.
+    The layer is pruned to the sparsity $S + \mu_t$ by $|w| + \lambda |g|$ and grown back to S; $\mu_t$
+    falls in steps. g is the gradient of kept weights only: no dense gradient is ever needed.
     """
     return _mest(
         inner, sparsity, soft=False, total_steps=total_steps, mutation=mutation,
@@ -185,9 +184,10 @@ def mest_soft(
     seed: Any = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MEST with a soft memory bound (EM&S): as `mest`, but pruned to S and grown to $S - \mu_t$.
+    r"""MEST with a soft memory bound (EM&S): as `mest`, but denser than S until the last phase.
 
-    The network is denser than asked until the last phase, and needs the memory of $S - \mu_0$.
+    Each layer is pruned to S and grown to $S - \mu_t$.
+    The network needs the memory of $S - \mu_0$.
     """
     return _mest(
         inner, sparsity, soft=True, total_steps=total_steps, mutation=mutation,

@@ -15,8 +15,8 @@ from jaxsparse import targets as rules
 from jaxsparse._counts import is_concrete, when
 from jaxsparse.allocations import Uniform
 from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._backward import along_outputs, pattern
 from jaxsparse.methods._registry import register
-from jaxsparse.methods.bi_mask import along_outputs, pattern
 from jaxsparse.structures import NM
 from jaxsparse.transforms import keep_best, masked
 from jaxsparse.transforms.two_view import two_view

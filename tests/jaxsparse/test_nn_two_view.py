@@ -12,7 +12,9 @@ from flax import nnx
 
 import jaxsparse
 from jaxsparse import METHODS
-from jaxsparse.methods.bi_mask import along_outputs, bdwp, best_order, bi_mask
+from jaxsparse.methods import bdwp, bi_mask
+from jaxsparse.methods._backward import along_outputs
+from jaxsparse.methods.bi_mask import best_order
 from jaxsparse.methods.slope import double_pruning_loss, slope
 from jaxsparse.nn.two_view import (
     Backward,

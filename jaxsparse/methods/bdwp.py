@@ -1,0 +1,66 @@
+"""BDWP: N:M weights for the forward product, and others for the input's gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._backward import along_outputs, pattern
+from jaxsparse.methods._registry import register
+from jaxsparse.methods.sr_ste import sr_ste
+from jaxsparse.structures import NM
+from jaxsparse.transforms.two_view import two_view
+
+
+@register(
+    "bdwp",
+    reference="Fang et al., Efficient N:M sparse DNN training using algorithm, architecture, and "
+    "dataflow co-design, 2023",
+    controls_sparsity=False,
+    keeps_raw=True,
+    dynamics="projected",
+    structures="NM",
+    gradients="all",
+)
+def bdwp(
+    inner: optax.GradientTransformation,
+    *,
+    decay: Any = 0.0,
+    structure: Any = NM(2, 8),  # noqa: B008 - a frozen value
+    targets: Any = None,
+    raw_dtype: Any = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bidirectional weight pruning: two n:m views of the dense W, made anew after every step and
+    independent of each other,
+
+    $$Y = X W_f,\quad \partial X = \partial Y W_b^T,\quad \partial W = X^T \partial Y,$$
+
+    $W_f$ the n largest of each group of m inputs, $W_b$ of each group of m outputs. Unlike in
+    Bi-Mask, $W_b$ holds exactly n/m of the weights, some of which $W_f$ lacks.
+
+    The parameters are $W_f$; $W_b$ needs layers with two views: see `jaxsparse.nn.two_view`. On
+    ordinary layers this is `sr_ste` with this `decay`.
+
+    Args:
+      inner: the optimizer of W.
+      decay: of the weights that $W_f$ lacks, as in `sr_ste`.
+      structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
+      targets, raw_dtype, pack_masks: see the guide of options.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.methods.bdwp(optax.sgd(0.1), structure=jaxsparse.structures.NM(2, 8))
+
+    Raises:
+      ValueError: another structure, groups that do not divide.
+    """
+    forward, kind = pattern(structure)
+    tx = sr_ste(inner, decay=decay, structure=forward, targets=targets, raw_dtype=raw_dtype,
+                pack_masks=pack_masks)  # fmt: skip
+    return two_view(
+        tx, recipe.plan_for(targets, forward), kind,
+        lambda leaf, w, f, old, count: (along_outputs(leaf, kind, w), None),
+        pack_masks=pack_masks,
+    )  # fmt: skip

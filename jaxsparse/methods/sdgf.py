@@ -1,0 +1,111 @@
+"""SdGf, progressive gradient flow: an N:M pattern reached in stages of denser ones."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import plan as plans
+from jaxsparse import schedules
+from jaxsparse.methods._registry import register
+from jaxsparse.methods.mdgf import REFERENCE, check_pattern, largest
+from jaxsparse.structures import NM
+from jaxsparse.transforms import Projection, Step, straight_through
+
+
+def sdgf_stages(structure: NM, stages: Literal["stepwise", "geometric"] = "stepwise") -> list[NM]:
+    """The patterns of SdGf, from the densest to `structure`.
+
+    Stepwise: M-1:M, then M/2:M, M/4:M, ... N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M.
+
+    >>> [(s.n, s.m) for s in sdgf_stages(NM(1, 8))]
+    [(7, 8), (4, 8), (2, 8), (1, 8)]
+    >>> [(s.n, s.m) for s in sdgf_stages(NM(1, 8), "geometric")]
+    [(8, 64), (4, 32), (2, 16), (1, 8)]
+
+    Raises:
+      ValueError: an unknown kind; M is not N times a power of 2 (stepwise).
+    """
+    pattern = check_pattern(structure)
+    make = lambda n, m: NM(n, m, pattern.axis, pattern.strided)
+    if stages == "geometric":
+        return [make(pattern.n * 2**i, pattern.m * 2**i) for i in (3, 2, 1, 0)]
+    if stages != "stepwise":
+        raise ValueError(f"stages={stages!r}: use 'stepwise' or 'geometric'")
+    halvings, rest = divmod(pattern.m, pattern.n)
+    if rest or halvings & (halvings - 1):
+        raise ValueError(
+            f"structure={structure}: m must be n times a power of 2 for halving stages"
+        )
+    steps = [make(pattern.m >> i, pattern.m) for i in range(1, halvings.bit_length())]
+    return [make(max(pattern.m - 1, pattern.n), pattern.m), *steps]
+
+
+@register(
+    "sdgf",
+    reference=REFERENCE,
+    controls_sparsity=False,
+    keeps_raw=True,
+    dynamics="projected",
+    structures="NM",
+    dense_phase="dense before begin_step, denser than the structure before its last stage",
+    starts_dense=True,
+    gradients="all",
+)
+def sdgf(
+    inner: optax.GradientTransformation,
+    *,
+    total_steps: Any,
+    stages: Literal["stepwise", "geometric"] = "stepwise",
+    begin_step: Any = None,
+    end_step: Any = None,
+    structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
+    targets: Any = None,
+    raw_dtype: Any = None,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Straight-through N:M training whose pattern tightens in equally long stages between
+    `begin_step` and `end_step`.
+
+    $p = z \odot m$ with m the largest |z| of each group of the stage's pattern (`sdgf_stages`); the
+    gradient at p goes to every z. The sparsity is that of the structure from the last stage on.
+
+    Args:
+      inner: the optimizer of z.
+      total_steps: the length of the run, in steps.
+      stages: "stepwise": groups of M throughout, halving what stays; "geometric": groups of 8M, 4M,
+        2M, M at one sparsity.
+      begin_step, end_step: 0 and 75 % of the run; dense before.
+      structure, targets, pack_masks: as `mdgf`.
+      raw_dtype: the dtype of z; see `magnitude_ste`.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.sdgf(optax.adam(1e-3), total_steps=1000, structure=NM(1, 4))
+
+    Raises:
+      ValueError: as `mdgf`; a pattern that has no such stages, a stage whose groups do not divide.
+    """
+    patterns = sdgf_stages(structure, stages)
+    window = schedules.window(total_steps, begin_step, end_step)
+
+    def plan_for(params):
+        plan = plans.make(params, targets, structure)
+        for leaf in plan.leaves:
+            for pattern in patterns:
+                pattern.check(leaf.path, leaf.layer_shape)
+        return plan
+
+    def rule(step: Step) -> Projection:
+        ws = [v.w for v in step.views]
+        views = lambda ws: [type(v)(v.leaf, w, None, None) for v, w in zip(step.views, ws)]
+        dense = lambda ws: [jnp.ones(w.shape, bool) for w in ws]
+        stage = [lambda ws, s=s: [largest(v, s) for v in views(ws)] for s in patterns]
+        n, span = len(patterns), jnp.maximum(window.end - window.begin, 1)
+        past = jnp.asarray(step.count - window.begin)
+        now = jnp.where(past < 0, 0, 1 + jnp.minimum(past * n // span, n - 1))
+        return Projection(jax.lax.switch(now, [dense, *stage], ws))
+
+    return straight_through(inner, plan_for, rule, raw_dtype=raw_dtype, pack_masks=pack_masks)
