@@ -3,17 +3,22 @@
   python -m experiments.compare --methods=rigl,set,st3 --sparsities=0.8,0.9,0.95,0.98 --seeds=3
   python -m experiments.compare --dataset=digits --model=cnn
 
-Made to be quick: the data set lies on the device, all seeds train at once (`vmap`), a run is one
-`scan`, and a method compiles once, for its sparsity is an argument. Methods that cannot be asked for a
-sparsity appear once, at the one they reach. All share the optimizer, its schedule, the order of the
-data and the number of steps; each has its own default options.
+Made to be quick: the data set lies on the device, a method compiles once, all its seeds and sparsities
+train at once (`vmap`), and a run is one `scan`. Results are saved after each method: the same command
+goes on where it was stopped, and one with more methods or sparsities adds what is missing.
+
+All share the optimizer, its schedule, the order of the data and the number of steps; each has its own
+default options. Exceptions are listed in `NEEDS` (without which a method would not be itself), and
+`SETTINGS` (methods that cannot be asked for a sparsity appear at the ones that these options lead to).
 """
 
 import importlib
 import json
 import pathlib
+import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,23 +31,44 @@ from jax import lax
 import jaxsparse
 from experiments import datasets, report
 from experiments.configs import base
-from experiments.train import make_task
+from experiments.train import Task, make_structure, make_task
+from jaxsparse import nn
 from jaxsparse.analysis import flops, plots
 from jaxsparse.analysis.page import markdown_table
-from jaxsparse.targets import path_name
+from jaxsparse.targets import is_kernel, path_name
 
 METHODS = flags.DEFINE_list("methods", ["all"], "methods to compare, or all; dense is always run")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95", "0.98"], "what to ask for")
 SEEDS = flags.DEFINE_integer("seeds", 3, "networks per point, trained together", lower_bound=1)
+FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "the first of the seeds", lower_bound=0)
 DATASET = flags.DEFINE_string("dataset", "mnist1d", "a small data set of experiments/datasets")
 MODEL = flags.DEFINE_string("model", "mlp", "a model of experiments/models")
 STEPS = flags.DEFINE_integer("steps", None, "training steps; default: those of the config")
+HEADLINE = flags.DEFINE_list(
+    "headline",
+    ["static", "set", "rigl", "magnitude", "top_kast", "st3"],
+    "methods of the small plot and table",
+)
 OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/compare")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps its files")
 
+# Fields of the config that a method needs to be itself.
+NEEDS: dict[str, dict[str, Any]] = {}
 
-# SR-STE is defined for N:M patterns: it is swept over these instead.
-NM_STRUCTURES = ("2:4", "1:4", "1:8")
+# What methods that cannot be asked for a sparsity are swept over: fields of the config, by label.
+_NM = {label: {"options.structure": label} for label in ("2:4", "1:4", "1:8")}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "sr_ste": _NM, "mdgf": _NM, "sdgf": _NM, "bi_mask": _NM, "bdwp": _NM, "slope": _NM,
+}  # fmt: skip
+
+# These are trained with layers that have two views of their weights.
+TWO_VIEW = ("bi_mask", "bdwp", "slope")
+
+FAMILIES = {
+    "Sparse from the first step": ("fixed", "dynamic"),
+    "Dense at first": ("gradual",),
+    "Raw weights kept": ("projected",),
+}
 
 
 def make_config(dataset: str, model: str):
@@ -59,29 +85,67 @@ def on_device(data: datasets.Dataset, split: str) -> dict[str, jax.Array]:
     """A whole split, prepared."""
     source = data.splits[split]
     examples = [data.prepare(source[i], None) for i in range(len(source))]
-    return {key: jnp.stack([e[key] for e in examples]) for key in examples[0]}
+    return {key: jnp.asarray(np.stack([e[key] for e in examples])) for key in examples[0]}
 
 
-def _sweep(method: str, sparsities) -> list[tuple[float | None, str | None]]:
-    """What to train: pairs of a sparsity and an N:M structure, one of them at most."""
-    if method == "sr_ste":
-        return [(None, structure) for structure in NM_STRUCTURES]
-    if not jaxsparse.METHODS[method].controls_sparsity:
-        return [(None, None)]
-    return [(sparsity, None) for sparsity in sparsities]
+def sweep(method: str, sparsities: Sequence[float]) -> list[tuple[str | None, list]]:
+    """What to train: a label of `SETTINGS`, or None, and the sparsities to ask for with it."""
+    if method in SETTINGS:
+        return [(label, [None]) for label in SETTINGS[method]]
+    return [(None, list(sparsities) if jaxsparse.METHODS[method].controls_sparsity else [None])]
 
 
-def make_run(config, data: datasets.Dataset, method: str, structure: str | None = None):
-    """The function `(seeds [S], sparsity) -> results [S]` that trains the networks of one point."""
-    config = _with_method(config, method)
-    if structure is not None:
-        config.options.structure = structure
-    splits = {split: on_device(data, split) for split in ("train", "test")}
+def configure(config, data: datasets.Dataset, method: str, setting: str | None):
+    """The config of a method: its needs, its setting, and N:M where groups divide."""
+    config = config.copy_and_resolve_references()
+    config.method = method
+    fields = NEEDS.get(method, {}) | (SETTINGS[method][setting] if setting else {})
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+        if method in TWO_VIEW:
+            config.model_options.two_view = True
+        if config.options.structure:
+            config.options.targets = _divisible(config, data)
+    return config
+
+
+def _divisible(config, data) -> str:
+    """The kernels whose groups divide: of the inputs, and with two views of the outputs too."""
+    kind = make_structure(config.options.structure)
+    plain = config.copy_and_resolve_references()
+    plain.method, plain.options = "dense", {}
+    params = jax.eval_shape(make_task(plain, data).init).params
+    ways = (-2, -1) if config.method in TWO_VIEW else (-2,)
+    paths = [
+        path_name(path)
+        for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+        if is_kernel(path_name(path), x) and not any(x.shape[axis] % kind.m for axis in ways)
+    ]
+    return f"^({'|'.join(map(re.escape, paths))})$"
+
+
+def _refreshed(task: Task, method: str):
+    """`init` and `train_step` of the task, with the second view brought up to date."""
+    if method not in TWO_VIEW:
+        return task.init, task.train_step
+    fresh = lambda s: s._replace(stats=nn.refresh(s.stats, s.params, s.opt_state))
+
+    def train_step(state, batch):
+        state, numbers = task.train_step(state, batch)
+        return fresh(state), numbers
+
+    return lambda: fresh(task.init()), train_step
+
+
+def make_run(config, data: datasets.Dataset, splits: dict[str, dict[str, jax.Array]]):
+    """The function `(seeds [P], sparsities [P] or None) -> results [P]` that trains P networks on the
+    splits "train" and "test" of `on_device`."""
     size, batch_size = splits["train"]["y"].shape[0], config.batch_size
     per_epoch = size // batch_size
 
     def run(splits, seed, sparsity):
         task = make_task(config, data, seed=seed, sparsity=sparsity)
+        init, train_step = _refreshed(task, config.method)
         order_key = jax.random.key(seed)
 
         def step(carry, i):
@@ -95,13 +159,11 @@ def make_run(config, data: datasets.Dataset, method: str, structure: str | None 
                 lambda: order,
             )
             rows = lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
-            state, numbers = task.train_step(
-                state, jax.tree.map(lambda x: x[rows], splits["train"])
-            )
+            batch = jax.tree.map(lambda x: x[rows], splits["train"])
+            state, numbers = train_step(state, batch)
             return (state, order), numbers["loss"]
 
-        carry = (task.init(), jnp.arange(size))
-        (state, _), losses = lax.scan(step, carry, jnp.arange(config.steps))
+        (state, _), losses = lax.scan(step, (init(), jnp.arange(size)), jnp.arange(config.steps))
         test = splits["test"] | {"weight": jnp.ones(splits["test"]["y"].shape[0])}
         sums = task.eval_step(state, test)
         leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
@@ -112,119 +174,207 @@ def make_run(config, data: datasets.Dataset, method: str, structure: str | None 
             "nonzeros": {path_name(path): jnp.sum(p != 0) for path, p in leaves},
         }
 
-    vmapped = jax.jit(jax.vmap(run, in_axes=(None, 0, None)))
-    return lambda seeds, sparsity: vmapped(splits, seeds, sparsity)
+    compiled = jax.jit(jax.vmap(run, in_axes=(None, 0, 0)))
+    return lambda seeds, sparsities: compiled(splits, seeds, sparsities)
 
 
-def compare(config, methods, sparsities, num_seeds: int) -> dict[str, Any]:
-    """Trains the grid; returns the points as they are written to the JSON file."""
+def compare(
+    config, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], *,
+    done: Sequence[dict] = (), save: Callable[[list[dict]], Any] = lambda points: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Trains the grid; returns the points as they are written to the JSON file.
+
+    `done` are points of an earlier run that are not to be repeated; `save` is called with all points
+    after each method. A method that cannot be trained so has a point with the reason.
+    """
     data = datasets.load(config.dataset, data_dir=config.data_dir)
-    dense_task = make_task(_with_method(config, "dense"), data)
-    state = jax.eval_shape(dense_task.init)
-    sizes = {path_name(p): x.size for p, x in jax.tree_util.tree_flatten_with_path(state.params)[0]}
-    dense_flops = report.forward_flops(dense_task, data, state)
-    seeds = jnp.arange(num_seeds)
-    points = []
+    splits = {split: on_device(data, split) for split in ("train", "test")}
+    points = list(done)
+    known = {(p["method"], p["setting"], p["asked"]) for p in points}
     for method in methods:
-        masked = _masked_leaves(config, data, method)
-        run, compiled_for = None, ""
-        for sparsity, structure in _sweep(method, sparsities):
-            if run is None or structure != compiled_for:
-                run, compiled_for = make_run(config, data, method, structure), structure
+        for setting, asked in sweep(method, sparsities):
+            left = [s for s in asked if (method, setting, s) not in known]
+            if not left:
+                continue
             started = time.monotonic()
-            result = jax.device_get(run(seeds, sparsity))
-            seconds = time.monotonic() - started
-            kept = {name: float(np.mean(n)) for name, n in result["nonzeros"].items()}
-            of = masked or [name for name in sizes if name in dense_flops]
-            forward = flops.sparse_flops(
-                dense_flops, {n: kept[n] / sizes[n] for n in dense_flops if n in sizes}
-            )
-            point = {
-                "method": method,
-                "asked": sparsity,
-                "structure": structure,
-                "sparsity": 1 - sum(kept[n] for n in of) / sum(sizes[n] for n in of),
-                "accuracy": float(np.mean(result["accuracy"])),
-                "deviation": float(np.std(result["accuracy"], ddof=min(1, num_seeds - 1))),
-                "accuracies": [float(a) for a in result["accuracy"]],
-                "test_loss": float(np.mean(result["loss"])),
-                "train_loss": float(np.mean(result["train_loss"])),
-                "forward_flops": forward / sum(dense_flops.values()),
-                "seconds": seconds,
-            }
-            points.append(point)
-            print(
-                f"{method:>17} {sparsity or structure or '-'!s:>5}: accuracy "
-                f"{point['accuracy']:.4f} +- {point['deviation']:.4f}, sparsity "
-                f"{point['sparsity']:.4f}, {seconds:.1f} s",
-                flush=True,
-            )
-    return {
-        "dataset": config.dataset,
-        "model": config.model,
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "seeds": num_seeds,
-        "parameters": sum(sizes.values()),
-        "points": points,
-    }
+            try:
+                new = _points(configure(config, data, method, setting), data, splits, left, seeds)
+            except ValueError as error:
+                new = [{"asked": s, "error": str(error)} for s in left]
+            seconds = (time.monotonic() - started) / len(left)
+            new = [{"method": method, "setting": setting, **p, "seconds": seconds} for p in new]
+            for point in new:
+                print(_line(point), flush=True)
+            points += new
+            save(points)
+            jax.clear_caches()
+    return points
 
 
-def write(results: dict[str, Any], out: pathlib.Path, command: str) -> list[pathlib.Path]:
-    """Writes the plot, the table and the points; returns their paths."""
+def _points(
+    config, data, splits, asked: Sequence[float | None], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One point per sparsity, all trained in one program."""
+    count = len(seeds)
+    every = jnp.tile(jnp.asarray(seeds), len(asked))
+    wanted = None if asked[0] is None else jnp.repeat(jnp.asarray(asked, jnp.float32), count)
+    results = jax.device_get(make_run(config, data, splits)(every, wanted))
+    task = make_task(config, data)
+    state = jax.eval_shape(task.init)
+    leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    sizes = {path_name(p): x.size for p, x in leaves}
+    dense_flops = report.forward_flops(task, data, state)
+    of = _masked_leaves(state) or list(dense_flops)
+    points = []
+    for i, s in enumerate(asked):
+        mine = jax.tree.map(lambda x, i=i: x[i * count : (i + 1) * count], results)
+        kept = {name: float(np.mean(n)) for name, n in mine["nonzeros"].items()}
+        densities = {name: kept[name] / sizes[name] for name in dense_flops if name in sizes}
+        forward = flops.sparse_flops(dense_flops, densities)
+        points.append({
+            "asked": s,
+            "sparsity": 1 - sum(kept[n] for n in of) / sum(sizes[n] for n in of),
+            "accuracy": float(np.mean(mine["accuracy"])),
+            "deviation": float(np.std(mine["accuracy"], ddof=min(1, count - 1))),
+            "accuracies": [float(a) for a in mine["accuracy"]],
+            "test_loss": float(np.mean(mine["loss"])),
+            "train_loss": float(np.mean(mine["train_loss"])),
+            "forward_flops": forward / sum(dense_flops.values()),
+        })  # fmt: skip
+    return points
+
+
+def _masked_leaves(state) -> list[str]:
+    """The paths of the leaves that have a mask."""
+    if not jaxsparse.masking.find_states(state.opt_state):
+        return []
+    masks = jax.eval_shape(jaxsparse.get_masks, state.opt_state)
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(masks)[0]]
+
+
+def _line(point) -> str:
+    name = f"{point['method']:>17} {point['setting'] or point['asked'] or '-'!s:>5}: "
+    if "error" in point:
+        return name + point["error"]
+    return (
+        f"{name}accuracy {point['accuracy']:.4f} +- {point['deviation']:.4f}, sparsity "
+        f"{point['sparsity']:.4f}, {point['seconds']:.1f} s"
+    )
+
+
+def write(
+    facts: dict[str, Any], points: list[dict], out: pathlib.Path, command: str,
+    headline: Sequence[str] = (),
+) -> list[pathlib.Path]:  # fmt: skip
+    """Writes two plots, the table and the points; returns their paths."""
+    name = f"compare_{facts['dataset']}_{facts['model']}"
+    paths = [out / f"{name}{ending}" for ending in (".png", "_headline.png", ".md", ".json")]
     out.mkdir(parents=True, exist_ok=True)
-    name = f"compare_{results['dataset']}_{results['model']}"
-    points = results["points"]
-    dense = next((p for p in points if p["method"] == "dense"), None)
+    sound = [p for p in points if "error" not in p]
+    dense = next((p for p in sound if p["method"] == "dense"), None)
     series: dict[str, list] = {}
-    for point in points:
+    for point in sound:
         if point["method"] != "dense":
             series.setdefault(point["method"], []).append(point)
-    title = f"{results['dataset']}, {results['model']}, {results['seeds']} seeds"
-    figure = plots.accuracy_over_sparsity(
-        series, dense=dense["accuracy"] if dense else None, title=title
-    )
-    paths = [out / f"{name}.{ending}" for ending in ("png", "md", "json")]
-    figure.savefig(paths[0])
-    paths[1].write_text(_page(results, series, dense, command, paths[0].name))
-    paths[2].write_text(json.dumps(results | {"command": command}, indent=1) + "\n")
+    level = dense["accuracy"] if dense else None
+    title = f"{facts['dataset']}, {facts['model']}, {len(facts['seeds'])} seeds"
+    nm = {m: p for m, p in series.items() if m in SETTINGS and SETTINGS[m] is _NM}
+    panels = {
+        family: {
+            m: p for m, p in series.items()
+            if m not in nm and jaxsparse.METHODS[m].dynamics in kinds
+        }
+        for family, kinds in FAMILIES.items()
+    } | {"N:M patterns": nm}  # fmt: skip
+    panels = {family: members for family, members in panels.items() if members}
+    plots.accuracy_panels(panels, dense=level, title=title).savefig(paths[0])
+    small = {m: series[m] for m in headline if m in series}
+    plots.accuracy_over_sparsity(small, dense=level, title=title).savefig(paths[1])
+    paths[2].write_text(_page(facts, points, series, small, dense, command, paths))
+    save_points(facts, points, paths[3])
     return paths
 
 
-def _page(results, series, dense, command, image):
-    asked = sorted({p["asked"] for ps in series.values() for p in ps if p["asked"] is not None})
-    cell = lambda p: f"{100 * p['accuracy']:.1f} ± {100 * p['deviation']:.1f}"
-    controlled, own = [], []
+def save_points(facts, points, path: pathlib.Path):
+    """The points, and what they have in common."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"facts": facts, "points": points}, indent=1) + "\n")
+
+
+def load_points(facts, path: pathlib.Path) -> list[dict]:
+    """The points of an earlier run.
+
+    Raises:
+      ValueError: of a run with other facts.
+    """
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    other = {k: (old["facts"].get(k), v) for k, v in facts.items() if old["facts"].get(k) != v}
+    if other:
+        told = "; ".join(f"{k} {a} there, {b} here" for k, (a, b) in other.items())
+        raise ValueError(f"{path} holds points of another run ({told}); give another --out")
+    return old["points"]
+
+
+def _cell(p) -> str:
+    return f"{100 * p['accuracy']:.1f} ± {100 * p['deviation']:.1f}"
+
+
+def _by_sparsity(series) -> str:
+    """A table with a column per sparsity, best first at the highest."""
+    asked = sorted({p["asked"] for ps in series.values() for p in ps})
+    rows = []
     for method, ps in series.items():
-        by_asked = {p["asked"]: p for p in ps}
-        if None in by_asked:
-            for p in ps:
-                name = f"{method} {p['structure']}" if p["structure"] else method
-                own.append([name, f"{p['sparsity']:.2%}", cell(p), f"{p['forward_flops']:.3f}"])
-        else:
-            controlled.append([method, *(cell(by_asked[s]) for s in asked)])
+        found = {p["asked"]: p for p in ps}
+        rows.append(
+            (
+                [-found[s]["accuracy"] if s in found else 0.0 for s in reversed(asked)],
+                [method, *(_cell(found[s]) if s in found else "-" for s in asked)],
+            )
+        )
+    return markdown_table(
+        ["method", *(f"{s:.0%}" for s in asked)], [cells for _, cells in sorted(rows)]
+    )
+
+
+def _page(facts, points, series, headline, dense, command, paths):
+    controlled = {m: ps for m, ps in series.items() if ps[0]["asked"] is not None}
+    own = {m: ps for m, ps in series.items() if ps[0]["asked"] is None}
     parts = [
-        f"# {results['dataset']} with {results['model']}: test accuracy over sparsity",
-        f"Mean and standard deviation over {results['seeds']} seeds, in per cent; {results['steps']} "
-        f"steps of {results['batch_size']} examples, {results['parameters']:,} parameters. Every "
-        "method has its default options and the same optimizer, schedule and data.",
+        f"# {facts['dataset']} with {facts['model']}: test accuracy over sparsity",
+        f"Mean and standard deviation over {len(facts['seeds'])} seeds, in per cent; "
+        f"{facts['steps']} steps of {facts['batch_size']} examples, {facts['parameters']:,} "
+        "parameters. Every method has its default options and the same optimizer, schedule and data, "
+        "but for what `experiments/compare.py` lists in `NEEDS`.",
         f"```\n{command}\n```",
-        f"![Accuracy over sparsity]({image})",
+        f"![Accuracy over sparsity]({paths[0].name})",
     ]
     if dense:
-        parts.append(f"Dense: {cell(dense)}.")
+        parts.append(f"Dense: {_cell(dense)}.")
     if controlled:
-        parts.append(markdown_table(["method", *(f"{s:.0%}" for s in asked)], controlled))
+        parts.append(_by_sparsity(controlled))
     if own:
-        parts.append("Methods that learn their sparsity, and N:M patterns, which fix it:")
+        rows = [
+            [f"{m} {p['setting'] or ''}".strip(), f"{p['sparsity']:.2%}", _cell(p),
+             f"{p['forward_flops']:.3f}"]
+            for m, ps in own.items()
+            for p in ps
+        ]  # fmt: skip
         parts.append(
-            markdown_table(["method", "sparsity", "accuracy", "forward FLOPs / dense"], own)
+            "Methods that learn their sparsity, and N:M patterns, which fix it (in layers whose sides "
+            "their groups divide; the others are dense):"
         )
+        parts.append(
+            markdown_table(["method", "sparsity", "accuracy", "forward FLOPs / dense"], rows)
+        )
+    if headline:
+        parts.append(f"![A few of them]({paths[1].name})")
     off = [
-        f"{p['method']} at {p['asked']:.0%}: {p['sparsity']:.2%}"
-        for ps in series.values()
+        f"{m} at {p['asked']:.0%}: {p['sparsity']:.2%}"
+        for m, ps in controlled.items()
         for p in ps
-        if p["asked"] is not None and abs(p["sparsity"] - p["asked"]) > 2e-3
+        if abs(p["sparsity"] - p["asked"]) > 2e-3
     ]
     if off:
         parts.append(
@@ -232,24 +382,12 @@ def _page(results, series, dense, command, image):
             + "; ".join(off)
             + "."
         )
-    total = sum(p["seconds"] for p in results["points"])
+    failed = [f"{p['method']} ({p['error']})" for p in points if "error" in p]
+    if failed:
+        parts.append("Without a result: " + "; ".join(failed) + ".")
+    total = sum(p["seconds"] for p in points)
     parts.append(f"Wall-clock of the whole grid, compilation included: {total / 60:.1f} minutes.")
     return "\n\n".join(parts) + "\n"
-
-
-def _with_method(config, method):
-    config = config.copy_and_resolve_references()
-    config.method = method
-    return config
-
-
-def _masked_leaves(config, data, method):
-    """The paths of the leaves that have a mask."""
-    state = jax.eval_shape(make_task(_with_method(config, method), data).init)
-    if not jaxsparse.masking.find_states(state.opt_state):
-        return []
-    masks = jax.eval_shape(jaxsparse.get_masks, state.opt_state)
-    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(masks)[0]]
 
 
 def main(argv):
@@ -260,18 +398,35 @@ def main(argv):
         config.steps = STEPS.value or config.steps
         names = list(jaxsparse.METHODS) if METHODS.value == ["all"] else METHODS.value
         methods = ["dense", *(m for m in names if m != "dense")]
-        for method in methods:
+        for method in [*methods, *HEADLINE.value]:
             jaxsparse.METHODS[method]  # an unknown name stops here, not after an hour
         sparsities = [float(s) for s in SPARSITIES.value]
         bad = [s for s in sparsities if not 0 <= s < 1]
         if bad:
             raise ValueError(f"sparsities={bad}: must be in [0, 1)")
-        results = compare(config, methods, sparsities, SEEDS.value)
+        seeds = list(range(FIRST_SEED.value, FIRST_SEED.value + SEEDS.value))
+        facts = {
+            "dataset": config.dataset, "model": config.model, "steps": config.steps,
+            "batch_size": config.batch_size, "seeds": seeds, "parameters": _size(config),
+        }  # fmt: skip
+        out = pathlib.Path(OUT.value or "runs/compare")
+        path = out / f"compare_{config.dataset}_{config.model}.json"
+        done = load_points(facts, path)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    points = compare(
+        config, methods, sparsities, seeds, done=done,
+        save=lambda points: save_points(facts, points, path),
+    )  # fmt: skip
     command = " ".join(["python -m experiments.compare", *(a for a in argv_without_paths())])
-    paths = write(results, pathlib.Path(OUT.value or "runs/compare"), command)
+    paths = write(facts, points, out, command, HEADLINE.value)
     print("wrote " + ", ".join(map(str, paths)))
+
+
+def _size(config) -> int:
+    data = datasets.load(config.dataset, data_dir=config.data_dir)
+    task = make_task(configure(config, data, "dense", None), data)
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(task.init).params))
 
 
 def argv_without_paths() -> list[str]:

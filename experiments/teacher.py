@@ -8,10 +8,12 @@ teacher's outputs at the teacher's sparsity. The skip connections pin every unit
 support can be compared weight by weight (in a plain network hidden units can be permuted).
 
 All students share the optimizer, the data and the number of steps; every method has its default options.
-All seeds train at once (`vmap`), a run is one `scan`; run the command again to go on where it was stopped. N:M methods get the pattern of that sparsity, which
-the teacher does not have. Methods that cannot be asked for a sparsity appear at the one they reach.
+All seeds train at once (`vmap`), a run is one `scan`; run the command again to go on where it was
+stopped. N:M methods get the pattern of that sparsity, which the teacher does not have. Methods that cannot
+be asked for a sparsity appear at the one they reach.
 """
 
+import argparse
 import inspect
 import json
 import pathlib
@@ -24,28 +26,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from jax import Array
 
 import jaxsparse
-from jaxsparse import selection
+from jaxsparse import nn, selection
 from jaxsparse.analysis import plots
 from jaxsparse.analysis.page import markdown_table
 
-METHODS = flags.DEFINE_list("methods", ["all"], "students, or all; dense is always run")
-SEEDS = flags.DEFINE_integer("seeds", 3, "teachers and students per method", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 2000, "training steps", lower_bound=10)
-WIDTH = flags.DEFINE_integer("width", 100, "units; the matrices are width x width", lower_bound=2)
-DENSITY = flags.DEFINE_float("density", 0.02, "nonzero weights of the teacher, as a fraction")
-OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/teacher")
-
 LAYERS, BATCH, LEARNING_RATE = 2, 128, 3e-3
+TWO_VIEW = ("bi_mask", "bdwp", "slope")
 
 
-def network(params, x: Array) -> Array:
-    """`[batch, width]` to `[batch, width]`."""
+def network(params, x: Array, views=None) -> Array:
+    """`[batch, width]` to `[batch, width]`; `views` are the weights of the input gradients, if those are
+    not the parameters."""
     for i in range(LAYERS):
-        x = x + jnp.tanh(x @ params[f"layer{i}"]["kernel"])
+        w = params[f"layer{i}"]["kernel"]
+        product = (
+            x @ w if views is None else nn.two_view_matmul(x, w, views[f"layer{i}"]["backward"])
+        )
+        x = x + jnp.tanh(product)
     return x
 
 
@@ -68,6 +68,11 @@ def make_student(key: Array, width: int):
     init = jax.nn.initializers.lecun_normal()
     keys = jax.random.split(key, LAYERS)
     return {f"layer{i}": {"kernel": init(k, (width, width))} for i, k in enumerate(keys)}
+
+
+def second_view(params, state):
+    """The weights of the input gradients of a two-view method."""
+    return nn.refresh({k: {"backward": p["kernel"]} for k, p in params.items()}, params, state)
 
 
 def recovered(found: list[Array], truth: list[Array]) -> Array:
@@ -110,13 +115,14 @@ def make_run(name: str, *, width: int, density: float, steps: int):
         if jaxsparse.masking.find_states(state):
             params = jaxsparse.apply_masks(params, state)
 
-        def loss_fn(params, x):
-            return jnp.mean((network(params, x) - network(teacher, x)) ** 2)
+        def loss_fn(params, x, views=None):
+            return jnp.mean((network(params, x, views) - network(teacher, x)) ** 2)
 
         def step(carry, i):
             params, state = carry
             x = jax.random.normal(jax.random.fold_in(key, i + 2), (BATCH, width))
-            loss, grads = jax.value_and_grad(loss_fn)(params, x)
+            views = second_view(params, state) if name in TWO_VIEW else None
+            loss, grads = jax.value_and_grad(loss_fn)(params, x, views)
             updates, state = tx.update(grads, state, params, value=loss)
             return (optax.apply_updates(params, updates), state), loss
 
@@ -230,33 +236,63 @@ def write(rows: list[dict], out: pathlib.Path, command: str, facts: dict[str, An
     (out / "teacher.md").write_text(text)
 
 
-def main(argv):
-    names = list(jaxsparse.METHODS) if METHODS.value == ["all"] else METHODS.value
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--methods", default="all", help="students, by name; dense is always run")
+    parser.add_argument("--seeds", type=int, default=3, help="teachers and students per method")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--width", type=int, default=100, help="the matrices are width x width")
+    parser.add_argument(
+        "--density", type=float, default=0.02, help="nonzero weights of the teacher"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/teacher"))
+    args = parser.parse_args(argv)
+    names = list(jaxsparse.METHODS) if args.methods == "all" else args.methods.split(",")
+    for name in names:
+        jaxsparse.METHODS[name]  # an unknown name stops here
+    if args.seeds < 1 or args.steps < 10 or args.width < 2:
+        raise ValueError(
+            f"seeds={args.seeds}, steps={args.steps}, width={args.width}: at least 1, 10 and 2"
+        )
+    if not 0 < args.density <= 1:
+        raise ValueError(f"density={args.density}: must be in (0, 1]")
+    args.names = ["dense", *(m for m in names if m != "dense")]
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
     try:
-        for name in names:
-            jaxsparse.METHODS[name]
-        if not 0 < DENSITY.value <= 1:
-            raise ValueError(f"density={DENSITY.value}: must be in (0, 1]")
-        facts: dict[str, Any] = {
-            "seeds": SEEDS.value, "width": WIDTH.value, "density": DENSITY.value,
-            "steps": STEPS.value,
-        }  # fmt: skip
+        args = parse(argv)
+        facts = {k: getattr(args, k) for k in ("seeds", "width", "density", "steps")}
+        saved = args.out / "teacher.json"
+        done = load_rows(facts, saved)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    out = pathlib.Path(OUT.value or "runs/teacher")
-    out.mkdir(parents=True, exist_ok=True)
-    saved, done = out / "teacher.json", []
-    if saved.exists() and (old := json.loads(saved.read_text()))["facts"] == facts:
-        done = old["rows"]  # of a run that was stopped; other methods of one that was not
 
     def save(rows):
         saved.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
 
-    rows = study(["dense", *(m for m in names if m != "dense")], done=done, save=save, **facts)
-    given = [a for a in sys.argv[1:] if not a.startswith("--out")]
-    write(rows, out, " ".join(["python -m experiments.teacher", *given]), facts)
-    print(f"wrote {out / 'teacher.md'} and teacher.png")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = study(args.names, done=done, save=save, **facts)
+    given = [a for a in (argv or sys.argv[1:]) if not a.startswith("--out")]
+    write(rows, args.out, " ".join(["python -m experiments.teacher", *given]), facts)
+    print(f"wrote {args.out / 'teacher.md'} and teacher.png")
+
+
+def load_rows(facts: dict[str, Any], path: pathlib.Path) -> list[dict]:
+    """The rows of a run that was stopped, or of one with other methods.
+
+    Raises:
+      ValueError: of a run with other facts.
+    """
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    if old["facts"] != facts:
+        raise ValueError(f"{path} holds a run with {old['facts']}, not {facts}; give another --out")
+    return old["rows"]
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -41,6 +41,14 @@ def transposable_nm_mask(scores: Any, n: int, m: int) -> Array:
     >>> mask.sum(axis=0).tolist(), mask.sum(axis=1).tolist()
     ([2, 2, 2, 2], [2, 2, 2, 2])
 
+    Training with them is `static` with given masks:
+
+    >>> import jaxsparse, optax
+    >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
+    >>> tx = jaxsparse.static(optax.sgd(0.1), masks={"kernel": mask})
+    >>> int(jaxsparse.get_masks(tx.init(params))["kernel"].sum())
+    8
+
     Raises:
       ValueError: n not in 1 to m, sides that m does not divide.
     """

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsparse.nn import TwoViewConv, TwoViewLinear
+
 
 class CNN(nnx.Module):
-    """Strided convolutions with ReLU, flattened into one linear layer (the CNN of MNIST-1D)."""
+    """Strided convolutions with ReLU, flattened into one linear layer (the CNN of MNIST-1D). With
+    `two_view` they are layers whose input gradient has weights of its own (`jaxsparse.nn.two_view`)."""
 
     def __init__(
         self,
@@ -21,21 +24,21 @@ class CNN(nnx.Module):
         kernel: int = 5,
         stride: int = 2,
         dtype=None,
+        two_view: bool = False,
     ):
         dims = len(shape) - 1
+        conv, linear = (TwoViewConv, TwoViewLinear) if two_view else (nnx.Conv, nnx.Linear)
         channels = [shape[-1], *features]
         self.convs = nnx.List(
             [
-                nnx.Conv(i, o, (kernel,) * dims, strides=(stride,) * dims, dtype=dtype, rngs=rngs)
+                conv(i, o, (kernel,) * dims, strides=(stride,) * dims, dtype=dtype, rngs=rngs)
                 for i, o in zip(channels, channels[1:])
             ]
         )
         spatial = np.array(shape[:-1])
         for _ in features:
             spatial = -(-spatial // stride)  # padding is SAME
-        self.head = nnx.Linear(
-            int(spatial.prod()) * channels[-1], num_classes, dtype=dtype, rngs=rngs
-        )
+        self.head = linear(int(spatial.prod()) * channels[-1], num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for conv in self.convs:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -269,3 +270,24 @@ class SparseDoped(_Transformed):
         """Operations relative to the dense layer."""
         dense = self.down.kernel.size + self.up.kernel.size
         return self._ratio((1 - self.sparsity) * self.sparse.kernel.size + dense)
+
+
+def folded_decay(model: nnx.Module) -> Array:
+    r"""$\tfrac12 \sum \|U V\|^2$ over the low-rank products of a model that are linear (nothing stands
+    between the factors): with a factor in the loss, the weight decay of the matrix that a product
+    stands for. Leave its factors out of the optimizer's decay.
+
+    >>> layer = SparseDoped(8, 4, sparsity=0.75, rngs=nnx.Rngs(0))
+    >>> u, v = layer.down.kernel[...], layer.up.kernel[...]
+    >>> bool(jnp.allclose(folded_decay(layer), 0.5 * jnp.sum((u @ v) ** 2), rtol=1e-5))
+    True
+    """
+    total = jnp.zeros(())
+    for _, module in nnx.iter_modules(model):
+        linear = isinstance(module, SparseFactorized) and module.between is None
+        if linear or isinstance(module, SparseDoped):
+            u = module.down.kernel[...].reshape(module.fan_in, -1)
+            v = module.up.kernel[...].reshape(-1, module.fan_out)
+            # Two r x r matrices instead of the folded one.
+            total += 0.5 * jnp.sum((u.T @ u) * (v @ v.T))
+    return total

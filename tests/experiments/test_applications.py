@@ -182,11 +182,16 @@ def test_strength_is_the_row_sum_of_magnitudes():
 def test_the_strongest_ten_inputs_recover_at_least_eight_informative_ones():
     problem = quick_selection.synthetic()
     assert problem.informative.sum() == 10 and problem.x.shape == (500, 100)
-    kernels = quick_selection.train(problem.x)
-    assert (
-        quick_selection.recovered(quick_selection.strength(kernels["encode"]), problem.informative)
-        >= 8
-    )
+    found = quick_selection.hits("3 factors", [0, 1, 2], [quick_selection.CHOSEN])
+    assert found.shape == (1, 3, quick_selection.CHOSEN.epochs)
+    assert found[0, :, -1].min() >= 8
+
+
+def test_a_shorter_run_is_the_beginning_of_a_longer_one():
+    x = jnp.asarray(quick_selection.synthetic(4, 12, 100).x)
+    setting = quick_selection.CHOSEN._replace(epochs=3, hidden=8, epsilon=3.0)
+    short, long = (quick_selection.train(x, setting._replace(epochs=n)) for n in (2, 3))
+    np.testing.assert_allclose(short, long[:2], rtol=1e-5)
 
 
 def test_random_weights_rank_features_at_chance():
@@ -247,6 +252,12 @@ def test_the_learning_rate_decays_linearly_or_as_a_cosine_to_zero():
         rate = train.learning_rate_schedule(config)
         found = [float(rate(t)) for t in (0, 5, 10, 35, 110)]
         np.testing.assert_allclose(found, [0, 0.5, 1, quarter, 0], atol=1e-6)
+    config.cycles = 2  # each of 55 steps, 10 of them to the peak
+    rate = train.learning_rate_schedule(config)
+    np.testing.assert_allclose([float(rate(t)) for t in (10, 54, 55, 65)], [1, 0, 0, 1], atol=2e-3)
+    config.cycles = 0
+    with pytest.raises(ValueError, match="cycles=0: must be from 1 to steps=110"):
+        train.learning_rate_schedule(config)
     config.decay = "sudden"
     with pytest.raises(ValueError, match="decay='sudden': choose from"):
         train.learning_rate_schedule(config)

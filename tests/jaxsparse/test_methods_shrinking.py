@@ -1,5 +1,7 @@
 """Top-KAST, AC/DC, GSM, ISS-P, HyperSparse and ART, progressive gradient flow, global STR."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +146,31 @@ def test_gsm_at_sparsity_zero_is_the_inner_optimizer_and_then_cuts_globally():
     assert [int(m.sum()) for _, m in theirs] == [100, 100, 100, 10, 10, 10]
     largest = np.abs(theirs[2][0]).ravel().argsort()[-10:]
     assert theirs[3][1].ravel()[largest].all()
+
+
+def test_the_cut_of_gsm_costs_nothing_and_that_of_plain_training_much():
+    key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(key[0], (500, 20)) @ (jnp.eye(20) + 0.1)  # correlated inputs
+    truth = jnp.where(jnp.arange(20) < 4, 2.0, 0.3 * jax.random.normal(key[1], (20,)))
+    y = x @ truth + jax.random.normal(key[2], (500,))
+    loss = lambda p: jnp.mean((x @ p["kernel"][:, 0] - y) ** 2)
+    inner = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-3, momentum=0.98))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def trained(tx):
+        def step(carry, _):
+            p, state = carry
+            u, state = tx.update(jax.grad(loss)(p), state, p)
+            return (optax.apply_updates(p, u), state), None
+
+        p = {"kernel": jnp.linalg.lstsq(x, y)[0][:, None]}  # the method starts from a trained model
+        return jax.lax.scan(step, (p, tx.init(p)), None, 6000)[0][0]
+
+    cost = lambda p: float(loss(jaxsparse.prune(p, 0.8)[0]) - loss(p))
+    shrunk = trained(jaxsparse.gsm(inner, 0.8, total_steps=7000, end_step=6999))
+    plain = trained(inner)
+    assert abs(cost(shrunk)) < 0.02 and cost(plain) > 1.0
+    assert loss(shrunk) < 1.02 * loss(jaxsparse.prune(plain, 0.8)[0])
 
 
 # ISS-P

@@ -19,6 +19,7 @@ from jaxsparse.nn.sparse_ift import (
     branches,
     doped_rank,
     factorized_rank,
+    folded_decay,
     widened,
 )
 
@@ -109,6 +110,25 @@ def test_rigl_makes_the_doped_layer_sparse_where_it_should_be():
     masks = jaxsparse.get_masks(tx.init(params))
     assert masks["down"]["kernel"] is None and masks["up"]["kernel"] is None
     assert int(masks["sparse"]["kernel"].sum()) == 64
+
+
+def test_decay_of_the_folded_product_is_that_of_the_matrix_it_stands_for():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = SparseFactorized(12, 8, sparsity=0.5, rngs=rngs)
+            self.conv = SparseDoped(8, 8, sparsity=0.75, window=(3, 3), rngs=rngs)
+            self.bent = SparseFactorized(8, 8, sparsity=0.5, between=nnx.relu, rngs=rngs)
+
+    net = Net(nnx.Rngs(0))
+    fold = lambda layer: jnp.tensordot(layer.down.kernel[...], jnp.squeeze(layer.up.kernel[...]), 1)
+    want = 0.5 * sum(jnp.sum(fold(layer) ** 2) for layer in (net.linear, net.conv))
+    np.testing.assert_allclose(folded_decay(net), want, rtol=1e-5)
+    grads = nnx.grad(folded_decay)(net)
+    matrix = fold(net.linear)
+    np.testing.assert_allclose(
+        grads["linear"]["down"]["kernel"][...], matrix @ net.linear.up.kernel[...].T, rtol=1e-4
+    )
+    assert not np.any(grads["bent"]["down"]["kernel"][...])
 
 
 def test_bad_arguments_are_named():
