@@ -8,6 +8,8 @@ modules of their own: `structures`, `scores`, `allocations`, `schedules`, `targe
 `masking`.
 """
 
+from typing import TYPE_CHECKING
+
 from jaxsparse import allocations, masking, schedules, scores, selection, structures, targets
 from jaxsparse._version import __version__
 from jaxsparse.initial import minimum_threshold, rescale_fan_in, score_ratios
@@ -17,6 +19,12 @@ from jaxsparse.methods import __all__ as _methods
 from jaxsparse.plan import prune
 from jaxsparse.summary import Summary, summarize
 from jaxsparse.transposable import transposable_nm_mask
+
+if TYPE_CHECKING:  # what `__getattr__` imports, for editors
+    from jaxsparse import analysis as analysis
+    from jaxsparse import nn as nn
+    from jaxsparse import testing as testing
+    from jaxsparse.nn import compact as compact
 
 __all__ = [
     *_methods,
@@ -45,7 +53,7 @@ def __getattr__(name: str):
     """Modules that are imported on first use, so that `import jaxsparse` stays light."""
     import importlib
 
-    if name in ("analysis", "nn", "post_training"):
+    if name in ("analysis", "nn", "testing"):
         return importlib.import_module(f"jaxsparse.{name}")
     if name == "compact":
         return importlib.import_module("jaxsparse.nn").compact

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 import nbformat
 import pytest
@@ -44,14 +45,18 @@ def test_the_first_code_cell_installs_in_colab_only(path):
 
 
 def test_the_address_of_the_repository_is_the_same_everywhere():
-    address = next(
-        line.split()[1].strip()
-        for line in (ROOT / "mkdocs.yml").read_text().splitlines()
-        if line.startswith("repo_url:")
-    )
+    """That of mkdocs.yml; CONTRIBUTING.md lists the places and has the command that changes all."""
+    (address,) = re.findall(r"^repo_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert f"repository-code: {address}\n" in (ROOT / "CITATION.cff").read_text()
     for path in NOTEBOOKS:
-        assert f"git+{address}" in path.read_text(), path.name
+        assert f'git+{address}\\"' in path.read_text(), path.name
+    assert address in (ROOT / "CONTRIBUTING.md").read_text()
+    text = [*ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "colab").iterdir()]
+    text += [p for room in ("jaxsparse", "experiments") for p in (ROOT / room).rglob("*.py")]
+    for path in text:
+        if path.is_file():
+            found = re.findall(r"https://github\.com/[\w.-]+/jaxsparse\b", path.read_text())
+            assert set(found) <= {address}, path.name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

@@ -1,6 +1,5 @@
 """What the documentation says is so: examples run, names exist, links lead somewhere."""
 
-import ast
 import doctest
 import importlib
 import pathlib
@@ -11,6 +10,7 @@ import sys
 import pytest
 
 import jaxsparse
+from jaxsparse.methods import _registry
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
@@ -37,10 +37,36 @@ def test_examples_of_a_page_run(path):
     assert doctest.DocTestRunner(optionflags=flags).run(test).failed == 0
 
 
-@pytest.mark.parametrize("path", PAGES, ids=NAMES)
-def test_python_in_a_page_is_python(path):
-    for code in blocks(path, "python"):
-        ast.parse(code)
+WITH_CODE = [path for path in PAGES if blocks(path, "python")]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    """What a reader brings along (a model, a loss, data) stands in a comment of the page,
+    `<!-- setup ... -->`, which is not shown."""
+    monkeypatch.chdir(tmp_path)
+    # What a page registers is gone after it.
+    monkeypatch.setattr(_registry, "_METHODS", dict(_registry._METHODS))
+    names = {"__name__": path.stem}
+    setup = re.findall(r"^<!-- setup\n(.*?)^-->", path.read_text(), flags=re.M | re.S)
+    for code in (*setup, *blocks(path, "python")):
+        exec(compile(code, str(path), "exec"), names)
+
+
+def test_a_method_in_a_file_of_ones_own_is_known_to_comparisons(tmp_path):
+    page = ROOT / "docs" / "guides" / "your_own_method.md"
+    code = blocks(page, "python")
+    method = "\n".join([code[0], *(c for c in code if "@register" in c)])
+    (tmp_path / "my_method.py").write_text(method)
+    (script,) = blocks(page, r"\{\.python title=\"compare_mine.py\"\}")
+    (tmp_path / "compare_mine.py").write_text(script)
+    run = subprocess.run(
+        [sys.executable, "compare_mine.py", "--methods=my_method,nosuch"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "unknown method 'nosuch'" in run.stderr
+    assert "my_method" in run.stderr.split("Methods are")[1]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=NAMES)
@@ -65,8 +91,9 @@ def test_names_of_the_library_in_a_page_exist(path):
 def test_links_to_files_lead_somewhere(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if re.match(r"\w+:", target) or target.endswith("catalogue.md"):
-            continue  # the catalogue is made when the site is built, which checks links to it
+        made = ("catalogue.md", "contributing.md", "changelog.md")
+        if re.match(r"\w+:", target) or target.endswith(made):
+            continue  # made when the site is built, which checks links to them
         assert (path.parent / target).exists(), target
 
 
