@@ -4,8 +4,7 @@
 
 Prints Markdown tables: exact top-k masks of this library next to the algorithms in use elsewhere,
 the number of passes that the search takes on easy and on adversarial scores, and N:M masks.
-JaxPruner's algorithm is an argsort and a scatter per mask, and two argsorts per N:M mask
-(Lee et al., JaxPruner, 2023); it is written out here. `--slow` includes it at the full size.
+`--slow` includes the sorts at the full size.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from absl import app, flags
 from jax import lax
 
+from experiments.benchmarks.jaxpruner import argsort_mask, argsort_nm_mask
 from experiments.benchmarks.timing import machine, medians
 from jaxsparse import selection
 
@@ -27,13 +27,6 @@ SLOW = flags.DEFINE_boolean("slow", False, "Time the sorts at the full size (a m
 # -- The algorithms in use elsewhere ---------------------------------------------------------------
 
 
-def argsort_mask(x, k):
-    """JaxPruner's unstructured mask: indices in descending order, ones scattered to the first k."""
-    order = jnp.argsort(x.ravel())[::-1]
-    kept = (jnp.arange(x.size) < k).astype(jnp.uint8)
-    return jnp.zeros(x.size, jnp.uint8).at[order].set(kept).reshape(x.shape)
-
-
 def top_k_mask(x, k: int):
     """`lax.top_k` and a scatter."""
     _, kept = lax.top_k(x.ravel(), k)
@@ -43,13 +36,6 @@ def top_k_mask(x, k: int):
 def sort_mask(x, k):
     """A sort for the threshold; not exact where scores are equal."""
     return x >= jnp.sort(x.ravel())[x.size - k]
-
-
-def argsort_nm_mask(x, n: int, m: int):
-    """JaxPruner's N:M mask: ranks within groups by two argsorts."""
-    groups = x.reshape(-1, m)
-    ranks = jnp.argsort(jnp.argsort(groups, axis=1), axis=1)
-    return (ranks >= m - n).reshape(x.shape)
 
 
 def top_k_nm_mask(x, n: int, m: int):
