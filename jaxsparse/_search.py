@@ -302,7 +302,7 @@ class _Step:
             x = levels[self.j]
             x = jnp.broadcast_to(x if inside is None else jnp.where(inside, x, INT_MIN), e.shape)
             # Distances from the ends of the bracket wrap around for numbers outside.
-            distances = _span(s.lo, x), _span(x, s.last)
+            distances = span(s.lo, x), span(x, s.last)
             if inside is not None:
                 distances = [jnp.where(inside, d, jnp.uint32(2**32 - 1)) for d in distances]
             more, (a, b) = totals([x >= v for v in t], distances, e.axes, self.wide)
@@ -324,11 +324,11 @@ class _Step:
         c_lo = choose(jnp.any(up, 0), least(counts, up), s.c_lo)
         c_hi = choose(jnp.any(down, 0), greatest(counts, down), s.c_hi)
         # A bracket that holds one number only, or two, however many entries, ends the search.
-        least_one = s.lo + _int(jnp.minimum(low, _span(s.lo, s.last)))
-        greatest_one = s.last - _int(jnp.minimum(high, _span(s.lo, s.last)))
+        least_one = s.lo + _int(jnp.minimum(low, span(s.lo, s.last)))
+        greatest_one = s.last - _int(jnp.minimum(high, span(s.lo, s.last)))
         lo = jnp.where(busy, jnp.maximum(lo, jnp.minimum(least_one, last)), lo)
         last = jnp.where(busy, jnp.minimum(last, jnp.maximum(greatest_one, lo)), last)
-        slow = (_span(lo, last) > _span(s.lo, s.last) >> 3) & (
+        slow = (span(lo, last) > span(s.lo, s.last) >> 3) & (
             8 * minus(c_lo, c_hi) > minus(s.c_lo, s.c_hi)
         )
         thresholds = _next_thresholds(lo, last, c_lo, c_hi, self.k, slow)
@@ -340,8 +340,8 @@ def first_thresholds(bound: Bounds) -> Array:
     if bound.probes:
         return jnp.asarray(bound.probes, jnp.int32)
     steps = range(1, THRESHOLDS + 1)
-    span = bound.last - bound.lo
-    return jnp.asarray([bound.lo + -(-span * i // (THRESHOLDS + 1)) for i in steps], jnp.int32)
+    width = bound.last - bound.lo
+    return jnp.asarray([bound.lo + -(-width * i // (THRESHOLDS + 1)) for i in steps], jnp.int32)
 
 
 def _nothing(arrays) -> Array:
@@ -354,7 +354,7 @@ def _nothing(arrays) -> Array:
     return zero
 
 
-def _span(lo: Array, last: Array) -> Array:
+def span(lo: Array, last: Array) -> Array:
     """last - lo as uint32; differences of int32 may exceed int32."""
     return lax.bitcast_convert_type(last, jnp.uint32) - lax.bitcast_convert_type(lo, jnp.uint32)
 
@@ -375,17 +375,17 @@ def _front(x, like: Array) -> Array:
 def _next_thresholds(lo, last, c_lo: Count, c_hi: Count, k: Count, slow) -> Array:
     """Eight numbers in (lo, last]: around the guess of linear interpolation between the counts, or
     uniform where that has just failed."""
-    span = _span(lo, last)
-    quotient, rest = span // (THRESHOLDS + 1), span % (THRESHOLDS + 1)
+    width = span(lo, last)
+    quotient, rest = width // (THRESHOLDS + 1), width % (THRESHOLDS + 1)
     i = _front(np.arange(1, THRESHOLDS + 1, dtype=np.uint32), lo)
     uniform = quotient * i + (rest * i + THRESHOLDS) // (THRESHOLDS + 1)
     held = jnp.maximum(minus(c_lo, c_hi), 1.0)
     p = jnp.clip(minus(c_lo, k) / held, 0.0, 1.0)
     spread = jnp.sqrt((p * (1 - p) + 1 / held) / held)
-    guess = (p + _front(np.asarray(_AROUND, np.float32), lo) * spread) * span.astype(jnp.float32)
+    guess = (p + _front(np.asarray(_AROUND, np.float32), lo) * spread) * width.astype(jnp.float32)
     guess = jnp.clip(guess, 0.0, 4294967040.0).astype(jnp.uint32)
     step = jnp.where(slow | (held <= 16), uniform, guess)
-    step = jnp.minimum(jnp.maximum(step, 1), span)
+    step = jnp.minimum(jnp.maximum(step, 1), width)
     return lo + lax.bitcast_convert_type(step, jnp.int32)
 
 

@@ -94,6 +94,18 @@ def _value_levels(x: Array) -> tuple[list[Array], Array | None]:
     return [keys.astype(jnp.int32)], None
 
 
+def _value_of(key: Array, dtype) -> Array:
+    """The score of a level, for dtypes of one level."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        info = jnp.iinfo(f"int{8 * jnp.dtype(dtype).itemsize}")
+        b = key.astype(info.dtype) - jnp.asarray(_shift(dtype), info.dtype)
+        b = jnp.where(b < 0, jnp.asarray(info.min, info.dtype) - b, b)
+        return lax.bitcast_convert_type(b, dtype)
+    if jnp.issubdtype(dtype, jnp.unsignedinteger):
+        return lax.bitcast_convert_type(key ^ INT_MIN, jnp.uint32).astype(dtype)
+    return key.astype(dtype)
+
+
 def _value_bounds(dtype) -> list[Bounds]:
     dtype = _native(dtype)
     if dtype.itemsize == 8:
@@ -721,12 +733,54 @@ def _neighbours(operands, k: Count, where, *, score) -> tuple[Array, Array]:
     bounds = _value_bounds(dtype)
     found = _search.search(entries, k, bounds, _first_thresholds(entries, k, bounds[0]))
     some = positive(k)
+    if len(bounds) == 1:
+        kth, next_one = _around(entries, found.lo[0], some, bounds[0], dtype)
+    else:
+        kth, next_one = _around_by_value(entries, operands, found.lo, some, score, dtype)
+    # Of several equal scores only some may be among the k largest; then the next one is equal.
+    return kth, jnp.where(found.exact | ~some, next_one, kth)
+
+
+def _around(entries, lo: Array, some: Array, bound: Bounds, dtype) -> tuple[Array, Array]:
+    """The least score at or above `lo` and the greatest below it (of all, where not `some`).
+
+    In integers: on CPU the reduction is vectorised, and seven times as fast as that of the scores.
+    """
+    lo = lo.reshape(())
+    last = jnp.where(some, lo - 1, bound.last)
+    none = jnp.uint32(2**32 - 1)
+    ups, downs = [none], [none]
+    for e in entries:
+        levels, inside = e.levels(*e.operands)
+        x = jnp.broadcast_to(levels[0], e.shape)
+        # Distances from lo and from last wrap around on the other side.
+        distances = _search.span(lo, x), _search.span(x, last)
+        if inside is not None:
+            distances = [jnp.where(inside, d, none) for d in distances]
+        up, down = lax.reduce(
+            tuple(distances),
+            (none, none),
+            lambda p, q: (jnp.minimum(p[0], q[0]), jnp.minimum(p[1], q[1])),
+            tuple(range(len(e.shape))),
+        )
+        ups.append(up)
+        downs.append(down)
+    up, down = jnp.min(jnp.stack(ups)), jnp.min(jnp.stack(downs))
+    low, high = _limits(dtype)
+    is_above = some & (up <= _search.span(lo, jnp.int32(INT_MAX)))
+    is_below = (~some | (lo > bound.lo)) & (down <= _search.span(jnp.int32(bound.lo), last))
+    kth = jnp.where(is_above, _value_of(lo + _as_int(up), dtype), high)
+    return kth, jnp.where(is_below, _value_of(last - _as_int(down), dtype), low)
+
+
+def _around_by_value(entries, operands, lo, some, score, dtype) -> tuple[Array, Array]:
+    """The same for scores of several levels."""
     low, high = _limits(dtype)
     above, below = [], []
     for e, arrays in zip(entries, operands):
         levels, inside = e.levels(*e.operands)
         x = jnp.broadcast_to(score(*arrays).astype(dtype), e.shape)
-        chosen = _search.at_or_above(levels[: len(bounds)], found.lo) & some
+        chosen = _search.at_or_above(levels[: len(lo)], lo) & some
         chosen, rest = jnp.broadcast_to(chosen, e.shape), jnp.broadcast_to(~chosen, e.shape)
         if jnp.issubdtype(dtype, jnp.floating):
             rest &= ~jnp.isnan(x)
@@ -740,9 +794,7 @@ def _neighbours(operands, k: Count, where, *, score) -> tuple[Array, Array]:
         )
         above.append(a)
         below.append(b)
-    kth, next_one = jnp.min(jnp.stack(above)), jnp.max(jnp.stack(below))
-    # Of several equal scores only some may be among the k largest; then the next one is equal.
-    return kth, jnp.where(found.exact | ~some, next_one, kth)
+    return jnp.min(jnp.stack(above)), jnp.max(jnp.stack(below))
 
 
 def _limits(dtype) -> tuple[Array, Array]:

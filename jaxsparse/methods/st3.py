@@ -38,9 +38,10 @@ def _build(
     def threshold(step: Step) -> Array:
         """The quantile of |z| (times sqrt of the summed shape) over all leaves; -1 at sparsity 0."""
         s = ramp(step.count) * sparsity
-        values = [jnp.abs(v.w) * jnp.asarray(fan(v.leaf), v.w.dtype) for v in step.views]
+        values = [(v.w, jnp.asarray(fan(v.leaf), v.w.dtype)) for v in step.views]
         q = jnp.where(ramp(step.count) >= 1.0, jnp.float32(sparsity), s)
-        return jnp.where(s > 0, selection.quantile(values, q), -1.0).astype(jnp.float32)
+        th = selection.quantile(values, q, score=lambda w, fan: jnp.abs(w) * fan)
+        return jnp.where(s > 0, th, -1.0).astype(jnp.float32)
 
     def rule(step: Step) -> Projection:
         th = step.aux
