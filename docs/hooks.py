@@ -72,6 +72,13 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, **kwargs):
+    """The table of all methods needs the room of the table of contents."""
+    if page.file.src_uri == "methods.md":
+        page.meta["hide"] = ["toc"]
+    return markdown
+
+
 def catalogue() -> str:
     """One section per method: what the registry knows of it, its formulas, its options."""
     kinds = list(DYNAMICS)
@@ -93,8 +100,9 @@ def catalogue() -> str:
         kind = DYNAMICS[m.dynamics]
         lines.append(f"| [`{name}`](#{name}) | {kind} | {asked} | {m.structures} |")
     for name, m in methods.items():
+        source = [f"**Source.** {m.reference}."] if m.reference else []
         facts = [
-            f"**Source.** {m.reference}.",
+            *source,
             f"**Kind.** {DYNAMICS[m.dynamics]}"
             + ("; keeps dense raw weights" if m.keeps_raw else "")
             + (f"; {m.dense_phase}" if m.dense_phase else "")
