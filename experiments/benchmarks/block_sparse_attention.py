@@ -1,19 +1,21 @@
 """Block-sparse attention next to dense XLA, `jax.nn.dot_product_attention`, splash attention and
 JAX's flash attention.
 
-    python -m experiments.benchmarks.block_sparse_attention --out docs/kernels
+    python -m experiments.benchmarks.block_sparse_attention --tpu --cpu --out docs/kernels
 
 TPU: the real compiler's static schedule (libtpu needs no TPU; see `tpu_static`), so cycles, not
-times. CPU: ratios of medians of interleaved runs in one process. Writes one Markdown file with the
-tables and, beside it, the plots.
+times. CPU: ratios of medians of interleaved runs in one process. Every case is saved as soon as it
+is measured; `--only WORD` repeats the cases whose table or label contains the word, and without
+`--tpu` and `--cpu` the page and the plots are written again from the saved figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
+import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,24 +23,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.timing import machine, medians
 from pallas_kernels import BlockMask, block_sparse_attention
 from pallas_kernels.block_sparse_attention import tpu
+from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels.block_sparse_attention.mask import within_segments
 
 MODULE = "experiments.benchmarks.block_sparse_attention"
 HEADS, DIM = 8, 128
 PAIR = 128 * 128
+Results = dict[str, Any]
 
 
-def make_mask(kind: str, length: int, blocks: tuple[int, int], per_row: int = 16) -> BlockMask:
+def make_mask(
+    kind: str, q_len: int, length: int, blocks: tuple[int, int], per_row: int = 16
+) -> BlockMask:
     """`random` keeps `per_row` blocks of 128 keys per row on average, differently per head."""
     sizes = dict(block_q=blocks[0], block_kv=blocks[1])
     if kind == "causal":
         return BlockMask.causal(length, **sizes)
     if kind == "local":
         return BlockMask.local(length, window=1024, **sizes)
-    rows, cols = length // blocks[0], length // blocks[1]
+    rows, cols = q_len // blocks[0], length // blocks[1]
     keep = np.random.default_rng(0).random((HEADS, rows, cols)) < per_row * 128 / length
     return BlockMask.from_dense(keep, **sizes, capacity=int(keep.sum((1, 2)).max()))
+
+
+def packed_ids(length: int) -> np.ndarray:
+    """Documents of 1/8, 1/4, 1/16, 5/16 and 1/4 of the length, nearly: no multiples of a block."""
+    ends = np.array([1 / 8, 3 / 8, 7 / 16, 3 / 4]) * length + 40
+    return np.searchsorted(ends, np.arange(length), side="right")[None].astype(np.int32)
 
 
 # -------------------------------------------------------------------- cases for tpu_static
@@ -57,38 +71,48 @@ def _finish(f: Callable[..., Any], shapes: list[Any], backward: bool, pairs: flo
     return both, (*shapes, *extra, shapes[0]), meta
 
 
-def _visible(kind: str, length: int) -> float:
+def _visible(kind: str, length: int, packed: bool = False) -> float:
     """Visible pairs of all heads, in units of 128 x 128."""
-    i = np.arange(length)
-    shown = np.minimum(i + 1, 1024 if kind == "local" else length)
-    return HEADS * float(shown.sum()) / PAIR
+    documents = np.bincount(packed_ids(length)[0]) if packed else [length]
+    reach = 1024 if kind == "local" else length
+    shown = sum(np.minimum(np.arange(n) + 1, reach).sum() for n in documents)
+    return HEADS * float(shown) / PAIR
 
 
 def ours(
     kind: str = "random",
     length: int = 8192,
+    q_len: int | None = None,
     blocks: tuple[int, int] = (128, 128),
     backward: bool = False,
     per_row: int = 16,
+    packed: bool = False,
+    fetch: bool | None = None,
 ):
-    mask = make_mask(kind, length, (blocks[0], blocks[1]), per_row)
-    shape = jax.ShapeDtypeStruct((1, HEADS, length, DIM), jnp.bfloat16)
+    q_len = length if q_len is None else q_len
+    mask = make_mask(kind, q_len, length, (blocks[0], blocks[1]), per_row)
     if kind == "random":
         pairs = float(np.asarray(mask.counts).sum()) * blocks[0] * blocks[1] / PAIR
     else:
-        pairs = _visible(kind, length)
+        pairs = _visible(kind, length, packed)
+    segments = None
+    if packed:
+        segments = (jnp.asarray(packed_ids(length)),) * 2
+        mask = within_segments(mask, *segments)
+    q = jax.ShapeDtypeStruct((1, HEADS, q_len, DIM), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1, HEADS, length, DIM), jnp.bfloat16)
+    rows = jax.ShapeDtypeStruct((1, HEADS, q_len), jnp.float32)
+
     # The kernels' entry points: tpu_static follows concrete lists to them, but not through the
     # custom derivative around them.
-    if not backward:
-        run = lambda q, k, v, mask: tpu.forward(q, k, v, mask, None, DIM**-0.5, None)
-        return _finish(run, [shape] * 3, False, pairs, mask)
-    rows = jax.ShapeDtypeStruct((1, HEADS, length), jnp.float32)
+    def run(q, k, v, mask, segments, delta, dout):
+        inputs = Inputs(q, k, v, mask, segments, DIM**-0.5, None)
+        out, lse = tpu.forward(inputs, fetch=fetch)
+        if not backward:
+            return out, lse
+        return out, *tpu.backward(inputs, lse, delta, dout, fetch=fetch)
 
-    def both(q, k, v, mask, delta, dout):
-        out, lse = tpu.forward(q, k, v, mask, None, DIM**-0.5, None)
-        return out, *tpu.backward(q, k, v, mask, None, DIM**-0.5, None, lse, delta, dout)
-
-    return both, (shape, shape, shape, mask, rows, shape), _finish(both, [shape], True, pairs)[2]
+    return run, (q, kv, kv, mask, segments, rows, q), _finish(run, [q], backward, pairs)[2]
 
 
 def splash(
@@ -98,18 +122,19 @@ def splash(
     compute: int = 512,
     backward: bool = False,
     per_row: int = 16,
+    packed: bool = False,
 ):
     """Splash attention; kind 'random' gives every head its own static mask of 128-blocks."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     if kind == "causal":
-        heads, pairs = [masks.CausalMask((length, length))] * HEADS, _visible(kind, length)
+        heads, pairs = [masks.CausalMask((length, length))] * HEADS, _visible(kind, length, packed)
     elif kind == "local":
         one = masks.LocalMask((length, length), (1023, 0), 0)
         heads, pairs = [one] * HEADS, _visible(kind, length)
     else:
-        mask = make_mask(kind, length, (128, 128), per_row)
+        mask = make_mask(kind, length, length, (128, 128), per_row)
         keep = np.asarray(mask.codes[0] != 0)
         heads = [masks.NumpyMask(np.kron(x, np.ones((128, 128), bool))) for x in keep]
         pairs = float(keep.sum())
@@ -127,7 +152,10 @@ def splash(
         masks.MultiHeadMask(heads), block_sizes=sizes, head_shards=1, q_seq_shards=1
     )
     shape = jax.ShapeDtypeStruct((HEADS, length, DIM), jnp.bfloat16)
-    return _finish(lambda q, k, v: run(q, k, v), [shape] * 3, backward, pairs)
+    ids = jnp.asarray(packed_ids(length)[0])
+    segments = kernel.SegmentIds(q=ids, kv=ids) if packed else None
+    f = lambda q, k, v: run(q, k, v, segment_ids=segments)
+    return _finish(f, [shape] * 3, backward, pairs)
 
 
 def flash(length: int = 8192, block: int = 1024, backward: bool = False):
@@ -154,11 +182,28 @@ def jax_nn(length: int = 4096, backward: bool = False):
     return _finish(f, [shape] * 3, backward, _visible("causal", length))
 
 
-def build_mask(length: int = 8192):
-    """Making the lists from booleans under `jit`, the cost that a dynamic mask adds."""
+def from_dense(length: int = 8192):
     blocks = length // 128
     keep = jax.ShapeDtypeStruct((HEADS, blocks, blocks), jnp.bool_)
-    return jax.jit(BlockMask.from_dense), (keep,)
+    return jax.jit(functools.partial(BlockMask.from_dense, capacity=blocks * 20)), (keep,)
+
+
+def from_scores(length: int = 8192):
+    blocks = length // 128
+    scores = jax.ShapeDtypeStruct((HEADS, blocks, blocks), jnp.float32)
+    return jax.jit(lambda x: BlockMask.from_scores(x, 16)), (scores,)
+
+
+def from_scores_causal(length: int = 8192):
+    f, args = from_scores(length)
+    return jax.jit(lambda x: f(x) & BlockMask.causal(length)), args
+
+
+BUILDS = {
+    "booleans": "from_dense",
+    "16 best scores": "from_scores",
+    "16 best scores, then `& causal`": "from_scores_causal",
+}
 
 
 def _dense(q, k, v, causal=True):
@@ -169,21 +214,36 @@ def _dense(q, k, v, causal=True):
     return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
 
 
+# table -> (label, factory, options); peers that end in ` *` are compiled for the first TPU only.
 CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "Per-head random lists, 8192 tokens": [
-        ("blocks 128 x 128, 16 per row", "ours", dict(blocks=(128, 128))),
-        ("blocks 128 x 128, 8 per row", "ours", dict(blocks=(128, 128), per_row=8)),
-        ("blocks 128 x 128, 32 per row", "ours", dict(blocks=(128, 128), per_row=32)),
+        ("blocks 128 x 128, 8 per row", "ours", dict(per_row=8)),
+        ("blocks 128 x 128, 16 per row", "ours", dict()),
+        ("blocks 128 x 128, 32 per row", "ours", dict(per_row=32)),
         ("blocks 256 x 128, 16 per row", "ours", dict(blocks=(256, 128))),
-        ("splash, 128, same lists (static)", "splash", dict(kind="random", block=128, compute=128)),
+        ("blocks 128 x 128, 16 per row, K and V fetched", "ours", dict(fetch=True)),
+        (
+            "blocks 256 x 128, 16 per row, K and V fetched",
+            "ours",
+            dict(blocks=(256, 128), fetch=True),
+        ),
+        (
+            "splash, 128, same lists (static) *",
+            "splash",
+            dict(kind="random", block=128, compute=128),
+        ),
+    ],
+    "1024 queries against 131072 keys, per-head random lists": [
+        ("blocks 128 x 128, 16 per row", "ours", dict(q_len=1024, length=131072)),
+        ("blocks 128 x 128, 64 per row", "ours", dict(q_len=1024, length=131072, per_row=64)),
     ],
     "Causal, 4096 tokens": [
         ("blocks 256 x 256", "ours", dict(kind="causal", length=4096, blocks=(256, 256))),
         ("blocks 512 x 512", "ours", dict(kind="causal", length=4096, blocks=(512, 512))),
         ("splash 1024/512", "splash", dict(length=4096)),
         ("flash 1024", "flash", dict(length=4096)),
-        ("jax.nn.dot_product_attention", "jax_nn", dict(length=4096)),
-        ("dense XLA", "dense_xla", dict(length=4096)),
+        ("jax.nn.dot_product_attention *", "jax_nn", dict(length=4096)),
+        ("dense XLA *", "dense_xla", dict(length=4096)),
     ],
     "Causal, 8192 tokens": [
         ("blocks 512 x 512", "ours", dict(kind="causal", blocks=(512, 512))),
@@ -195,163 +255,268 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("blocks 512 x 512", "ours", dict(kind="local", length=4096, blocks=(512, 512))),
         ("splash 512", "splash", dict(kind="local", length=4096, block=512)),
     ],
+    "Causal, 8192 tokens in 5 packed documents": [
+        ("blocks 256 x 256", "ours", dict(kind="causal", blocks=(256, 256), packed=True)),
+        ("blocks 512 x 512", "ours", dict(kind="causal", blocks=(512, 512), packed=True)),
+        ("splash 1024/512", "splash", dict(packed=True)),
+    ],
 }
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+IDEAL = {"v5e": 64, "v5p": 32, "v6e": 16}  # cycles of the MXUs of a chip for a pair, forward
+DENSE = ("dense_xla", "jax_nn")
 
 
-def tpu_table(title: str, topology: str, peers: bool) -> tuple[str, list[tuple[str, float, float]]]:
-    """Markdown and (case, forward, forward and backward) in cycles per visible pair."""
+def measure_tpu(
+    results: Results, topologies: list[str], only: str, missing: bool, save: Callable
+) -> None:
     from experiments.benchmarks.tpu_static import analyze
 
-    lines = [
-        f"### {title}, {topology.split(':')[0]}",
-        "",
-        "| case | pairs | forward k cycles / with DMA | per pair | backward kernels k | per pair |"
-        " backward / forward |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    figures = []
-    for label, factory, options in CASES[title]:
-        if factory != "ours" and not peers:
-            continue
-        total, pairs = [], 0.0
-        for backward in (False, True):
-            report = analyze(
-                f"{MODULE}:{factory}",
-                topology=topology,
-                kwargs=options | dict(backward=backward),
-                paths=[str(pathlib.Path(__file__).parents[2])],
-                all_kernels=factory in ("dense_xla", "jax_nn"),
-            )
-            if not report["ok"]:
-                total.append((float("nan"), float("nan")))
-                lines.append(f"<!-- {label}: {report['error'].splitlines()[-1][:200]} -->")
-                continue
-            pairs = report["meta"]["pairs"]
-            if factory in ("dense_xla", "jax_nn"):
-                total.append((report["schedule_total_cycles"], report["schedule_total_cycles_dma"]))
-            else:
-                kernels = report["kernels"]
-                total.append(tuple(sum(k[n] for k in kernels) for n in ("cycles", "cycles_dma")))
-        (f, f_dma), (b, _) = total
-        back = b - f
-        lines.append(
-            f"| {label} | {pairs:,.0f} | {f / 1e3:,.0f} / {f_dma / 1e3:,.0f} | {f / pairs:.1f} "
-            f"| {back / 1e3:,.0f} | {back / pairs:.1f} | {back / f:.2f} |"
+    def report(factory: str, topology: str, options: dict, **more: Any) -> dict:
+        root = str(pathlib.Path(__file__).parents[2])
+        return analyze(
+            f"{MODULE}:{factory}", topology=topology, kwargs=options, paths=[root], **more
         )
-        print(lines[-1], flush=True)
-        figures.append((label, f / pairs, back / pairs))
-    return "\n".join(lines) + "\n", figures
+
+    for topology in topologies:
+        table = results.setdefault("tpu", {}).setdefault(topology.split(":")[0], {})
+        for title, cases in CASES.items():
+            for label, factory, options in cases:
+                elsewhere = label.endswith("*") and topology != TOPOLOGIES[0]
+                done = missing and label in table.get(title, {})
+                if elsewhere or done or only not in f"{title}: {label}":
+                    continue
+                dense = factory in DENSE
+                row = {}
+                for backward in (False, True):
+                    if factory == "ours" and not backward:
+                        continue  # one program has both, and its kernels have names
+                    r = report(factory, topology, options | dict(backward=backward))
+                    if not r["ok"]:
+                        row["error"] = r["error"].splitlines()[-1][:300]
+                        break
+                    row["pairs"] = r["meta"]["pairs"]
+                    row |= _costs(r, "both" if backward else "forward", dense)
+                    if factory == "ours":
+                        forward = [k for k in r["kernels"] if "forward" in k["name"]]
+                        row |= _costs(dict(kernels=forward), "forward", dense)
+                table.setdefault(title, {})[label] = row
+                print(topology, label, row, flush=True)
+                save()
+        for label, factory in BUILDS.items():
+            done = missing and label in table.get("build", {})
+            if not done and only in f"Making a mask: {label}":
+                r = report(factory, topology, {}, all_kernels=True)
+                cycles = r["schedule_total_cycles"], r["total_cycles"]
+                table.setdefault("build", {})[label] = cycles
+                print(topology, label, cycles, flush=True)
+                save()
+
+
+def _costs(report: dict, name: str, dense: bool) -> dict[str, float]:
+    """Cycles, cycles with the DMA model, and bytes of HBM of the Mosaic kernels of a program; of
+    the whole program by XLA's estimate where there are none."""
+    if dense:
+        return {name: report["total_cycles"], f"{name}_dma": report["total_cycles_dma"]}
+    total = lambda field: sum(k[field] for k in report["kernels"])
+    return {
+        name: total("cycles"),
+        f"{name}_dma": total("cycles_dma"),
+        f"{name}_bytes": total("hbm_bytes"),
+    }
 
 
 # -------------------------------------------------------------------- CPU
 
 
-def cpu_table(length: int = 4096, heads: int = 4, rounds: int = 5) -> str:
-    """Ratios to dense XLA, which computes every pair."""
+def measure_cpu(results: Results, only: str, save: Callable, length: int = 4096) -> None:
+    """Ratios to dense XLA, which computes every pair; two rows at a time, so that pieces are short."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, heads, length, DIM)), jnp.float32) for _ in range(3))
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 4, length, DIM)), jnp.float32) for _ in range(3))
     blocks = length // 128
-    masks = [
-        BlockMask.from_dense(rng.random((heads, blocks, blocks)) < p) for p in (0.1, 0.25, 0.5)
-    ]
-    sparse = functools.partial(block_sparse_attention, implementation="xla")
-
-    def differentiate(f):
-        return jax.jit(jax.grad(lambda *x: jnp.sum(f(*x)), (0, 1, 2)))
 
     def nn(q, k, v):
         return jax.nn.dot_product_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
 
+    def differentiate(f):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(f(*x)), (0, 1, 2)))
+
     dense = functools.partial(_dense, causal=False)
+    sparse = functools.partial(block_sparse_attention, implementation="xla")
+    cases: dict[str, Any] = {"jax.nn.dot_product_attention": (nn, ())}
+    for p in (0.1, 0.25, 0.5):
+        mask = BlockMask.from_dense(rng.random((4, blocks, blocks)) < p)
+        cases[f"block-sparse, {100 * p:.0f} %"] = (sparse, (mask,))
+    for label, (f, extra) in cases.items():
+        if only not in f"CPU: {label}":
+            continue
+        row: dict[str, float] = {"kept": float(extra[0].density.mean()) if extra else 1.0}
+        for name, wrap in (("forward", jax.jit), ("gradient", differentiate)):
+            runs = {"ours": (wrap(f), (q, k, v, *extra)), "dense": (wrap(dense), (q, k, v))}
+            for who, (g, args) in runs.items():
+                memory: Any = g.lower(*args).compile().memory_analysis()
+                row[f"{name}_bytes_{who}"] = memory.temp_size_in_bytes
+            times = medians({w: functools.partial(g, *a) for w, (g, a) in runs.items()}, rounds=5)
+            row[name], row[f"{name}_seconds"] = times["ours"] / times["dense"], times["ours"]
+        results.setdefault("cpu", {})[label] = row
+        results["cpu_machine"] = machine()
+        print(label, row, flush=True)
+        save()
+
+
+# -------------------------------------------------------------------- page and plots
+
+
+def page(results: Results) -> str:
+    """Tables and plots as Markdown."""
     lines = [
-        f"### CPU, {length} tokens, {heads} heads of {DIM}, float32, blocks of 128",
+        "<!-- Written by `python -m experiments.benchmarks.block_sparse_attention`. -->",
+        "# Block-sparse attention: figures",
         "",
-        "| case | kept | forward / dense | over kept | gradient / dense | over kept | temporary MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}. {HEADS} heads of "
+        f"{DIM}, bfloat16 on TPU. A pair is 128 queries by 128 keys that see each other; the matrix "
+        "units need at least 64 cycles for it forward and 160 backward on v5e, half of that on v5p "
+        "(two cores), a quarter on v6e. Cycles are the compiler's schedule of the kernels, with DMA "
+        "also the waits of a model of the memory; nothing ran on a TPU. MB: what the kernels move "
+        "from and to HBM. Dense XLA and `jax.nn.dot_product_attention`: XLA's own estimate.",
+        "",
+        "    python -m experiments.benchmarks.block_sparse_attention --tpu --out docs/kernels",
+        "",
     ]
-    cases = [("dense XLA", dense, ()), ("jax.nn.dot_product_attention", nn, ())]
-    cases += [("block-sparse", sparse, (m,)) for m in masks]
-    seconds, memory = [], []
-    for wrap in (jax.jit, differentiate):
-        runs = [(wrap(f), (q, k, v, *extra)) for _, f, extra in cases]
-        reports: list[Any] = [f.lower(*a).compile().memory_analysis() for f, a in runs]
-        memory.append([r.temp_size_in_bytes for r in reports])
-        for f, args in runs:
-            jax.block_until_ready(f(*args))
-        samples = [[] for _ in runs]
-        for _ in range(rounds):
-            for (f, args), sample in zip(runs, samples):
-                start = time.perf_counter()
-                jax.block_until_ready(f(*args))
-                sample.append(time.perf_counter() - start)
-        seconds.append([float(np.median(s)) for s in samples])
-    for i, (label, _, extra) in enumerate(cases):
-        kept = float(extra[0].density.mean()) if extra else 1.0
-        f, g = (s[i] / s[0] for s in seconds)
+    for chip, tables in results.get("tpu", {}).items():
+        for i, title in enumerate(CASES):
+            if rows := tables.get(title):
+                lines += [f"## {title}, {chip}", "", *_table(title, rows)]
+                lines += [f"![{title}, {chip}](block_sparse_attention_{i}.png)", ""] * (
+                    chip == next(iter(results["tpu"]))
+                )
+    if builds := {c: t["build"] for c, t in results.get("tpu", {}).items() if "build" in t}:
+        lines += _build_table(results, builds)
+    if "cpu" in results:
+        lines += _cpu_table(results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(title: str, rows: dict[str, dict]) -> list[str]:
+    lines = [
+        "| case | pairs | forward, k cycles | with DMA | per pair | MB | backward, k cycles |"
+        " with DMA | per pair | over forward |",
+        "| --- " + "| ---: " * 9 + "|",
+    ]
+    for label, *_ in CASES[title]:
+        row = rows.get(label)
+        if row is None:
+            continue
+        label = label.removesuffix(" *")
+        if "error" in row:
+            lines.append(f"| {label} | does not compile: {row['error']} |" + " |" * 8)
+            continue
+        f, pairs = row["forward"], row["pairs"]
+        b, b_dma = row["both"] - f, row["both_dma"] - row["forward_dma"]
+        mb = f"{row['forward_bytes'] / 1e6:,.0f}" if "forward_bytes" in row else ""
         lines.append(
-            f"| {label} | {kept:.3f} | {f:.3f} | {f / kept:.2f} | {g:.3f} | {g / kept:.2f} "
-            f"| {max(m[i] for m in memory) / 1e6:.0f} |"
+            f"| {label} | {pairs:,.0f} | {f / 1e3:,.0f} | {row['forward_dma'] / 1e3:,.0f} "
+            f"| {f / pairs:.1f} | {mb} | {b / 1e3:,.0f} | {b_dma / 1e3:,.0f} | {b / pairs:.1f} "
+            f"| {b / f:.2f} |"
         )
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+    return [*lines, ""]
 
 
-def plot(figures: list[tuple[str, float, float]], path: pathlib.Path, title: str) -> None:
+def _build_table(results: Results, builds: dict[str, dict]) -> list[str]:
+    lines = [
+        "## Making a mask under `jit`",
+        "",
+        f"8192 tokens, {HEADS} heads, blocks of 128 x 128; thousands of cycles, XLA's estimate. The "
+        "share is of the forward pass with 16 of 64 blocks per row (25 %).",
+        "",
+        "| chip | " + " | ".join(BUILDS) + " | share of attention |",
+        "| --- " + "| ---: " * (len(BUILDS) + 1) + "|",
+    ]
+    for chip, build in builds.items():
+        rows = results["tpu"][chip].get("Per-head random lists, 8192 tokens", {})
+        forward = rows.get("blocks 128 x 128, 16 per row", {}).get("forward", float("nan"))
+        cells = [f"{build[x][1] / 1e3:,.0f}" if x in build else "" for x in BUILDS]
+        share = " / ".join(f"{100 * build[x][1] / forward:.1f} %" for x in BUILDS if x in build)
+        lines.append(f"| {chip} | " + " | ".join(cells) + f" | {share} |")
+    return [*lines, ""]
+
+
+def _cpu_table(results: Results) -> list[str]:
+    lines = [
+        "## CPU, 4096 tokens, 4 heads of 128, float32, blocks of 128",
+        "",
+        f"{results['cpu_machine']}. Medians of interleaved runs, over those of dense XLA attention, "
+        "which computes all pairs; temporary memory by XLA's analysis.",
+        "",
+        "    python -m experiments.benchmarks.block_sparse_attention --cpu --out docs/kernels",
+        "",
+        "| case | kept | forward / dense | over kept | MB (dense) | gradient / dense | over kept |"
+        " MB (dense) |",
+        "| --- " + "| ---: " * 7 + "|",
+    ]
+    for label, row in results["cpu"].items():
+        cells = []
+        for name in ("forward", "gradient"):
+            ratio, mine, dense = (row[name + x] for x in ("", "_bytes_ours", "_bytes_dense"))
+            cells += [f"{ratio:.3f}", f"{ratio / row['kept']:.2f}"]
+            cells += [f"{mine / 1e6:.0f} ({dense / 1e6:.0f})"]
+        lines.append(f"| {label} | {row['kept']:.3f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def plot(results: Results, out: pathlib.Path) -> None:
+    """For each table cycles per pair on the first chip."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels, forward, backward = zip(*figures)
-    y = np.arange(len(labels))
-    fig, ax = plt.subplots(figsize=(8, 0.6 * len(labels) + 1.5))
-    ax.barh(y - 0.2, forward, 0.4, label="forward (ideal 64)")
-    ax.barh(y + 0.2, backward, 0.4, label="backward (ideal 160)")
-    ax.set_yticks(y, labels)
-    ax.invert_yaxis()
-    ax.set_xlabel("cycles per visible 128 x 128 pair (static schedule)")
-    ax.set_title(title)
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    chip, tables = next(iter(results["tpu"].items()))
+    for i, title in enumerate(CASES):
+        rows = tables.get(title, {})
+        labels = [x for x, *_ in CASES[title] if "pairs" in rows.get(x, {})]
+        if not labels:
+            continue
+        forward = [rows[x]["forward_dma"] / rows[x]["pairs"] for x in labels]
+        both = [rows[x]["both_dma"] / rows[x]["pairs"] for x in labels]
+        backward = [b - f for b, f in zip(both, forward)]
+        y = np.arange(len(labels))
+        figure, ax = plt.subplots(figsize=(8, 0.6 * len(labels) + 1.5))
+        for shift, values, name, ideal in (
+            (-0.2, forward, "forward", IDEAL[chip]),
+            (0.2, backward, "backward", 2.5 * IDEAL[chip]),
+        ):
+            bars = ax.barh(y + shift, values, 0.4, label=f"{name} (ideal {ideal:.0f})")
+            ax.bar_label(bars, [f"{x:,.0f}" for x in values], padding=2, fontsize=7)
+        ax.set_yticks(y, [x.removesuffix(" *") for x in labels])
+        ax.invert_yaxis()
+        ax.margins(x=0.1)
+        ax.set_xlabel("cycles per visible 128 x 128 pair (static schedule with DMA)")
+        ax.set_title(f"{title}, {chip}")
+        ax.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(out / f"block_sparse_attention_{i}.png", dpi=110)
+        plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="What block-sparse attention costs")
+    parser.add_argument("--tpu", action="store_true", help="schedule figures (needs libtpu)")
+    parser.add_argument("--cpu", action="store_true", help="wall-clock on this machine")
+    parser.add_argument("--only", default="", help="cases whose 'table: label' contains this")
+    parser.add_argument("--missing", action="store_true", help="TPU cases without a figure only")
+    parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/kernels"))
-    # The peers are compiled for the first one only.
-    parser.add_argument("--topologies", nargs="*", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-    parser.add_argument("--no-cpu", action="store_true")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "<!-- Written by `python -m experiments.benchmarks.block_sparse_attention`. -->\n",
-        f"jax {jax.__version__}. 8 heads of 128, bf16 on TPU. A pair is 128 queries by 128 keys that"
-        " see each other: ideal 64 cycles forward and 160 backward on v5e. Cycles are the"
-        " compiler's schedule; nothing ran on a TPU.\n",
-    ]
-    target = args.out / "block_sparse_attention_tables.md"
-    for topology in args.topologies:
-        for i, title in enumerate(CASES):
-            table, figures = tpu_table(title, topology, peers=topology == args.topologies[0])
-            parts.append(table)
-            if topology == args.topologies[0]:
-                name = f"block_sparse_attention_{i}.png"
-                plot(figures, args.out / name, f"{title}, {topology.split(':')[0]}")
-                parts.append(f"![{title}]({name})\n")
-            target.write_text("\n".join(parts))
-    if args.topologies:
-        from experiments.benchmarks.tpu_static import analyze
-
-        report = analyze(f"{MODULE}:build_mask", all_kernels=True)
-        parts.append(
-            "Building the lists from booleans under `jit`, 8192 tokens, 8 heads, 128 x 128 blocks: "
-            f"{report['schedule_total_cycles'] / 1e3:,.0f} k cycles on v5e.\n"
-        )
-    if not args.no_cpu:
-        parts.append(cpu_table())
-    target.write_text("\n".join(parts))
+    file = args.out / "block_sparse_attention.json"
+    results: Results = json.loads(file.read_text()) if file.exists() else {}
+    save = lambda: file.write_text(json.dumps(results, indent=1) + "\n")
+    if args.tpu:
+        measure_tpu(results, args.topologies, args.only, args.missing, save)
+    if args.cpu:
+        measure_cpu(results, args.only, save)
+    (args.out / "block_sparse_attention_tables.md").write_text(page(results))
+    if "tpu" in results:
+        plot(results, args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from jax import Array
 
 from pallas_kernels._dispatch import choose, target_platform
 from pallas_kernels.block_sparse_attention import reference, tpu, xla
-from pallas_kernels.block_sparse_attention.mask import BlockMask
+from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels.block_sparse_attention.mask import BlockMask, within_segments
 
 SegmentIds = Array | tuple[Array, Array] | None
 
@@ -110,11 +112,11 @@ def block_sparse_attention(
         mask = mask & BlockMask.causal(mask.q_len, mask.kv_len, **sizes)
     name = choose_implementation(implementation, q, k, v, mask)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if name == "reference":
-        out, lse = reference.attention(q, k, v, mask, segments, scale, softcap)
-    else:
-        parts: Any = _attention(name, scale, softcap, q, k, v, mask, segments)
-        out, lse = parts
+    if segments is not None and name != "reference":
+        mask = within_segments(mask, *segments)
+    inputs = Inputs(q, k, v, mask, segments, scale, softcap)
+    result: Any = reference.forward(inputs) if name == "reference" else _attention(name, inputs)
+    out, lse = result
     return (out, lse) if return_lse else out
 
 
@@ -123,25 +125,30 @@ def block_sparse_attention(
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "tpu": tpu}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(name, scale, softcap, q, k, v, mask, segments):
-    return run_forward(name, scale, softcap, q, k, v, mask, segments)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(name: str, inputs: Inputs) -> tuple[Array, Array]:
+    return run_forward(name, inputs)
 
 
-def _attention_fwd(name, scale, softcap, q, k, v, mask, segments):
-    out, lse = run_forward(name, scale, softcap, q, k, v, mask, segments)
-    return (out, lse), (q, k, v, mask, segments, out, lse)
+def _attention_fwd(name, inputs):
+    out, lse = run_forward(name, inputs)
+    return (out, lse), (inputs, out, lse)
 
 
-def _attention_bwd(name, scale, softcap, residuals, cotangents):
-    q, k, v, mask, segments, out, lse = residuals
+def _attention_bwd(name, residuals, cotangents):
+    inputs, out, lse = residuals
     dout, dlse = cotangents
-    delta = row_term(out, lse, dout, dlse)
-    grads = run_backward(name, scale, softcap, q, k, v, mask, segments, lse, delta, dout)
-    return (*grads, None, None)
+    grads = run_backward(name, inputs, lse, row_term(out, lse, dout, dlse), dout)
+    return (cotangent(inputs, *grads),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def cotangent(inputs: Inputs, *grads: Array) -> Any:
+    """The cotangent of all inputs: that of q, k and v in their dtypes, none of the integers."""
+    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (inputs.q, inputs.k, inputs.v)))
+    return dataclasses.replace(inputs, q=dq, k=dk, v=dv, mask=None, segments=None)  # pyright: ignore
 
 
 def row_term(out: Array, lse: Array, dout: Array, dlse: Array) -> Array:
@@ -154,37 +161,26 @@ def row_term(out: Array, lse: Array, dout: Array, dlse: Array) -> Array:
     return jnp.where(jnp.isneginf(lse), 0.0, delta)
 
 
-def run_forward(name: str, scale: float, softcap: float | None, *args: Any) -> tuple[Array, Array]:
-    """Output and LSE of q, k, v, mask and segments by the named implementation."""
-
-    def run(q: Array, k: Array, v: Array, mask: BlockMask, segments: Any) -> Any:
-        return _IMPLEMENTATIONS[name].forward(q, k, v, mask, segments, scale, softcap)
-
-    return _fold_vmap(run)(*args)
+def run_forward(name: str, inputs: Inputs) -> tuple[Array, Array]:
+    """Output and LSE by the named implementation."""
+    return _fold_vmap(_IMPLEMENTATIONS[name].forward)(inputs)
 
 
-def run_backward(
-    name: str, scale: float, softcap: float | None, *args: Any
-) -> tuple[Array, Array, Array]:
-    """Gradients from q, k, v, mask, segments, LSE, `row_term` and dout."""
-
-    def run(q: Array, k: Array, v: Array, mask: BlockMask, segments: Any, *of_rows: Array) -> Any:
-        module = _IMPLEMENTATIONS[name]
-        return module.backward(q, k, v, mask, segments, scale, softcap, *of_rows)
-
-    return _fold_vmap(run)(*args)
+def run_backward(name: str, inputs: Inputs, *of_rows: Array) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v from LSE, `row_term` and dout, by the named implementation."""
+    return _fold_vmap(_IMPLEMENTATIONS[name].backward)(inputs, *of_rows)
 
 
 def _fold_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `vmap` of run(q, k, v, mask, ...) become a longer batch: all lists in one call.
+    """Let `vmap` of run(inputs, ...) become a longer batch: all lists in one call.
 
     (A loop with a run-time bound, mapped as it stands, would run as long as the longest list.)
     """
     folded = jax.custom_batching.custom_vmap(run)
 
     @folded.def_vmap
-    def _rule(size: int, batched: list[Any], *args: Any) -> Any:
-        batch = (args[0].shape[1:] if batched[0] else args[0].shape)[0]
+    def _rule(size: int, batched: list[Any], inputs: Inputs, *of_rows: Array) -> Any:
+        batch = inputs.q.shape[1 if batched[0].q else 0]
 
         def fold(x: Array, is_batched: bool) -> Array:
             x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
@@ -192,12 +188,10 @@ def _fold_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
                 x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
             return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-        shared = not any(jax.tree.leaves(batched[3])) and args[3].codes.shape[0] == 1
-        leaves = [
-            arg if i == 3 and shared else jax.tree.map(fold, arg, flags)
-            for i, (arg, flags) in enumerate(zip(args, batched))
-        ]
-        out = _fold_vmap(run)(*leaves)
+        args = jax.tree.map(fold, (inputs, *of_rows), tuple(batched))
+        if not any(jax.tree.leaves(batched[0].mask)) and inputs.mask.codes.shape[0] == 1:
+            args = (dataclasses.replace(args[0], mask=inputs.mask), *args[1:])  # one for all
+        out = _fold_vmap(run)(*args)
         out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 

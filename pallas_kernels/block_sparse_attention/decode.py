@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.block_sparse_attention.mask import CODE_BITS, BlockMask
+from pallas_kernels.block_sparse_attention.lists import CODE_BITS
+from pallas_kernels.block_sparse_attention.mask import BlockMask
 
 
 def block_sparse_decode(

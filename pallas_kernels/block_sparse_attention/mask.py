@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,17 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from pallas_kernels.block_sparse_attention.lists import (
+    CODE_BITS,
+    DROPPED,
+    FULL,
+    RULE_MASK,
+    SEGMENTS,
+    best,
+    compact,
+    module_of,
+    visible,
+)
 from pallas_kernels.block_sparse_attention.rules import (
     Everything,
     Keys,
@@ -25,13 +36,6 @@ from pallas_kernels.block_sparse_attention.rules import (
     both,
     either,
 )
-
-# A code per block: dropped, every pair visible, or FULL + 1 + i: where rules[i] holds.
-DROPPED, FULL = 0, 1
-# A list entry is index << CODE_BITS | code; with int32, a mask has at most 2^24 blocks per head.
-CODE_BITS = 7
-CODE_MASK = (1 << CODE_BITS) - 1
-_PADDING = np.int32(2**31 - 1)
 
 
 @functools.partial(
@@ -138,7 +142,7 @@ class BlockMask:
                 f"{q_len} and kv_len={kv_len}: expected "
                 f"{_blocks(q_len, block_q)} x {_blocks(kv_len, block_kv)}"
             )
-        codes = jnp.asarray(keep).reshape((1,) * (4 - keep.ndim) + keep.shape).astype(jnp.int8)
+        codes = keep.reshape((1,) * (4 - keep.ndim) + keep.shape).astype(np.int8)
         return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (), None)
 
     @classmethod
@@ -184,7 +188,7 @@ class BlockMask:
         if forced is not None:
             scores = jnp.where(forced, jnp.inf, scores)
         return cls.from_dense(
-            _best(scores, jnp.asarray(num_blocks, jnp.int32)),
+            best(scores, jnp.asarray(num_blocks, jnp.int32)),
             block_q=block_q,
             block_kv=block_kv,
             q_len=q_len,
@@ -447,14 +451,6 @@ class BlockMask:
         return visible(codes, self.rules, q, k)
 
 
-def visible(codes: Array, rules: Sequence[Rule], q: Array, k: Array) -> Array:
-    """Elementwise: may position q see position k, given the code of their block?"""
-    seen = codes == FULL
-    for i, rule in enumerate(rules):
-        seen = seen | ((codes == FULL + 1 + i) & rule(q, k))
-    return seen
-
-
 # -------------------------------------------------------------------- making lists
 
 
@@ -464,6 +460,13 @@ def _blocks(length: int, block: int) -> int:
 
 def _concrete(x: Array | np.ndarray) -> bool:
     return not isinstance(x, Tracer)
+
+
+def _host(*arrays: Array) -> Any:
+    """The arrays as numpy if all their values are at hand, else as they are."""
+    if all(_concrete(x) and x.is_fully_addressable for x in arrays):
+        return [np.asarray(x) for x in arrays]
+    return arrays
 
 
 def _check_sizes(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
@@ -486,15 +489,13 @@ def _pattern(rule: Rule, q_len: int, kv_len: int | None, block_q: int, block_kv:
     k0 = np.arange(0, kv_len, block_kv)
     q1, k1 = np.minimum(q0 + block_q, q_len) - 1, np.minimum(k0 + block_kv, kv_len) - 1
     some, every = rule.classify(q0, q1, k0, k1)
-    codes = np.where(every, FULL, np.where(some, FULL + 1, DROPPED)).astype(np.int8)
+    codes = np.where(every, FULL, np.where(some, FULL + 1, DROPPED)).astype(np.int8)[None, None]
     capacity = max(1, int(some.sum()))
-    with jax.ensure_compile_time_eval():  # a pattern is concrete, inside `jit` too
-        codes = jnp.asarray(codes)[None, None]
-        return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (rule,), rule)
+    return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (rule,), rule)
 
 
 def _build(
-    codes: Array,
+    codes: Any,
     capacity: int | None,
     q_len: int,
     kv_len: int,
@@ -504,40 +505,37 @@ def _build(
     pattern: Rule | None,
 ) -> BlockMask:
     """The mask of these codes, with at most `capacity` blocks per head."""
+    xp = module_of(codes)
     b, h, nq, nk = codes.shape
     if kv_len % block_kv:
         # Full blocks at the end of the keys become partial: the kernels look at codes only.
         if Everything() not in rules:
             rules = (*rules, Everything())
         cut = FULL + 1 + rules.index(Everything())
-        last = codes[..., -1]
-        codes = codes.at[..., -1].set(jnp.where(last == FULL, cut, last).astype(jnp.int8))
-    dropped = jnp.zeros((b, h), jnp.int32)
+        is_last = np.arange(nk) == nk - 1
+        codes = xp.where(is_last & (codes == FULL), cut, codes).astype(np.int8)
+    dropped = xp.zeros((b, h), np.int32)
     if capacity is None:
         capacity = nq * nk
     elif capacity < 1:
         raise ValueError(f"capacity={capacity} must be at least 1")
     elif capacity < nq * nk:
         keep = codes != DROPPED
-        rank = jnp.cumsum(keep.reshape(b, h, -1), -1, dtype=jnp.int32).reshape(keep.shape)
-        dropped = jnp.maximum(rank[..., -1, -1] - capacity, 0)
+        rank = xp.cumsum(keep.reshape(b, h, -1), -1, dtype=np.int32).reshape(keep.shape)
+        dropped = xp.maximum(rank[..., -1, -1] - capacity, 0)
         if _concrete(dropped) and (worst := int(dropped.max())):
             raise ValueError(
                 f"capacity={capacity} is too small: {worst} blocks of one head do not fit; give "
                 f"at least {capacity + worst}"
             )
-        codes = jnp.where(rank > capacity, DROPPED, codes).astype(jnp.int8)
-    capacity = min(capacity, nq * nk)
-    row_starts, row_entries = _compact(codes, capacity)
-    col_starts, col_entries = _compact(jnp.swapaxes(codes, 2, 3), capacity)
+        codes = xp.where(rank > capacity, DROPPED, codes).astype(np.int8)
+    arrays = _lists(codes, min(capacity, nq * nk))
+    arrays |= dict(dropped=dropped, offsets=xp.zeros((b, h, 2), np.int32))
+    if xp is np:
+        with jax.ensure_compile_time_eval():  # a pattern is concrete, inside `jit` too
+            arrays = jax.tree.map(jnp.asarray, arrays)
     return BlockMask(
-        codes=codes,
-        row_starts=row_starts,
-        row_entries=row_entries,
-        col_starts=col_starts,
-        col_entries=col_entries,
-        dropped=dropped,
-        offsets=jnp.zeros((b, h, 2), jnp.int32),
+        **arrays,
         q_len=q_len,
         kv_len=kv_len,
         block_q=block_q,
@@ -547,42 +545,44 @@ def _build(
     )
 
 
-def _compact(codes: Array, capacity: int) -> tuple[Array, Array]:
-    """Starts `[b, h, n + 1]` and entries `[b, h, capacity]` of the kept blocks, in row order.
+def _lists(codes: Any, capacity: int) -> dict[str, Any]:
+    """The fields that follow from the codes."""
+    row_starts, row_entries = compact(codes, capacity)
+    col_starts, col_entries = compact(codes.swapaxes(2, 3), capacity)
+    return dict(
+        codes=codes,
+        row_starts=row_starts,
+        row_entries=row_entries,
+        col_starts=col_starts,
+        col_entries=col_entries,
+    )
 
-    One sort of integers: on a TPU a tenth of the cost of a scatter.
+
+def within_segments(mask: BlockMask, q_ids: Array, kv_ids: Array) -> BlockMask:
+    """The lists for packed sequences with ids `[batch, length]`, in any order.
+
+    Blocks whose ranges of ids do not meet leave the lists; blocks whose pairs may have different
+    ids are flagged, so that ids are compared in these only.
     """
-    b, h, n, m = codes.shape
-    counts = jnp.sum(codes != DROPPED, -1, dtype=jnp.int32)
-    starts = jnp.pad(jnp.cumsum(counts, -1, dtype=jnp.int32), ((0, 0), (0, 0), (1, 0)))
-    flat = codes.reshape(b, h, n * m).astype(jnp.int32)
-    keys = jnp.where(flat != DROPPED, jnp.arange(n * m) << CODE_BITS | flat, _PADDING)
-    keys = lax.sort(keys, dimension=2)[..., :capacity]
-    entries = (keys >> CODE_BITS) % m << CODE_BITS | keys & CODE_MASK
-    return starts, jnp.where(keys == _PADDING, 0, entries)
 
+    def bounds(ids: Array, block: int) -> tuple[Array, Array]:
+        n = _blocks(ids.shape[1], block)
+        ids = jnp.pad(ids, ((0, 0), (0, n * block - ids.shape[1])), mode="edge")
+        ids = ids.reshape(ids.shape[0], 1, n, block)
+        return jnp.min(ids, -1), jnp.max(ids, -1)
 
-def _best(scores: Array, k: Array) -> Array:
-    """The k largest of each row as booleans; ties to the lower index, never -inf or NaN."""
-    eligible = scores > -jnp.inf
-    scores = jnp.where(eligible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)  # -0 equals 0
-    bits = lax.bitcast_convert_type(scores, jnp.uint32)
-    # Unsigned integers in the order of the floats.
-    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-    k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
-
-    def refine(i: Array, threshold: Array) -> Array:
-        candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        enough = jnp.sum(order >= candidate, -1, keepdims=True, dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, threshold)
-
-    zero = jnp.zeros_like(order[..., :1])
-    threshold = lax.fori_loop(0, 32, refine, zero)
-    above = order > threshold
-    ties = order == threshold
-    room = k - jnp.sum(above, -1, keepdims=True, dtype=jnp.int32)
-    ties &= jnp.cumsum(ties, -1, dtype=jnp.int32) <= room
-    return (above | ties) & eligible
+    q_low, q_high = (x[..., None] for x in bounds(q_ids, mask.block_q))
+    k_low, k_high = (x[..., None, :] for x in bounds(kv_ids, mask.block_kv))
+    codes = jnp.where((q_low <= k_high) & (k_low <= q_high), mask.codes, DROPPED)
+    equal = (q_low == k_high) & (k_low == q_high) & (q_low == q_high)
+    codes = jnp.where(equal | (codes == DROPPED), codes, codes | SEGMENTS).astype(jnp.int8)
+    lead = codes.shape[:2]
+    return dataclasses.replace(
+        mask,
+        **_lists(codes, mask.capacity),
+        dropped=jnp.broadcast_to(mask.dropped, lead),
+        offsets=jnp.broadcast_to(mask.offsets, (*lead, 2)),
+    )
 
 
 def _compose(a: BlockMask, b: BlockMask, *, all_: bool) -> BlockMask:
@@ -602,15 +602,17 @@ def _compose(a: BlockMask, b: BlockMask, *, all_: bool) -> BlockMask:
     def code_of(rule: Rule) -> int:
         if rule not in rules:
             rules.append(rule)
-            if FULL + len(rules) > CODE_MASK:
+            if FULL + len(rules) > RULE_MASK:
                 raise ValueError(
-                    f"this mask needs more than {CODE_MASK - FULL} different rules; compose the "
+                    f"this mask needs more than {RULE_MASK - FULL} different rules; compose the "
                     "patterns with each other first, then with the chosen blocks"
                 )
         return FULL + 1 + rules.index(rule)
 
-    shape = jnp.broadcast_shapes(a.codes.shape, b.codes.shape)
-    codes = jnp.zeros(shape, jnp.int8)
+    of_a, of_b = _host(a.codes, b.codes)
+    xp = module_of(of_a)
+    shape = np.broadcast_shapes(of_a.shape, of_b.shape)
+    codes = xp.zeros(shape, np.int8)
     states_a = [(FULL, Everything()), *((FULL + 1 + i, r) for i, r in enumerate(a.rules))]
     states_b = [(FULL, Everything()), *((FULL + 1 + i, r) for i, r in enumerate(b.rules))]
     pairs = [(x, y, join(r, s)) for x, r in states_a for y, s in states_b]
@@ -618,7 +620,7 @@ def _compose(a: BlockMask, b: BlockMask, *, all_: bool) -> BlockMask:
         pairs += [(x, DROPPED, r) for x, r in states_a] + [(DROPPED, y, s) for y, s in states_b]
     for x, y, rule in pairs:
         code = FULL if isinstance(rule, Everything) else code_of(rule)
-        codes = jnp.where((a.codes == x) & (b.codes == y), jnp.int8(code), codes)
+        codes = xp.where((of_a == x) & (of_b == y), np.int8(code), codes)
     blocks = shape[-2] * shape[-1]
     capacity = min(a.capacity, b.capacity) if all_ else min(a.capacity + b.capacity, blocks)
     mask = _build(codes, capacity, a.q_len, a.kv_len, a.block_q, a.block_kv, tuple(rules), None)

@@ -5,27 +5,21 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.block_sparse_attention.mask import BlockMask
+from pallas_kernels.block_sparse_attention.inputs import Inputs
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: BlockMask,
-    segment_ids: tuple[Array, Array] | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Array, Array]:
+def forward(inputs: Inputs) -> tuple[Array, Array]:
     """Output and log-sum-exp; differentiable by JAX, which makes it the reference for gradients."""
+    q, k, v, mask, softcap = inputs.q, inputs.k, inputs.v, inputs.mask, inputs.softcap
     heads, kv_heads = q.shape[1], k.shape[1]
     k, v = (jnp.repeat(x, heads // kv_heads, 1).astype(jnp.float32) for x in (k, v))
     seen = mask.to_dense()
     seen = jnp.repeat(seen, heads // seen.shape[1], 1) if seen.shape[1] > 1 else seen
-    if segment_ids is not None:
-        of_q, of_k = segment_ids
+    if inputs.segments is not None:
+        of_q, of_k = inputs.segments
         seen = seen & (of_q[:, None, :, None] == of_k[:, None, None, :])
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q.astype(jnp.float32), k, precision="highest") * scale
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q.astype(jnp.float32), k, precision="highest")
+    scores = scores * inputs.scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     some = jnp.any(seen, -1, keepdims=True)

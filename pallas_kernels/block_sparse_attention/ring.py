@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.block_sparse_attention import api
+from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import BlockMask
 from pallas_kernels.block_sparse_attention.merge import merge_attention, vary, varying_axes
 
@@ -70,10 +72,10 @@ def ring_block_sparse_attention(
     name = api.choose_implementation(implementation, q, k, v, part)
     if name == "reference":
         raise ValueError("implementation='reference' has no ring; name 'xla' or 'tpu'")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     axes = varying_axes(q, k, v, mask) | {axis_name}
     q, k, v, mask = vary((q, k, v, mask), axes)
-    result: Any = _ring(name, axis_name, scale, softcap, q, k, v, mask)
+    result: Any = _ring(name, axis_name, Inputs(q, k, v, mask, None, scale, softcap))
     return result
 
 
@@ -83,55 +85,54 @@ def _window(mask: BlockMask, of_q: Any, of_k: Any, q: Array, k: Array) -> BlockM
     return mask.window(of_q * nq, nq, of_k * nk, nk)
 
 
+def _visit(inputs: Inputs, k: Array, v: Array, i: Array, axis_name: str) -> Inputs:
+    """What there is to compute when the keys and values have made i steps."""
+    me, n = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    part = _window(inputs.mask, me, (me - i) % n, inputs.q, k)
+    return dataclasses.replace(inputs, k=k, v=v, mask=part)
+
+
 def _pass_on(tree: Any, axis_name: str) -> Any:
     n = lax.axis_size(axis_name)
     return lax.ppermute(tree, axis_name, [(i, (i + 1) % n) for i in range(n)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _ring(name, axis_name, scale, softcap, q, k, v, mask):
-    return _visit_all(name, axis_name, scale, softcap, q, k, v, mask)
-
-
-def _visit_all(name, axis_name, scale, softcap, q, k, v, mask):
-    me, n = lax.axis_index(axis_name), lax.axis_size(axis_name)
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(name: str, axis_name: str, inputs: Inputs) -> tuple[Array, Array]:
     def visit(carry, i):
         k, v, done = carry
-        part = _window(mask, me, (me - i) % n, q, k)
-        now = api.run_forward(name, scale, softcap, q, k, v, part, None)
+        now = api.run_forward(name, _visit(inputs, k, v, i, axis_name))
         out, lse = merge_attention([done, (now[0].astype(jnp.float32), now[1])])
         return (*_pass_on((k, v), axis_name), (out, lse)), None
 
+    q, v = inputs.q, inputs.v
     empty = jnp.zeros((*q.shape[:3], v.shape[-1])), jnp.full(q.shape[:3], -jnp.inf)
-    empty = vary(empty, varying_axes(q, k, v, mask))
-    (*_, (out, lse)), _ = lax.scan(visit, (k, v, empty), jnp.arange(n))
+    start = inputs.k, v, vary(empty, varying_axes(inputs))
+    (*_, (out, lse)), _ = lax.scan(visit, start, jnp.arange(lax.axis_size(axis_name)))
     return out.astype(q.dtype), lse
 
 
-def _ring_fwd(name, axis_name, scale, softcap, q, k, v, mask):
-    out, lse = _visit_all(name, axis_name, scale, softcap, q, k, v, mask)
-    return (out, lse), (q, k, v, mask, out, lse)
+def _ring_fwd(name, axis_name, inputs):
+    result: Any = _ring(name, axis_name, inputs)
+    return result, (inputs, *result)
 
 
-def _ring_bwd(name, axis_name, scale, softcap, residuals, cotangents):
-    q, k, v, mask, out, lse = residuals
+def _ring_bwd(name, axis_name, residuals, cotangents):
+    inputs, out, lse = residuals
     dout, dlse = cotangents
     delta = api.row_term(out, lse, dout, dlse)
-    me, n = lax.axis_index(axis_name), lax.axis_size(axis_name)
 
     def visit(carry, i):
-        dq, travelling = carry
-        k, v, dk, dv = travelling
-        part = _window(mask, me, (me - i) % n, q, k)
-        grads = api.run_backward(name, scale, softcap, q, k, v, part, None, lse, delta, dout)
+        dq, (k, v, dk, dv) = carry
+        grads = api.run_backward(name, _visit(inputs, k, v, i, axis_name), lse, delta, dout)
         dq, dk, dv = (a + g.astype(jnp.float32) for a, g in zip((dq, dk, dv), grads))
         return (dq, _pass_on((k, v, dk, dv), axis_name)), None
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-    dq, dk, dv = vary(zeros, varying_axes(q, k, v, mask, dout))
-    (dq, (_, _, dk, dv)), _ = lax.scan(visit, (dq, (k, v, dk, dv)), jnp.arange(n))
-    return *(g.astype(x.dtype) for g, x in zip((dq, dk, dv), (q, k, v))), None
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (inputs.q, inputs.k, inputs.v)]
+    dq, dk, dv = vary(zeros, varying_axes(inputs, dout))
+    start = dq, (inputs.k, inputs.v, dk, dv)
+    (dq, (*_, dk, dv)), _ = lax.scan(visit, start, jnp.arange(lax.axis_size(axis_name)))
+    return (api.cotangent(inputs, dq, dk, dv),)
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)

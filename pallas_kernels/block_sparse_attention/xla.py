@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.block_sparse_attention.mask import CODE_BITS, CODE_MASK, BlockMask, visible
+from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels.block_sparse_attention.lists import CODE_BITS, CODE_MASK, visible
 from pallas_kernels.block_sparse_attention.merge import vary, varying_axes
 
 Carry = tuple[Array, Array, Array]
@@ -47,30 +48,22 @@ def _chunks(start: Array, end: Array, group: int, step: Callable, carry: Carry) 
 class _Heads:
     """The arguments cut into blocks, and which list, keys and segments each head uses."""
 
-    def __init__(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: BlockMask,
-        segment_ids: tuple[Array, Array] | None,
-        scale: float,
-        softcap: float | None,
-    ):
-        self.mask, self.scale, self.softcap = mask, scale, softcap
+    def __init__(self, inputs: Inputs):
+        q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+        self.mask, self.scale, self.softcap = mask, inputs.scale, inputs.softcap
         self.batch, self.heads = q.shape[:2]
         self.kv_heads = k.shape[1]
         mask_batch, mask_heads, self.nq, self.nk = mask.codes.shape
         self.bq, self.bk = mask.block_q, mask.block_kv
-        self.precision = "highest" if q.dtype == jnp.float32 else None
+        self.precision = inputs.precision
 
         self.q = self.by_block(q, self.bq)
         self.k, self.v = (self.by_block(x, self.bk) for x in (k, v))
         self.segments = None
-        if segment_ids is not None:
+        if inputs.segments is not None:
             self.segments = [
                 pad_to(ids, 1, n * b).reshape(self.batch, n, b)
-                for ids, n, b in zip(segment_ids, (self.nq, self.nk), (self.bq, self.bk))
+                for ids, n, b in zip(inputs.segments, (self.nq, self.nk), (self.bq, self.bk))
             ]
         index = jnp.arange(self.batch * self.heads)
         b, h = index // self.heads, index % self.heads
@@ -137,19 +130,12 @@ class _Heads:
         return jnp.where(seen, s, MASKED), slope
 
 
-def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: BlockMask,
-    segment_ids: tuple[Array, Array] | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Array, Array]:
+def forward(inputs: Inputs) -> tuple[Array, Array]:
     """Output `[batch, heads, q_len, v_dim]` and float32 log-sum-exp `[batch, heads, q_len]`."""
-    at = _Heads(q, k, v, mask, segment_ids, scale, softcap)
+    at = _Heads(inputs)
+    q, v = inputs.q, inputs.v
     group = min(at.nk, max(1, CHUNK // at.bk))
-    axes = varying_axes(q, k, v, mask, segment_ids)
+    axes = varying_axes(inputs)
 
     def head(i: Array) -> tuple[Array, Array]:
         starts = at.lists["row_starts"][at.mask_index[i]]
@@ -198,25 +184,15 @@ def forward(
     )
 
 
-def backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: BlockMask,
-    segment_ids: tuple[Array, Array] | None,
-    scale: float,
-    softcap: float | None,
-    lse: Array,
-    delta: Array,
-    dout: Array,
-) -> tuple[Array, Array, Array]:
+def backward(inputs: Inputs, lse: Array, delta: Array, dout: Array) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v.
 
     delta is rowsum(dout * out) minus the cotangent of the log-sum-exp, float32 `[b, h, q_len]`.
     """
-    at = _Heads(q, k, v, mask, segment_ids, scale, softcap)
+    at = _Heads(inputs)
+    q, k, v = inputs.q, inputs.k, inputs.v
     group = min(at.nq, max(1, CHUNK // at.bq))
-    axes = varying_axes(q, k, v, mask, segment_ids, dout)
+    axes = varying_axes(inputs, dout)
     dout = at.by_block(dout.astype(q.dtype), at.bq)
     # An empty row has lse = -inf; +inf instead makes its probabilities 0.
     lse = at.by_block(jnp.where(jnp.isneginf(lse), jnp.inf, lse), at.bq)
@@ -245,7 +221,7 @@ def backward(
                 ds = p * (product("qd,kd->qk", do_part, v_j) - deltas[rows].reshape(-1, 1))
                 if slope is not None:
                     ds = ds * slope
-                ds = (ds * scale).astype(q.dtype)
+                ds = (ds * at.scale).astype(q.dtype)
                 dk = dk + product("qk,qd->kd", ds, q_part)
                 dq_part = product("qk,kd->qd", ds, k_j).reshape(size, at.bq, -1)
                 return dq.at[rows].add(dq_part, mode="promise_in_bounds"), dk, dv

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import BlockMask
+from pallas_kernels.block_sparse_attention.lists import SEGMENTS
+from pallas_kernels.block_sparse_attention.mask import within_segments
 
 SHAPE = dict(q_len=44, kv_len=37, block_q=8, block_kv=16)
 Q, K = np.arange(44)[:, None], np.arange(37)
@@ -20,8 +22,12 @@ def lists(starts, entries):
     return [list(entries[a:b] >> 7) for a, b in zip(starts[:-1], starts[1:])]
 
 
+@settings(max_examples=10)
 @given(
-    st.integers(0, 2**16), st.sampled_from([0.0, 0.3, 1.0]), st.integers(1, 7), st.integers(1, 7)
+    st.integers(0, 2**16),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([1, 4, 7]),
+    st.sampled_from([1, 6]),
 )
 def test_lists_hold_the_kept_blocks_by_row_and_by_column(seed, density, nq, nk):
     keep = np.random.default_rng(seed).random((2, nq, nk)) < density
@@ -95,13 +101,18 @@ def test_bigbird_rows_have_window_global_and_random_blocks_per_head():
     np.testing.assert_array_equal(keep, same.codes[0] != 0)
 
 
-@given(st.integers(0, 2**16), st.integers(0, 6))
+@functools.partial(jax.jit, static_argnums=1)
+def best_blocks(scores, k):
+    return BlockMask.from_scores(scores, k, block_q=8, block_kv=8)
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0, 1, 3, 6]))
 def test_from_scores_keeps_exactly_the_best_and_breaks_ties_by_position(seed, k):
     rng = np.random.default_rng(seed)
     scores = rng.choice([-np.inf, -2.0, -0.0, 0.0, 1.5, 3.0, np.nan, np.inf], (2, 4, 5)).astype(
         "f4"
     )
-    mask = jax.jit(lambda s: BlockMask.from_scores(s, k, block_q=8, block_kv=8))(scores)
+    mask = best_blocks(scores, k)
     eligible = scores > -np.inf
     order = np.argsort(np.where(eligible, -scores, np.inf), -1, kind="stable")
     want = np.zeros_like(eligible)
@@ -152,6 +163,27 @@ def test_a_window_of_a_mask_is_a_part_of_what_it_shows():
         ragged.window(5, 2, 0, 1)
     with pytest.raises(ValueError, match="num_q=7"):
         ragged.window(0, 7, 0, 1)
+
+
+@given(st.integers(0, 2**16), st.booleans())
+def test_segments_drop_blocks_that_cannot_meet_and_flag_those_that_may_differ(seed, is_sorted):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(-1, 3, (2, n)).astype("i4") for n in (44, 37)]
+    if is_sorted:
+        ids = [np.sort(x, -1) for x in ids]
+    equal = ids[0][:, None, :, None] == ids[1][:, None, None, :]
+    before = BlockMask.from_dense(rng.random((2, 6, 3)) < 0.7, **SHAPE) & BlockMask.causal(**SHAPE)
+    after = jax.jit(within_segments)(before, *ids)
+    shown = np.asarray(before.to_dense()) & equal
+    np.testing.assert_array_equal(np.asarray(after.to_dense()) & equal, shown)
+    codes = np.asarray(after.codes)
+
+    padded = np.pad(equal, ((0, 0), (0, 0), (0, 4), (0, 11)), constant_values=True)
+    all_equal = padded.reshape(2, 1, 6, 8, 3, 16).all((3, 5))
+    unflagged = (codes != 0) & (codes < SEGMENTS)
+    assert all_equal[unflagged.any(1, keepdims=True)].all()
+    assert not (codes != 0)[np.broadcast_to(before.codes == 0, codes.shape)].any()
+    np.testing.assert_array_equal(after.counts, (codes != 0).sum((2, 3)))
 
 
 ERRORS = {

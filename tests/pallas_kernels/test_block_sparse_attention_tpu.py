@@ -9,77 +9,127 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import BlockMask, block_sparse_attention
-from pallas_kernels.block_sparse_attention import reference, tpu
+from pallas_kernels.block_sparse_attention import reference, tpu, tpu_walk
+from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels.block_sparse_attention.mask import within_segments
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Less unrolling, so that the interpreter's compilation is short; the code is the same."""
     for name in ("CHUNK", "BACKWARD_CHUNK"):
-        monkeypatch.setattr(tpu, name, 256)
+        monkeypatch.setattr(tpu_walk, name, 256)
     for name in ("STEP", "BACKWARD_STEP"):
-        monkeypatch.setattr(tpu, name, 128)
+        monkeypatch.setattr(tpu_walk, name, 128)
 
 
-def agree(mask, segments=None, softcap=None, heads=2, kv_heads=1, dim=16, v_dim=24, seed=0):
+def agree(
+    mask,
+    segments=None,
+    softcap=None,
+    heads=2,
+    kv_heads=1,
+    dim=16,
+    v_dim=24,
+    fetch=None,
+    passes=("forward", "backward"),
+    interpret=True,
+):
     """Whether the interpreted kernels give the definition's results and gradients."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     batch = 1 if segments is None else segments[0].shape[0]
     shapes = (heads, mask.q_len, dim), (kv_heads, mask.kv_len, dim), (kv_heads, mask.kv_len, v_dim)
-    q, k, v = (jnp.asarray(rng.normal(size=(batch, *s)), jnp.float32) for s in shapes)
-    dout = jnp.asarray(rng.normal(size=(*q.shape[:3], v_dim)), jnp.float32)
+    qkv = [jnp.asarray(rng.normal(size=(batch, *s)), jnp.float32) for s in shapes]
+    dout = jnp.asarray(rng.normal(size=(*qkv[0].shape[:3], v_dim)), jnp.float32)
 
     (out, lse), pull = jax.vjp(
-        lambda *x: reference.attention(*x, mask, segments, 0.3, softcap), q, k, v
+        lambda *x: reference.forward(Inputs(*x, mask, segments, 0.3, softcap)), *qkv
     )
     dlse = jnp.where(jnp.isneginf(lse), 0.0, jnp.cos(lse))
-    got = tpu.forward(q, k, v, mask, segments, 0.3, softcap, interpret=True)
-    delta = jnp.sum(dout * out, -1) - dlse
-    args = (q, k, v, mask, segments, 0.3, softcap, lse, delta, dout)
-    got += tpu.backward(*args, interpret=True)
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, (out, lse, *pull((dout, dlse)))):
-        np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5, err_msg=name)
+    if segments is not None:
+        mask = within_segments(mask, *segments)
+    inputs = Inputs(*qkv, mask, segments, 0.3, softcap)
+    options = dict(fetch=fetch, interpret=interpret)
+    got = {}
+    if "forward" in passes:
+        got |= zip(NAMES[:2], tpu.forward(inputs, **options))
+    if "backward" in passes:
+        delta = jnp.sum(dout * out, -1) - dlse
+        got |= zip(NAMES[2:], tpu.backward(inputs, lse, delta, dout, **options))
+    want = dict(zip(NAMES, (out, lse, *pull((dout, dlse)))))
+    for name, x in got.items():
+        np.testing.assert_allclose(x, want[name], atol=3e-5, rtol=3e-5, err_msg=name)
+
+
+def test_the_forward_kernel_equals_the_definition_with_an_empty_row_and_a_ragged_end():
+    shape = dict(q_len=256, kv_len=200, block_q=128, block_kv=128)
+    keep = np.array([[[True, True], [False, False]], [[False, True], [True, False]]])
+    agree(BlockMask.from_dense(keep, **shape), passes=["forward"])
+
+
+def test_the_backward_kernel_equals_the_definition_with_an_empty_row_and_column():
+    keep = np.array([[[True, True], [False, False]], [[False, True], [False, True]]])
+    agree(BlockMask.from_dense(keep), passes=["backward"])
 
 
 @pytest.mark.slow
-def test_kernels_equal_the_definition_on_chosen_blocks_patterns_and_ragged_lengths(small_steps):
+@pytest.mark.parametrize("fetch", [False, True])
+def test_kernels_equal_the_definition_on_chosen_blocks_patterns_and_ragged_lengths(fetch):
     shape = dict(q_len=300, kv_len=500, block_q=128, block_kv=128)
     keep = np.random.default_rng(0).random((2, 3, 4)) < 0.5
     keep[0], keep[1, 2] = False, False  # an empty head, an empty row
     mask = BlockMask.from_dense(keep, **shape) | BlockMask.local(window=40, **shape)
-    agree(mask & BlockMask.causal(**shape))
+    agree(mask & BlockMask.causal(**shape), fetch=fetch)
 
 
 @pytest.mark.slow
-def test_kernels_equal_the_definition_with_empty_rows_and_a_soft_cap(small_steps):
+@pytest.mark.parametrize("fetch", [False, True])
+def test_kernels_equal_the_definition_with_empty_rows_and_a_soft_cap(fetch):
     keep = np.array([[True, True, True], [False, False, False]])
-    agree(BlockMask.from_dense(keep, block_q=256, block_kv=128), softcap=1.5)
+    agree(BlockMask.from_dense(keep, block_q=256, block_kv=128), softcap=1.5, fetch=fetch)
 
 
 @pytest.mark.slow
-def test_kernels_equal_the_definition_with_segments(small_steps):
+@pytest.mark.parametrize("order", ["packed", "shuffled"])
+def test_kernels_equal_the_definition_with_segments(order):
     rng = np.random.default_rng(0)
-    segments = tuple(jnp.asarray(np.sort(rng.integers(0, 4, (2, 256)), -1)) for _ in range(2))
-    agree(BlockMask.from_dense(np.ones((2, 2), bool)), segments)
+    segments = tuple(rng.integers(0, 4, (2, 400)) for _ in range(2))
+    if order == "packed":
+        segments = tuple(np.sort(x, -1) for x in segments)
+    mask = BlockMask.causal(400)
+    agree(mask, tuple(jnp.asarray(x, jnp.int32) for x in segments))
 
 
 @pytest.mark.slow
-def test_streamed_lists_and_several_tiles_change_nothing(small_steps, monkeypatch):
-    monkeypatch.setattr(tpu, "PREFETCHED_WORDS", 0)
-    monkeypatch.setattr(tpu, "TILE", 128)
+def test_lists_that_come_tile_by_tile_change_nothing(monkeypatch):
+    monkeypatch.setattr(tpu_walk, "PREFETCHED_WORDS", 0)
+    monkeypatch.setattr(tpu_walk, "TILE", 128)
     keep = np.random.default_rng(1).random((2, 3, 3)) < 0.6
-    agree(BlockMask.from_dense(keep))
+    for fetch in (False, True):
+        agree(BlockMask.from_dense(keep), fetch=fetch)
 
 
 @pytest.mark.slow
-def test_parts_that_fit_vmem_change_nothing(small_steps, monkeypatch):
-    monkeypatch.setattr(
-        tpu, "_buffers", lambda resident, tile, blocks, own=0: (2, 1 + (blocks > 1))
-    )
+def test_queries_cut_into_parts_that_fit_vmem_change_nothing(monkeypatch):
     shape = dict(q_len=256, kv_len=256, block_q=128, block_kv=128)
-    agree(BlockMask.local(window=150, **shape) | BlockMask.sinks(num_keys=3, **shape))
+    mask = BlockMask.local(window=150, **shape) | BlockMask.sinks(num_keys=3, **shape)
+    monkeypatch.setattr(tpu, "_room", lambda: 1)
+    agree(mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_fetched_blocks_are_awaited_before_they_are_read_and_nothing_else_is_read(passes):
+    # Copies happen when they are awaited, and memory that nobody wrote holds NaN.
+    keep = np.random.default_rng(2).random((2, 3, 5)) < 0.5
+    keep[0, 1] = False
+    strict = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
+    agree(BlockMask.from_dense(keep), fetch=True, passes=[passes], interpret=strict)
 
 
 CHILD = """
@@ -88,40 +138,68 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from pallas_kernels import BlockMask, block_sparse_attention
 topology, cases = json.loads(sys.argv[1])
-device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-mesh = jax.sharding.Mesh([device], "x")
-place = jax.sharding.NamedSharding(mesh, jax.P())
-for case in cases:
-    b, h, hk, s, d, dv, bq, bk, dtype, causal, packed = case
-    def abstract(*shape, dtype=dtype):
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+for case, fetched in cases:
+    b, h, hk, s, d, dv, bq, bk, dtype, per_row, *features = case
+    shards = 2 if "sharded" in features else 1
+    mesh = jax.sharding.Mesh(devices[:shards], "x")
+    heads = jax.P(None, "x") if shards > 1 else jax.P()
+    def abstract(*shape, dtype=dtype, spec=heads):
+        place = jax.sharding.NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    q, k, v = abstract(b, h, s, d), abstract(b, hk, s, d), abstract(b, hk, s, dv)
-    ids = abstract(b, s, dtype="int32") if packed else None
-    def loss(q, k, v, keep, ids):
-        mask = BlockMask.from_dense(keep, block_q=bq, block_kv=bk, q_len=s, kv_len=s)
-        out, lse = block_sparse_attention(
-            q, k, v, mask, causal=causal, segment_ids=ids, return_lse=True, implementation="tpu")
+    rows = 1024 if "few queries" in features else s
+    q, k, v = abstract(b, h, rows, d), abstract(b, hk, s, d), abstract(b, hk, s, dv)
+    ids = abstract(b, s, dtype="int32", spec=jax.P()) if "packed" in features else None
+    nq, nk = -(-rows // bq), -(-s // bk)
+    def attend(q, k, v, keep, ids):
+        mask = BlockMask.from_dense(
+            keep, block_q=bq, block_kv=bk, q_len=rows, kv_len=s, capacity=nq * (per_row or nk))
+        return block_sparse_attention(
+            q, k, v, mask, causal="causal" in features, segment_ids=ids, return_lse=True,
+            softcap=30.0 if "softcap" in features else None, implementation="tpu")
+    if shards > 1:
+        attend = jax.shard_map(
+            attend, mesh=mesh, in_specs=(*[heads] * 4, jax.P()), out_specs=(heads, heads))
+    def loss(*args):
+        out, lse = attend(*args)
         return out.astype("float32").sum() + lse.sum()
-    keep = abstract(h, -(-s // bq), -(-s // bk), dtype="bool")
+    keep = abstract(b if "per batch" in features else 1, h, nq, nk, dtype="bool")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
         text = run.lower(q, k, v, keep, ids).compile().as_text()
-    names = ["block_sparse_attention_" + x for x in ("forward", "backward")]
-    print(all(name in text for name in names))
+    kernels = ["block_sparse_attention_" + x for x in ("forward", "backward")]
+    print(all(x in text for x in kernels) and
+          all(y is None or (f"{x}_fetched" in text) == y for x, y in zip(kernels, fetched)))
 """
 
+# Whether blocks are fetched forward and backward; None: that depends on the TPU's memory.
+WHOLE, FETCHED, EITHER = (False, False), (True, True), (None, None)
+QUICK = [
+    # batch, heads, kv_heads, length, dim, v_dim, block_q, block_kv, dtype, blocks per row, ...
+    ((1, 1, 1, 1024, 128, 128, 512, 512, "bfloat16", 0, "causal"), WHOLE),
+    ((1, 1, 1, 1024, 128, 128, 512, 512, "bfloat16", 1), FETCHED),
+]
+FULL = [
+    ((1, 2, 1, 1024, 128, 128, 128, 128, "bfloat16", 0), WHOLE),
+    ((1, 2, 2, 1000, 64, 256, 256, 128, "bfloat16", 0, "causal", "packed"), WHOLE),
+    ((2, 1, 1, 1024, 256, 128, 128, 256, "float32", 0, "per batch"), WHOLE),
+    ((1, 2, 2, 1024, 128, 128, 256, 256, "bfloat16", 0, "softcap"), WHOLE),
+    ((1, 2, 1, 2048, 128, 64, 128, 128, "bfloat16", 1, "causal", "packed"), FETCHED),
+    ((1, 1, 1, 2048, 256, 256, 128, 128, "float32", 1, "softcap"), FETCHED),
+    # 8 heads with their own lists: of full rows, and of 16 blocks of 128 per row
+    ((1, 8, 8, 131072, 128, 128, 256, 256, "bfloat16", 0, "causal"), EITHER),
+    ((1, 8, 8, 131072, 128, 128, 128, 128, "bfloat16", 16), EITHER),
+    # keys and values of a head that no VMEM holds
+    ((1, 2, 1, 262144, 128, 128, 256, 256, "bfloat16", 16), FETCHED),
+    ((1, 2, 1, 262144, 256, 256, 128, 128, "float32", 16, "few queries"), (True, False)),
+]
+SHARDED = [((2, 4, 2, 1024, 128, 128, 128, 128, "bfloat16", 0, "sharded"), WHOLE)]
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_forward_and_backward_compile_for_real_tpus(topology):
-    pytest.importorskip("libtpu")
-    cases = [
-        # batch, heads, kv_heads, length, dim, v_dim, block_q, block_kv, dtype, causal, packed
-        (1, 2, 1, 1024, 128, 128, 128, 128, "bfloat16", False, False),
-        (1, 2, 2, 1000, 64, 256, 256, 128, "bfloat16", True, True),
-        (2, 1, 1, 1024, 256, 128, 128, 256, "float32", False, False),
-        (1, 1, 1, 131072, 128, 128, 256, 256, "bfloat16", True, False),
-    ]
+
+def compiles(topology, cases):
+    """Whether the TPU compiler takes every case and the kernels are in its result."""
+    pytest.importorskip("libtpu", reason="needs libtpu, which has wheels for x86-64 Linux only")
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
@@ -135,7 +213,25 @@ def test_forward_and_backward_compile_for_real_tpus(topology):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["True"] * len(cases), done.stderr[-3000:]
+    assert done.stdout.split() == ["True"] * len(cases), done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_forward_and_backward_compile_for_real_tpus(topology):
+    compiles(topology, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=lambda case: "-".join(map(str, case[0])))
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_variant_compiles_for_real_tpus(topology, case):
+    compiles(topology, [case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_shard_map_over_heads_compiles_for_real_tpus(topology):
+    compiles(topology, SHARDED)
 
 
 @pytest.mark.parametrize(
@@ -150,3 +246,9 @@ def test_what_the_kernels_cannot_take_is_named(blocks, dim, message):
     mask = BlockMask.causal(128, block_q=blocks[0], block_kv=blocks[1])
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(x, x, x, mask, implementation="tpu")
+
+
+def test_a_row_whose_list_cannot_fit_smem_is_named():
+    q, k = jax.ShapeDtypeStruct((1, 1, 128, 8), "float32"), jnp.zeros((1, 1, 128, 8))
+    mask = jax.eval_shape(lambda x: BlockMask.from_dense(x, capacity=8), jnp.ones((1, 60000), bool))
+    assert "at most 56000 blocks; choose larger blocks" in str(tpu.why_not(q, k, k, mask))

@@ -1,0 +1,42 @@
+"""What one call of an implementation computes with, after `api.check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.block_sparse_attention.mask import BlockMask
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "k", "v", "mask", "segments"],
+    meta_fields=["scale", "softcap"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """The arguments of `block_sparse_attention`; only q, k and v have gradients.
+
+    Attributes:
+      q, k, v: `[batch, heads or kv_heads, length, dim]`.
+      mask: its lists; blocks that segments cut are flagged (`mask.within_segments`).
+      segments: int32 ids `[batch, q_len]` and `[batch, kv_len]`, or None.
+      scale, softcap: static numbers; a softcap of None is none.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    mask: BlockMask
+    segments: tuple[Array, Array] | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def precision(self) -> str | None:
+        """Products of float32 are exact to float32; those of bfloat16 are anyway."""
+        return "highest" if self.q.dtype == jnp.float32 else None
