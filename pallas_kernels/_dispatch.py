@@ -1,4 +1,4 @@
-"""Which implementation runs: shared by every operation of the package.
+"""Shared by every operation of the package: which implementation runs, operands, mesh axes.
 
 An operation lists its implementations, best first, each with the reason why it cannot take the
 present arguments (`None` if it can):
@@ -7,9 +7,11 @@ present arguments (`None` if it can):
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def choose(implementation: str | None, reasons: Mapping[str, str | None]) -> str:
@@ -70,3 +72,24 @@ def check_operands(x, w) -> jax.Array:
         if not jnp.issubdtype(a.dtype, jnp.floating):
             raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
     return x
+
+
+def varying_axes(*trees: Any) -> frozenset[str]:
+    """The axes of a `shard_map` mesh over which any of these values varies."""
+    leaves = jax.tree.leaves(trees)
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
+def vary_alike(*trees: Any, like: Any = ()) -> Any:
+    """The same values, typed as varying over all axes over which any of them, or of `like`, does.
+
+    Inside `shard_map` a loop wants its carry, and a kernel its operands, to be of one such type.
+    """
+    axes = varying_axes(trees, like)
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    alike = jax.tree.map(one, trees)
+    return alike if len(alike) > 1 else alike[0]

@@ -1,11 +1,13 @@
-"""What block-sparse and N:M products cost next to the dense product.
+"""What block-sparse, N:M and condensed products cost next to the dense product.
 
     python -m experiments.benchmarks.block_sparse_matmul --tpu --cpu --out docs/kernels
 
 `--tpu` compiles the kernels for TPU generations with libtpu (no TPU needed) and reads cycles off the
 compiler's schedule, `--cpu` measures wall-clock on this machine: dense and sparse in one process, in
-turn, medians of their ratio. Both write into `block_sparse_matmul.json`, from which the tables
-(`block_sparse_matmul.md`) and the plot are made; `--tables` only does that.
+turn, ratios of medians. Both write into `block_sparse_matmul.json` after each case, from which the
+tables (`block_sparse_matmul_tables.md`) and the plot are made. A case that is in the file is not
+measured again, but with `--again`; `--only TEXT` takes the cases whose key (as printed) contains
+the text; without `--tpu` and `--cpu` only tables and plot are made.
 """
 
 import argparse
@@ -14,37 +16,47 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import BlockSparse, NMSparse, block_sparse_matmul, nm_matmul
+from experiments.benchmarks.timing import machine, medians
+from pallas_kernels import (
+    BlockSparse,
+    Condensed,
+    NMSparse,
+    block_sparse_matmul,
+    condensed_matmul,
+    nm_matmul,
+)
 
-TOKENS = 8192
+MODULE = "experiments.benchmarks.block_sparse_matmul"
+TOKENS = 8192  # rows of x on TPU
+SIZE = 4096  # of the square w, if not said otherwise
 
 
 # ---- TPU: cases for the schedule tool, one function each (it calls them in a fresh process) -------
 
 
-def _pattern(k: int, n: int, block: int, sparsity: float, balanced: bool) -> np.ndarray:
-    rng, grid = np.random.default_rng(0), (k // block, n // block)
-    if balanced:  # the same number of blocks in every block column
-        ranks = np.stack([rng.permutation(grid[0]) for _ in range(grid[1])], 1)
-        return ranks < max(1, round((1 - sparsity) * grid[0]))
-    return rng.random(grid) < 1 - sparsity
+def _pattern(grid: tuple[int, int], sparsity: float, balanced: bool) -> np.ndarray:
+    """A block mask. `balanced`: block columns differ by one block at most."""
+    rng = np.random.default_rng(0)
+    if not balanced:
+        return rng.random(grid) < 1 - sparsity
+    ranks = np.stack([rng.permutation(grid[0]) for _ in range(grid[1])], 1)
+    each, more = divmod(round((1 - sparsity) * grid[0] * grid[1]), grid[1])
+    return ranks < each + (rng.permutation(grid[1]) < more)
 
 
-def tpu_block_sparse(product="forward", size=4096, block=128, sparsity=0.75, balanced=True):
+def tpu_block_sparse(product="forward", size=SIZE, block=128, sparsity=0.75, balanced=True):
     """One product of x `[8192, size]` with w `[size, size]`, for the schedule tool."""
     from pallas_kernels.block_sparse_matmul import tpu
 
-    mask = _pattern(size, size, block, sparsity, balanced)
+    mask = _pattern((size // block, size // block), sparsity, balanced)
     with jax.ensure_compile_time_eval():
         shape, blocks = (size, size), (block, block)
         w = BlockSparse.from_block_mask(jnp.zeros(shape, jnp.int8), mask, blocks)
@@ -61,14 +73,20 @@ def tpu_block_sparse(product="forward", size=4096, block=128, sparsity=0.75, bal
     return run, (x, values, pattern), meta
 
 
-def tpu_dense(size=4096):
+def tpu_dense(size=SIZE):
     """The dense product of the same shapes, by XLA."""
     x = jax.ShapeDtypeStruct((TOKENS, size), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
     return jnp.matmul, (x, w), dict(useful_flops=2 * TOKENS * size**2, density=1.0)
 
 
-def tpu_n_of_m(rows=16, size=4096, n=2, m=4):
+def tpu_dense_decode(rows=16, size=SIZE):
+    """The dense product of a few rows, by XLA: bound by reading w."""
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    return jnp.matmul, (bf16((rows, size)), bf16((size, size))), dict(density=1.0)
+
+
+def tpu_n_of_m(rows=16, size=SIZE, n=2, m=4):
     """Decoding: a few rows of x with an N:M matrix."""
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     codes = jax.ShapeDtypeStruct((n, size // m * 2 // 32, size), jnp.int32)
@@ -76,75 +94,70 @@ def tpu_n_of_m(rows=16, size=4096, n=2, m=4):
     return run, (bf16((rows, size)), bf16((n, size // m, size)), codes), dict(density=n / m)
 
 
-def _tpu_rows():
+def _tpu_cases() -> Iterator[tuple[str, dict[str, Any], bool]]:
     """Name of the factory, its arguments, and whether it is run for other chips than v5e, too."""
+    yield "tpu_dense", dict(size=4096), True
+    yield "tpu_dense", dict(size=8192), False
     sparse = "tpu_block_sparse"
-    for block, sparsities in ((128, (0.75, 0.906, 0.5)), (256, (0.75, 0.5, 0.875)), (512, (0.75,))):
-        for sparsity in sparsities:
+    for block in (128, 256, 512):
+        for sparsity in (0.5, 0.75, 0.9):
             yield sparse, dict(block=block, sparsity=sparsity), sparsity == 0.75
+    for block, sparsity in ((128, 0.5), (128, 0.75), (128, 0.9), (256, 0.75), (256, 0.9)):
+        kwargs = dict(block=block, sparsity=sparsity, balanced=False)
+        yield sparse, kwargs, (block, sparsity) == (256, 0.75)
+    for sparsity in (0.75, 0.9):
+        yield sparse, dict(size=8192, block=128, sparsity=sparsity), False
+    for product in ("input gradient", "weight gradient"):
+        for block in (128, 256, 512):
+            yield sparse, dict(product=product, block=block, sparsity=0.75), block == 256
+    yield "tpu_dense_decode", dict(), True
     for n in (2, 1):
         yield "tpu_n_of_m", dict(n=n), True
-    for product in ("weight gradient", "input gradient"):
-        for block in (128, 256, 512):
-            yield sparse, dict(product=product, block=block), block == 256
-    for block, sparsity in ((128, 0.75), (128, 0.9), (256, 0.75)):
-        yield sparse, dict(block=block, sparsity=sparsity, balanced=False), False
-    for block, sparsity in ((128, 0.75), (128, 0.906)):
-        yield sparse, dict(size=8192, block=block, sparsity=sparsity), False
 
 
-def measure_tpu(results: dict, topologies: list[str], save: Callable[[], None]) -> None:
-    """Fill `results["tpu"]`; what is there already is kept, and `save` is called after each case."""
+def measure_tpu(results: dict, topologies: list[str], wanted: Callable, save: Callable) -> None:
+    """Fill `results["tpu"]` with the cases whose key is wanted; `save` after each of them."""
     from experiments.benchmarks.tpu_static import analyze
 
     done = results.setdefault("tpu", {})
     results["tpu_versions"] = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
     for topology in topologies:
-        cases = [("tpu_dense", dict(size=4096), True), ("tpu_dense", dict(size=8192), False)]
-        for factory, kwargs, everywhere in [*cases, *_tpu_rows()]:
+        for factory, kwargs, everywhere in _tpu_cases():
             key = json.dumps([topology, factory, kwargs])
-            if key in done or not (everywhere or topology.startswith("v5e")):
+            if not wanted(key, done) or not (everywhere or topology.startswith("v5e")):
                 continue
             report = analyze(
-                f"experiments.benchmarks.block_sparse_matmul:{factory}",
+                f"{MODULE}:{factory}",
                 topology=topology,
                 kwargs=kwargs,
                 paths=[os.getcwd()],
-                all_kernels=factory == "tpu_dense",
+                all_kernels=factory.startswith("tpu_dense"),
             )
             if not report["ok"]:
                 raise RuntimeError(f"{key} does not compile: {report['error']}")
+            meta = report["meta"]
             cycles = report.get("schedule_total_cycles_dma") or report["total_cycles_dma"]
-            useful = report.get("useful", {})
             done[key] = dict(
-                cycles=cycles,
-                schedule=report.get("schedule_total_cycles") or report["total_cycles"],
-                per_tile=useful.get("cycles_per_128_tile_dma"),
-                density=report["meta"]["density"],
+                cycles=round(cycles),
+                per_tile=cycles * 2 * 128**3 / meta["useful_flops"]
+                if "useful_flops" in meta
+                else None,
+                density=meta["density"],
                 hbm=sum(k["hbm_bytes"] * k["times"] for k in report["kernels"] if k["mosaic"]),
-                compile_s=report["compile_s"],
+                compile_s=round(report["compile_s"], 1),
             )
-            print(key, f"{cycles / 1e3:.0f} k cycles", flush=True)
+            print(key, f"{cycles / 1e3:.0f} k cycles, compiled in {report['compile_s']:.0f} s")
             save()
 
 
 # ---- CPU: wall-clock ------------------------------------------------------------------------------
 
 
-def _ratios(dense, candidates: dict, rounds: int) -> dict:
-    """Median time of each candidate over that of dense, run in turn in one process."""
-    runs = {"dense": dense, **candidates}
-    times = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
-    base = statistics.median(times["dense"])
-    out = {name: statistics.median(t) / base for name, t in times.items() if name != "dense"}
-    return dict(dense_ms=1e3 * base, **out)
+def _ratios(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median time of each candidate over that of `dense`, and the latter in milliseconds."""
+    times = medians(candidates, rounds=rounds, seconds=20)
+    base = times.pop("dense")
+    return dict(dense_ms=1e3 * base, **{name: t / base for name, t in times.items()})
 
 
 def _step(product):
@@ -158,76 +171,109 @@ def _step(product):
     return run
 
 
-def cpu_block_sparse(size: int, block: int, density: float, rows: int, rounds: int) -> dict:
-    """Forward and training step with blocks, next to dense and to the peers that are installed."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    w = BlockSparse.random(keys[0], (size, size), (block, block), density=density)
-    dense = w.to_dense()
-    x, dy = (jax.random.normal(k, (rows, size)) for k in keys[1:])
-    matmul, sparse = jax.jit(jnp.matmul), jax.jit(block_sparse_matmul)
-    forward = {"ours": lambda: sparse(x, w)}
-    if importlib.util.find_spec("scipy") and rows <= 256:
+def _peers(dense: jax.Array, x: jax.Array, block: int | None) -> dict[str, Callable[[], Any]]:
+    """Forward products of other libraries that are installed, in the layout that each prefers."""
+    w_t, x_t = np.ascontiguousarray(dense.T), np.ascontiguousarray(x.T)
+    form, runs = ("BSR" if block else "CSR"), {}
+    if importlib.util.find_spec("scipy") and len(x) <= 256:
         import scipy.sparse
 
-        bsr = scipy.sparse.bsr_matrix(np.asarray(dense).T, blocksize=(block, block))
-        x_t = np.ascontiguousarray(np.asarray(x).T)
-        forward["scipy BSR"] = lambda: bsr @ x_t
-    if rows <= 32:
+        other = scipy.sparse.bsr_matrix(w_t, blocksize=(block, block)) if block else None
+        other = scipy.sparse.csr_matrix(w_t) if other is None else other
+        runs[f"scipy {form}"] = lambda: other @ x_t
+    if len(x) <= 32:  # it makes an array of tokens x nonzeros
         from jax.experimental import sparse as jsparse
 
-        bcsr = jsparse.BCSR.fromdense(dense.T)
-        peer = jax.jit(lambda x, m: m @ x.T)
-        forward["jax BCSR"] = lambda: peer(x, bcsr)
+        bcsr, run = jsparse.BCSR.fromdense(w_t), jax.jit(lambda x, m: m @ x.T)
+        runs["jax BCSR"] = lambda: run(x, bcsr)
     if importlib.util.find_spec("torch"):
         import torch
 
-        t_bsr = torch.from_numpy(np.array(dense).T.copy()).to_sparse_bsr((block, block))
-        t_x = torch.from_numpy(np.array(x).T.copy())
-        forward["torch BSR"] = lambda: t_bsr @ t_x
+        t_w, t_x = torch.from_numpy(w_t), torch.from_numpy(x_t)
+        t_sparse = t_w.to_sparse_bsr((block, block)) if block else t_w.to_sparse_csr()
+        runs[f"torch {form}"] = lambda: t_sparse @ t_x
+    return runs
+
+
+def cpu_block_sparse(block: int, density: float, rows: int, rounds: int) -> dict:
+    """Forward and training step with blocks, next to dense and to the peers that are installed."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = BlockSparse.random(keys[0], (SIZE, SIZE), (block, block), density=density)
+    dense = w.to_dense()
+    x, dy = (jax.random.normal(k, (rows, SIZE)) for k in keys[1:])
+    matmul, sparse = jax.jit(jnp.matmul), jax.jit(block_sparse_matmul)
+    forward = dict(dense=lambda: matmul(x, dense), ours=lambda: sparse(x, w))
     dense_step, sparse_step = _step(jnp.matmul), _step(block_sparse_matmul)
-    step = _ratios(
-        lambda: dense_step(x, dense, dy), {"ours": lambda: sparse_step(x, w, dy)}, rounds
-    )
+    step = dict(dense=lambda: dense_step(x, dense, dy), ours=lambda: sparse_step(x, w, dy))
     return dict(
-        forward=_ratios(lambda: matmul(x, dense), forward, rounds),
-        step=step,
-        density=w.num_blocks * block**2 / size**2,
+        forward=_ratios({**forward, **_peers(dense, x, block)}, rounds),
+        step=_ratios(step, rounds),
+        density=w.num_blocks * block**2 / SIZE**2,
     )
 
 
-def cpu_n_of_m(size: int, n: int, m: int, share: int, rows: int, rounds: int) -> dict:
+def cpu_n_of_m(n: int, m: int, share: int, rows: int, rounds: int) -> dict:
     """Forward with an N:M pattern that `share` outputs have in common."""
     keys = jax.random.split(jax.random.key(0), 2)
-    dense = jax.random.normal(keys[0], (size, size))
+    dense = jax.random.normal(keys[0], (SIZE, SIZE))
     w = NMSparse.from_dense(dense, n, m, share=share)
-    x = jax.random.normal(keys[1], (rows, size))
+    x = jax.random.normal(keys[1], (rows, SIZE))
     matmul, sparse = jax.jit(jnp.matmul), jax.jit(nm_matmul)
-    run = {"ours": lambda: sparse(x, w)}
-    return dict(forward=_ratios(lambda: matmul(x, dense), run, rounds), density=n / m)
+    run = dict(dense=lambda: matmul(x, dense), ours=lambda: sparse(x, w))
+    return dict(forward=_ratios(run, rounds), density=n / m)
 
 
-def measure_cpu(results: dict) -> None:
-    """Replace `results["cpu"]`."""
-    done = results["cpu"] = {}
+def cpu_condensed(density: float, rows: int, rounds: int) -> dict:
+    """Forward with constant fan-in at random places, next to dense and peers."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((SIZE, SIZE)).argsort(0) < round(density * SIZE)
+    dense = jnp.asarray(np.where(mask, rng.normal(size=mask.shape), 0), jnp.float32)
+    w = Condensed.from_mask(dense, mask)
+    x = jax.random.normal(jax.random.key(1), (rows, SIZE))
+    matmul, sparse = jax.jit(jnp.matmul), jax.jit(condensed_matmul)
+    run = dict(dense=lambda: matmul(x, dense), ours=lambda: sparse(x, w))
+    peers = _peers(dense, x, None)
+    return dict(forward=_ratios({**run, **peers}, rounds), density=w.fan_in / SIZE)
+
+
+def _cpu_cases() -> Iterator[tuple[list[Any], Callable[[int], dict]]]:
+    """The key of each case, and what measures it in so many rounds."""
     for rows in (32, 256, 2048):
-        rounds = 5 if rows > 256 else 11
-        for block in (32, 64, 128):
-            for density in (0.5, 0.25, 0.1):
-                if rows > 256 and (block == 32 or density == 0.5):
-                    continue
-                key = json.dumps(["block", 4096, block, density, rows])
-                done[key] = cpu_block_sparse(4096, block, density, rows, rounds)
-                print(key, done[key], flush=True)
-        for n, m, share in ((2, 4, 32), (2, 4, 128), (1, 4, 32), (1, 4, 128)):
-            key = json.dumps(["nm", 4096, f"{n}:{m}", share, rows])
-            done[key] = cpu_n_of_m(4096, n, m, share, rows, rounds)
-            print(key, done[key], flush=True)
-    results["cpu_machine"] = dict(
-        processor=platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)),
-        load=os.getloadavg()[0],
-        jax=importlib.metadata.version("jax"),
-    )
+        for block in (64, 128):
+            for density in (0.25, 0.1):
+                run = functools.partial(cpu_block_sparse, block, density, rows)
+                yield ["block", block, density, rows], run
+    for block, density in ((32, 0.25), (32, 0.1), (32, 0.5), (64, 0.5), (128, 0.5)):
+        run = functools.partial(cpu_block_sparse, block, density, 256)
+        yield ["block", block, density, 256], run
+    shared = [
+        (n, 4, share, rows) for n in (2, 1) for share in (32, 128) for rows in (32, 256, 2048)
+    ]
+    for n, m, share, rows in [*shared, (2, 4, 1, 256)]:
+        run = functools.partial(cpu_n_of_m, n, m, share, rows)
+        yield ["nm", f"{n}:{m}", share, rows], run
+    for density, rows in ((0.1, 256), (0.05, 256), (0.01, 256), (0.1, 32), (0.1, 2048)):
+        yield ["condensed", density, rows], functools.partial(cpu_condensed, density, rows)
+
+
+def measure_cpu(results: dict, wanted: Callable, save: Callable) -> None:
+    """Fill `results["cpu"]` with the cases whose key is wanted; `save` after each of them."""
+    done = results.setdefault("cpu", {})
+    for parts, run in _cpu_cases():
+        key = json.dumps(parts)
+        if not wanted(key, done):
+            continue
+        done[key] = run(5 if parts[-1] > 256 else 11)
+        print(key, done[key], flush=True)
+        results["cpu_machine"] = f"{_processor()}, {machine()}"
+        save()
+
+
+def _processor() -> str:
+    """What the operating system calls the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
 
 
 # ---- tables and plot ------------------------------------------------------------------------------
@@ -235,12 +281,19 @@ def measure_cpu(results: dict) -> None:
 
 def tables(results: dict) -> str:
     """The results as Markdown."""
-    lines = ["# Block-sparse and N:M products: what they cost", ""]
+    lines = ["# Block-sparse, N:M and condensed products: tables", ""]
+    lines += [f"Written by `{MODULE}`.", "", "![speed-up](block_sparse_matmul.png)", ""]
     if "tpu" in results:
         lines += _tpu_tables(results)
     if "cpu" in results:
         lines += _cpu_tables(results)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def _rows(title: str, align: str, rows: list[list[str]]) -> list[str]:
+    """A Markdown table; `align` has a letter for each column, l or r."""
+    rule = " | ".join("---:" if a == "r" else "---" for a in align)
+    return [f"| {title} |", f"| {rule} |", *(f"| {' | '.join(r)} |" for r in rows), ""]
 
 
 def _tpu_tables(results: dict) -> list[str]:
@@ -254,90 +307,92 @@ def _tpu_tables(results: dict) -> list[str]:
         "to trust it). *ratio*: cycles over those of the dense product by XLA; *per tile*: cycles "
         "for each stored 128 x 128 x 128 product. Small operations before the kernel are included.",
         "",
-        "    python -m experiments.benchmarks.block_sparse_matmul --tpu --out docs/kernels",
+        f"    python -m {MODULE} --tpu --out docs/kernels",
         "",
     ]
-    rows = [(*json.loads(key), r) for key, r in results["tpu"].items()]
-    for topology in dict.fromkeys(r[0] for r in rows):
-        here = [r for r in rows if r[0] == topology]
-        dense = {r[2].get("size", 4096): r[3]["cycles"] for r in here if r[1] == "tpu_dense"}
-        lines += [
-            f"### {topology.split(':')[0]}",
-            "",
-            "| product | K | block | pattern | density | k cycles | ratio | speed-up | ideal | "
-            "per tile | compile s |",
-            "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for _, factory, kw, r in here:
-            if factory == "tpu_n_of_m":
+    cases = [(*json.loads(key), r) for key, r in results["tpu"].items()]
+    for topology in dict.fromkeys(case[0] for case in cases):
+        here = [case[1:] for case in cases if case[0] == topology]
+        dense = {kw["size"]: r["cycles"] for name, kw, r in here if name == "tpu_dense"}
+        products, decode = [], []
+        for name, kw, r in sorted(here, key=_order):
+            if name in ("tpu_n_of_m", "tpu_dense_decode"):
+                what = f"{kw['n']}:4" if kw else "dense (XLA)"
+                share = f"{r['hbm'] / (2 * SIZE**2):.3f}" if kw else "1"
+                decode.append([what, share, f"{r['cycles'] / 1e3:.1f}"])
                 continue
-            size = kw.get("size", 4096)
+            size = kw.get("size", SIZE)
             ratio = r["cycles"] / dense[size]
-            what = "dense (XLA)" if factory == "tpu_dense" else kw.get("product", "forward")
-            block = "" if factory == "tpu_dense" else kw.get("block", 128)
-            pattern = "random" if kw.get("balanced") is False else "balanced"
-            lines.append(
-                f"| {what} | {size} | {block} | {pattern if block else ''} | {r['density']:.3f} | "
-                f"{r['cycles'] / 1e3:.0f} | {ratio:.3f} | {1 / ratio:.2f} | {1 / r['density']:.2f} "
-                f"| {r['per_tile']:.1f} | {r['compile_s']:.0f} |"
+            label = ["dense (XLA)", str(size), "", ""]
+            if name == "tpu_block_sparse":
+                pattern = "balanced" if kw.get("balanced", True) else "random"
+                label = [kw.get("product", "forward"), str(size), str(kw["block"]), pattern]
+            figures = [ratio, 1 / ratio, 1 / r["density"]]
+            products.append(
+                [*label, f"{r['density']:.3f}", f"{r['cycles'] / 1e3:.0f}", f"{ratio:.3f}"]
+                + [f"{f:.2f}" for f in figures[1:]]
+                + [f"{r['per_tile']:.1f}", f"{r['compile_s']:.0f}"]
             )
-        lines.append("")
-        decode = [r for r in here if r[1] == "tpu_n_of_m"]
+        title = "product | K | block | pattern | density | k cycles | ratio | speed-up | ideal"
+        lines += [f"### {topology.split(':')[0]}", ""]
+        lines += _rows(f"{title} | per tile | compile s", "lrrlrrrrrrr", products)
         if decode:
-            lines += [
-                f"Decoding on {topology.split(':')[0]}, 16 rows of x, 4096 x 4096 (reading the "
-                "dense weights takes 33.6 MB):",
-                "",
-                "| pattern | HBM bytes over dense | k cycles |",
-                "| --- | ---: | ---: |",
-            ]
-            for _, _, kw, r in decode:
-                share = r["hbm"] / (2 * 4096**2)
-                lines.append(
-                    f"| {kw['n']}:{kw.get('m', 4)} | {share:.3f} | {r['cycles'] / 1e3:.1f} |"
-                )
-            lines.append("")
+            lines += [f"Decoding, 16 rows of x, w `[{SIZE}, {SIZE}]`:", ""]
+            lines += _rows("w | HBM bytes over those of dense w | k cycles", "lrr", decode)
     return lines
 
 
+def _order(case) -> tuple:
+    """Dense first, then by product, size, pattern, block and sparsity."""
+    name, kw, _ = case
+    product = ["forward", "input gradient", "weight gradient"].index(kw.get("product", "forward"))
+    where = (kw.get("size", SIZE), not kw.get("balanced", True), kw.get("block", 0))
+    return (name == "tpu_block_sparse", product, *where, kw.get("sparsity", 0), -kw.get("n", 9))
+
+
 def _cpu_tables(results: dict) -> list[str]:
-    machine = results["cpu_machine"]
-    lines = [
+    cases = [(*json.loads(key), r) for key, r in results["cpu"].items()]
+    peers = lambda r: ", ".join(
+        f"{name} {t:.2f}" for name, t in r["forward"].items() if name not in ("ours", "dense_ms")
+    )
+    ours = lambda r: [f"{r['forward']['dense_ms']:.1f}", f"{r['forward']['ours']:.2f}"]
+    number = lambda r: f"{r['density']:.3f}"
+    blocks = [
+        [str(block), number(r), str(rows), *ours(r), f"{r['step']['ours']:.2f}", peers(r)]
+        for kind, block, *_, rows, r in cases
+        if kind == "block"
+    ]
+    n_of_m = [
+        [pattern, str(share), str(rows), *ours(r)]
+        for kind, pattern, share, rows, r in (c for c in cases if c[0] == "nm")
+    ]
+    condensed = [
+        [number(r), str(rows), *ours(r), peers(r)]
+        for kind, _, rows, r in (c for c in cases if c[0] == "condensed")
+    ]
+    return [
         "## CPU, wall-clock",
         "",
-        f"Ratio of times to the dense XLA product in the same process (below 1: faster), medians "
-        f"of interleaved repeats, float32, 4096 x 4096, row-major x; {machine['cores']} cores "
-        f"({machine['processor']}), jax {machine['jax']}. The machine was shared (load average "
-        f"{machine['load']:.1f} at the end): take the ratios as rough.",
+        f"Time over that of the dense XLA product in the same process (below 1: faster), medians "
+        f"of interleaved repeats; float32, w `[{SIZE}, {SIZE}]`, row-major x; "
+        f"{results['cpu_machine']}. *step*: the product and both gradients. Other libraries get "
+        "x transposed beforehand, as they like it.",
         "",
-        "    python -m experiments.benchmarks.block_sparse_matmul --cpu --out docs/kernels",
+        f"    python -m {MODULE} --cpu --out docs/kernels",
         "",
-        "| block | density | rows | dense ms | forward | training step | peers, forward |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        *_rows(
+            "block | density | rows of x | dense ms | forward | step | others, forward",
+            "rrrrrrl",
+            blocks,
+        ),
+        "N:M with one pattern for a number of neighbouring outputs (1: element by element, which "
+        "runs dense):",
+        "",
+        *_rows("pattern | outputs | rows of x | dense ms | forward", "lrrrr", n_of_m),
+        "Condensed (constant fan-in, random places):",
+        "",
+        *_rows("density | rows of x | dense ms | forward | others", "rrrrl", condensed),
     ]
-    for key, r in results["cpu"].items():
-        kind, _, block, _, rows = json.loads(key)
-        if kind != "block":
-            continue
-        peers = {p: t for p, t in r["forward"].items() if p not in ("ours", "dense_ms")}
-        lines.append(
-            f"| {block} | {r['density']:.3f} | {rows} | {r['forward']['dense_ms']:.1f} | "
-            f"{r['forward']['ours']:.2f} | {r['step']['ours']:.2f} | "
-            + ", ".join(f"{p} {t:.2f}" for p, t in peers.items())
-            + " |"
-        )
-    lines += [
-        "",
-        "N:M with a pattern that neighbouring outputs share; the element-wise form runs dense:",
-        "",
-        "| pattern | outputs that share it | rows | forward |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for key, r in results["cpu"].items():
-        kind, _, pattern, share, rows = json.loads(key)
-        if kind == "nm":
-            lines.append(f"| {pattern} | {share} | {rows} | {r['forward']['ours']:.2f} |")
-    return [*lines, ""]
 
 
 def plot(results: dict, path: Path) -> None:
@@ -351,57 +406,63 @@ def plot(results: dict, path: Path) -> None:
     series: dict = {}
     for key, r in results.get("tpu", {}).items():
         topology, factory, kw = json.loads(key)
-        if factory == "tpu_block_sparse" and kw.get("product", "forward") == "forward":
-            size = kw.get("size", 4096)
-            dense = results["tpu"][json.dumps([topology, "tpu_dense", {"size": size}])]["cycles"]
-            name = f"{topology.split(':')[0]}, blocks of {kw['block']}"
-            name += ", random" if kw.get("balanced") is False else ""
-            if size == 4096:
-                series.setdefault((0, name), []).append((r["density"], dense / r["cycles"]))
+        forward = factory == "tpu_block_sparse" and kw.get("product", "forward") == "forward"
+        if not (forward and topology.startswith("v5e") and kw.get("size", SIZE) == SIZE):
+            continue
+        dense = results["tpu"][json.dumps([topology, "tpu_dense", {"size": SIZE}])]["cycles"]
+        name = f"blocks of {kw['block']}, " + ("balanced" if kw.get("balanced", True) else "random")
+        series.setdefault((0, name), []).append((r["density"], dense / r["cycles"]))
     for key, r in results.get("cpu", {}).items():
-        kind, _, block, _, rows = json.loads(key)
-        if kind == "block" and rows == 256:
-            point = (r["density"], 1 / r["forward"]["ours"])
-            series.setdefault((1, f"forward, blocks of {block}"), []).append(point)
-            point = (r["density"], 1 / r["step"]["ours"])
-            series.setdefault((1, f"step, blocks of {block}"), []).append(point)
+        kind, block, *_, rows = json.loads(key)
+        if rows != 256 or kind == "nm":
+            continue
+        if kind == "condensed":
+            series.setdefault((1, "forward, condensed"), []).append(
+                (r["density"], 1 / r["forward"]["ours"])
+            )
+            continue
+        for what in ("forward", "step"):
+            series.setdefault((1, f"{what}, blocks of {block}"), []).append(
+                (r["density"], 1 / r[what]["ours"])
+            )
     for (side, name), points in series.items():
-        points.sort()
         style = "--" if "random" in name or "step" in name else "-"
-        axes[side].plot(*zip(*points), style, marker="o", markersize=3, label=name)
-    ideal = np.linspace(0.09, 1, 100)
-    for ax, title in zip(axes, ("TPU, schedule, x [8192, 4096]", "CPU, wall-clock, 256 rows")):
+        axes[side].plot(*zip(*sorted(points)), style, marker="o", markersize=3, label=name)
+    ideal = np.linspace(0.01, 1, 100)
+    titles = (f"TPU v5e, schedule, x [{TOKENS}, {SIZE}]", "CPU, wall-clock, 256 rows")
+    for ax, title in zip(axes, titles):
         ax.plot(ideal, 1 / ideal, "k:", label="ideal: 1 / density")
-        ax.set(title=title, xlabel="density", xscale="log", yscale="log")
-        ticks = [0.1, 0.25, 0.5, 1]
+        ax.set(title=title, xlabel="density", xscale="log", yscale="log", ylim=(0.8, 20))
+        ticks = [0.01, 0.05, 0.1, 0.25, 0.5, 1] if ax is axes[1] else [0.1, 0.25, 0.5, 1]
+        ax.set_xlim(0.9 * ticks[0], 1.1)
         ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        ax.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        ax.minorticks_off()
         ax.legend(fontsize=6)
     axes[0].set_ylabel("speed-up over dense")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What block-sparse and N:M products cost")
+    parser = argparse.ArgumentParser(description="What sparse products cost next to dense")
     parser.add_argument("--tpu", action="store_true", help="schedule figures (needs libtpu)")
     parser.add_argument("--cpu", action="store_true", help="wall-clock on this machine")
-    parser.add_argument("--tables", action="store_true", help="only tables and plot, from the file")
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+    parser.add_argument("--only", default="", help="only cases whose key contains this text")
+    parser.add_argument("--again", action="store_true", help="also cases that are in the file")
     parser.add_argument("--out", type=Path, default=Path("docs/kernels"))
     args = parser.parse_args()
     file = args.out / "block_sparse_matmul.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     save = lambda: file.write_text(json.dumps(results, indent=1) + "\n")
+    wanted = lambda key, done: args.only in key and (args.again or key not in done)
     if args.tpu:
-        measure_tpu(results, args.topologies, save)
+        measure_tpu(results, args.topologies, wanted, save)
     if args.cpu:
-        measure_cpu(results)
-        save()
-    (args.out / "block_sparse_matmul.md").write_text(
-        tables(results) + "\n![speed-up over density](block_sparse_matmul.svg)\n"
-    )
-    plot(results, args.out / "block_sparse_matmul.svg")
+        measure_cpu(results, wanted, save)
+    (args.out / "block_sparse_matmul_tables.md").write_text(tables(results))
+    plot(results, args.out / "block_sparse_matmul.png")
 
 
 if __name__ == "__main__":

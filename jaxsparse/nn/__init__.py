@@ -3,9 +3,15 @@
 from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
-from jaxsparse.nn.condensed import Condensed, condense, condensed_matmul
+from jaxsparse.nn.condensed import CondensedLinear, condense
 from jaxsparse.nn.nm_linear import NMLinear
-from jaxsparse.nn.sparse_ift import SparseDoped, SparseFactorized, SparseParallel, SparseWide
+from jaxsparse.nn.sparse_ift import (
+    SparseDoped,
+    SparseFactorized,
+    SparseParallel,
+    SparseWide,
+    folded_decay,
+)
 from jaxsparse.nn.two_view import (
     Backward,
     SLoPeLinear,
@@ -22,11 +28,11 @@ __all__ = [
     "top_blocks",
     "BlockSparseLinear",
     "Compacted",
-    "Condensed",
+    "CondensedLinear",
     "NMLinear",
     "compact",
     "condense",
-    "condensed_matmul",
+    "folded_decay",
     "Backward",
     "SLoPeLinear",
     "SparseDoped",

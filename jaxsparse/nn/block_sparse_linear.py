@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsparse.nn._linear import Pattern, split_linear
+from jaxsparse.nn._linear import Pattern, SparseLinear, split_linear
 from pallas_kernels import BlockSparse, block_sparse_matmul
 
 
-class BlockSparseLinear(nnx.Module):
+class BlockSparseLinear(SparseLinear):
     r"""$y = x W + b$ with W `[in, out]` block-sparse: time and memory follow the stored blocks.
 
     The blocks are parameters, their places are not: an optimizer trains the blocks where they are.
@@ -26,6 +26,7 @@ class BlockSparseLinear(nnx.Module):
       use_bias: add a bias.
       dtype: of the computation; default: that of x and the parameters, promoted.
       param_dtype: of the parameters.
+      precision: of the product, as in `jax.lax.dot_general`.
       implementation: see `pallas_kernels.block_sparse_matmul`.
       rngs: key for places and values (`params`).
 
@@ -33,6 +34,8 @@ class BlockSparseLinear(nnx.Module):
     >>> layer(jnp.ones((3, 64))).shape, layer.values[...].shape
     ((3, 32), (4, 16, 16))
     """
+
+    product = staticmethod(block_sparse_matmul)
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class BlockSparseLinear(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: Any = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -56,14 +60,12 @@ class BlockSparseLinear(nnx.Module):
             pad=True,
         )
         bias = jnp.zeros(out_features, param_dtype) if use_bias else None
-        self._set(w, bias, dtype, implementation)
+        self._set(w)
+        self._set_rest(bias, dtype, precision, implementation)
 
-    def _set(self, w: BlockSparse, bias, dtype, implementation) -> None:
+    def _set(self, w: BlockSparse) -> None:
         self.shape, self.block_shape = w.shape, w.block_shape
-        self.dtype, self.implementation = dtype, implementation
-        self.values = nnx.Param(w.values)
-        self.pattern = Pattern(w.pattern)
-        self.bias = None if bias is None else nnx.Param(bias)
+        self.values, self.pattern = nnx.Param(w.values), Pattern(w.pattern)
 
     @classmethod
     def from_dense(
@@ -91,10 +93,10 @@ class BlockSparseLinear(nnx.Module):
         >>> layer.values[...].shape
         (2, 2, 2)
         """
-        kernel, mask, bias, dtype = split_linear(linear, mask)
+        kernel, mask, rest = split_linear(linear, mask)
         layer = cls(*kernel.shape, block_shape=block_shape, density=0.0, rngs=nnx.Rngs(0))
-        w = BlockSparse.from_mask(kernel, mask, block_shape, pad=True)
-        layer._set(w, bias, dtype, implementation)
+        layer._set(BlockSparse.from_mask(kernel, mask, block_shape, pad=True))
+        layer._set_rest(*rest, implementation)
         return layer
 
     @property
@@ -110,11 +112,3 @@ class BlockSparseLinear(nnx.Module):
                 f"they must stay {self.shape}, {self.block_shape}"
             )
         self.values[...], self.pattern[...] = w.values, w.pattern
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` to `[..., out]`."""
-        w, bias = self.weight, None if self.bias is None else self.bias[...]
-        if self.dtype is not None:
-            x, w = jnp.asarray(x, self.dtype), w.astype(self.dtype)
-        y = block_sparse_matmul(x, w, implementation=self.implementation)
-        return y if bias is None else y + bias.astype(y.dtype)

@@ -1,81 +1,107 @@
-"""Condensed layers: a kernel with constant fan-in as a small dense matrix of values and one of rows."""
+"""`CondensedLinear`: a linear layer that stores a few weights of each output, wherever they are."""
 
-from __future__ import annotations
-
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from flax import nnx
+
+from jaxsparse.nn._linear import Pattern, SparseLinear, split_linear
+from pallas_kernels import Condensed, condensed_matmul
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Condensed:
-    """A kernel `[in, out]` of which every active output has the same number k of inputs.
+class CondensedLinear(SparseLinear):
+    r"""$y = x W + b$ with W `[in, out]` unstructured or of constant fan-in, stored per output.
 
-    Attributes:
-      values: `[active, k]`, the weights.
-      indices: int32 `[active, k]`, the input of each, ascending.
-      outputs: int32 `[active]`, the outputs that are not switched off.
-      shape: `(in, out)`.
+    Made from a trained layer, by `from_dense` or `jaxsparse.compact`: outputs that are switched off
+    store nothing, the others as many weights as the fullest of them. On CPU the forward product is
+    faster than dense from about 85 % sparsity; gradients cost what dense ones do.
+
+    Args:
+      weight: W.
+      bias: `[out]` or None.
+      dtype: of the computation; default: that of x and the parameters, promoted.
+      precision: of dense products, as in `jax.lax.dot_general`.
+      implementation: see `pallas_kernels.condensed_matmul`.
+
+    >>> w = Condensed.from_dense(jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
+    >>> CondensedLinear(w)(jnp.ones((1, 3)))
+    Array([[4., 2.]], dtype=float32)
     """
 
-    values: Array
-    indices: Array
-    outputs: Array
-    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    product = staticmethod(condensed_matmul)
 
-    def todense(self) -> Array:
-        """The kernel `[in, out]`."""
-        dense = jnp.zeros(self.shape, self.values.dtype)
-        return dense.at[self.indices, self.outputs[:, None]].set(self.values)
+    def __init__(
+        self,
+        weight: Condensed,
+        bias: jax.Array | None = None,
+        *,
+        dtype: Any = None,
+        precision: Any = None,
+        implementation: str | None = None,
+    ):
+        self.shape, self.values = weight.shape, nnx.Param(weight.values)
+        self.rows, self.outputs = Pattern(weight.rows), Pattern(weight.outputs)
+        self._set_rest(bias, dtype, precision, implementation)
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nnx.Linear,
+        mask: jax.Array | None = None,
+        *,
+        implementation: str | None = None,
+    ) -> "CondensedLinear":
+        """The layer that computes what `linear` does with its kernel masked.
+
+        Args:
+          linear: the dense layer.
+          mask: bool `[in, out]`, what to keep; default: what is not zero.
+          implementation: see `pallas_kernels.condensed_matmul`.
+
+        Raises:
+          ValueError: if linear is not an `nnx.Linear` or the mask has another shape.
+
+        >>> dense = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        >>> CondensedLinear.from_dense(dense, jnp.eye(4) > 0).values[...].shape
+        (4, 1)
+        """
+        kernel, mask, (bias, dtype, precision) = split_linear(linear, mask)
+        w = Condensed.from_mask(kernel, mask)
+        return cls(w, bias, dtype=dtype, precision=precision, implementation=implementation)
+
+    @property
+    def weight(self) -> Condensed:
+        """W as `Condensed`."""
+        return Condensed(self.values[...], self.rows[...], self.outputs[...], self.shape)
 
 
-def condense(kernel: Array, mask: Any = None) -> Condensed:
-    """The condensed form of a kernel `[..., in, out]` as SRigL leaves it; leading axes of a
-    convolution are merged with its inputs. (Lasby et al., Dynamic sparse training with structured
-    sparsity, 2024.)
+def condense(kernel: jax.Array, mask: Any = None) -> Condensed:
+    """A kernel `[..., in, out]` as SRigL leaves it, condensed; leading axes of a convolution are
+    merged with its inputs. (Lasby et al., Dynamic sparse training with structured sparsity, 2024.)
 
     Args:
       kernel: concrete weights.
       mask: its mask; where the weights are not 0 if None.
 
-    >>> c = condense(jnp.array([[1.0, 0.0, 3.0], [0.0, 0.0, 4.0], [2.0, 0.0, 0.0]]))
-    >>> c.values.tolist(), c.indices.tolist(), c.outputs.tolist()
-    ([[1.0, 2.0], [3.0, 4.0]], [[0, 2], [0, 1]], [0, 2])
+    Returns:
+      For `pallas_kernels.condensed_matmul`; outputs that are switched off are left out.
 
     Raises:
       ValueError: outputs with different numbers of inputs.
+
+    >>> w = condense(jnp.array([[1.0, 0.0, 3.0], [0.0, 0.0, 4.0], [2.0, 0.0, 0.0]]))
+    >>> w.values.tolist(), w.rows.tolist(), w.outputs.tolist()
+    ([[1.0, 2.0], [3.0, 4.0]], [[0, 2], [0, 1]], [0, 2])
     """
-    w = np.asarray(kernel).reshape(-1, kernel.shape[-1])
-    m = np.asarray(mask).reshape(w.shape) if mask is not None else w != 0
-    counts = m.sum(axis=0)
-    outputs = np.flatnonzero(counts)
-    if outputs.size and counts[outputs].min() != counts.max():
+    matrix = jnp.reshape(kernel, (-1, kernel.shape[-1]))
+    kept = np.asarray(kernel if mask is None else mask).reshape(matrix.shape) != 0
+    counts = kept.sum(0)
+    least, most = counts[counts > 0].min(initial=kept.shape[0]), counts.max(initial=0)
+    if least < most:
         raise ValueError(
-            f"kernel: active outputs have from {counts[outputs].min()} to {counts.max()} inputs; "
+            f"kernel: active outputs have from {least} to {most} inputs; "
             "give one with constant fan-in, as srigl or structure=FanIn() make it"
         )
-    indices = (
-        np.stack([np.flatnonzero(m[:, o]) for o in outputs]) if outputs.size else np.zeros((0, 0))
-    )
-    indices = indices.astype(np.int32)
-    values = w[indices, outputs[:, None]]
-    return Condensed(
-        jnp.asarray(values), jnp.asarray(indices), jnp.asarray(outputs, jnp.int32), w.shape
-    )
-
-
-def condensed_matmul(x: Array, kernel: Condensed) -> Array:
-    """`x @ kernel` for x `[..., in]`: gathers the k inputs of every active output; the others are 0.
-
-    >>> w = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-    >>> condensed_matmul(jnp.array([[3.0, 4.0]]), condense(w)).tolist()
-    [[3.0, 8.0]]
-    """
-    y = jnp.einsum("...ok,ok->...o", jnp.take(x, kernel.indices, axis=-1), kernel.values)
-    out = jnp.zeros((*x.shape[:-1], kernel.shape[1]), y.dtype)
-    return out.at[..., kernel.outputs].set(y)
+    return Condensed.from_mask(matrix, kept)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsparse.nn._linear import Pattern, split_linear
+from jaxsparse.nn._linear import Pattern, SparseLinear, split_linear
 from pallas_kernels import NMSparse, nm_matmul
 
 
-class NMLinear(nnx.Module):
+class NMLinear(SparseLinear):
     r"""$y = x W + b$ with at most N nonzeros in every M consecutive rows of W `[in, out]`.
 
     The stored values are parameters, their places are not. What is gained, and where, is said in
@@ -26,6 +26,7 @@ class NMLinear(nnx.Module):
       use_bias: add a bias.
       dtype: of the computation; default: that of x and the parameters, promoted.
       param_dtype: of the parameters.
+      precision: of the product, as in `jax.lax.dot_general`.
       implementation: see `pallas_kernels.nm_matmul`.
       rngs: key for the weights (`params`), of which the largest are kept.
 
@@ -33,6 +34,8 @@ class NMLinear(nnx.Module):
     >>> layer(jnp.ones((3, 64))).shape, layer.values[...].shape
     ((3, 32), (2, 16, 32))
     """
+
+    product = staticmethod(nm_matmul)
 
     def __init__(
         self,
@@ -45,20 +48,19 @@ class NMLinear(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: Any = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         scale = (m / (n * in_features)) ** 0.5
         dense = scale * jax.random.normal(rngs.params(), (in_features, out_features), param_dtype)
         bias = jnp.zeros(out_features, param_dtype) if use_bias else None
-        self._set(NMSparse.from_dense(dense, n, m, share=share), bias, dtype, implementation)
+        self._set(NMSparse.from_dense(dense, n, m, share=share))
+        self._set_rest(bias, dtype, precision, implementation)
 
-    def _set(self, w: NMSparse, bias, dtype, implementation) -> None:
+    def _set(self, w: NMSparse) -> None:
         self.shape, self.n, self.m, self.share = w.shape, w.n, w.m, w.share
-        self.dtype, self.implementation = dtype, implementation
-        self.values = nnx.Param(w.values)
-        self.codes = Pattern(w.codes)
-        self.bias = None if bias is None else nnx.Param(bias)
+        self.values, self.codes = nnx.Param(w.values), Pattern(w.codes)
 
     @classmethod
     def from_dense(
@@ -84,21 +86,13 @@ class NMLinear(nnx.Module):
         Raises:
           ValueError: if the mask keeps more than N of a group, or for other shapes or types.
         """
-        kernel, mask, bias, dtype = split_linear(linear, mask)
+        kernel, mask, rest = split_linear(linear, mask)
         layer = cls(m, share, n=n, m=m, share=share, rngs=nnx.Rngs(0))  # filled below
-        w = NMSparse.from_mask(kernel, mask, n, m, share=share)
-        layer._set(w, bias, dtype, implementation)
+        layer._set(NMSparse.from_mask(kernel, mask, n, m, share=share))
+        layer._set_rest(*rest, implementation)
         return layer
 
     @property
     def weight(self) -> NMSparse:
         """W as `NMSparse`."""
         return NMSparse(self.values[...], self.codes[...], self.shape, self.n, self.m, self.share)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` to `[..., out]`."""
-        w, bias = self.weight, None if self.bias is None else self.bias[...]
-        if self.dtype is not None:
-            x, w = jnp.asarray(x, self.dtype), w.astype(self.dtype)
-        y = nm_matmul(x, w, implementation=self.implementation)
-        return y if bias is None else y + bias.astype(y.dtype)

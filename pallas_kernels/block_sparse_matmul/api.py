@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._dispatch import check_operands, choose
+from pallas_kernels._dispatch import check_operands, choose, vary_alike
 from pallas_kernels.block_sparse_matmul import reference, tpu, xla
 from pallas_kernels.formats.block_sparse import Array, BlockSparse
 
@@ -82,7 +82,8 @@ def block_sparse_matmul(
     static = _Static(name, w.shape, w.block_shape, precision, out_dtype, interpret)
     if w.num_blocks == 0 or x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
-    y = _product(static, jnp.reshape(x, (-1, w.shape[0])), w.values, w.pattern)
+    rows = jnp.reshape(x, (-1, w.shape[0]))
+    y = _product(static, *vary_alike(rows, w.values, w.pattern))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 

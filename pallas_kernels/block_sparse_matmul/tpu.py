@@ -22,6 +22,7 @@ sums of as many blocks as fit; with more blocks the tokens are read again for ea
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,9 @@ _ROWS = 64  # rows of a slice: the running sum [64, 128] float32 takes 8 registe
 _PANEL = 1024  # rows of x that stay in VMEM, if they fit
 _TOKENS = 512  # the same in the weight gradient
 _FLUSH = 512  # columns of y that leave together
+_CHUNK = 64  # 128 x 128 tiles that are fetched together
+_TILES = 32  # tiles whose code is unrolled, in at most so many blocks (the time to compile grows
+_PART = 16  # with their square)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +82,101 @@ def why_not(x: Array, w: BlockSparse, interpret: bool) -> str | None:
     return None
 
 
-def _split_rows(rows: int, most: int, sublanes: int, parts: int) -> int:
-    """Rows of a panel: at most `most`, and small enough to give every part (core) one."""
-    fair = -(-rows // parts)
-    return min(most, -(-fair // sublanes) * sublanes)
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """How the rows of x (and dy) are cut into panels; the last one may be short."""
+
+    panel: int
+    tiles: int
+    last: int
+
+    @classmethod
+    def cut(cls, rows: int, most: int, sublanes: int, parts: int = 1) -> "_Rows":
+        """Panels of at most `most` rows, small enough to give every part (core) one."""
+        most = 1 << int(math.log2(max(most, sublanes)))
+        panel = min(most, _round_up(-(-rows // parts), sublanes))
+        tiles = -(-rows // panel)
+        return cls(panel, tiles, rows - (tiles - 1) * panel)
+
+    def at(self, tile: Array, body: Callable[[Any, int], None]) -> None:
+        """In a kernel: body(the rows of a panel in HBM, how many they are)."""
+        start = pl.multiple_of(tile * self.panel, self.panel)
+        if self.last == self.panel:
+            body(pl.ds(start, self.panel), self.panel)
+            return
+
+        @pl.when(tile < self.tiles - 1)
+        def _():
+            body(pl.ds(start, self.panel), self.panel)
+
+        @pl.when(tile == self.tiles - 1)
+        def _():
+            body(pl.ds((self.tiles - 1) * self.panel, self.last), self.last)
 
 
-def _pad_rows(x: Array, multiple: int) -> Array:
-    return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
-def _pad_cols(x: Array, cols: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, cols - x.shape[1])))
+def _chunks(blocks: int, most: int) -> tuple[int, int]:
+    """Blocks at a time, `most` or fewer, and how often: of equal length, to waste little."""
+    chunks = -(-blocks // max(1, most))
+    return -(-blocks // chunks), chunks
+
+
+def _pad(x: Array, sublanes: int, cols: int) -> Array:
+    """Rows to a multiple of `sublanes`, columns to `cols`."""
+    return jnp.pad(x, ((0, -x.shape[0] % sublanes), (0, cols - x.shape[1])))
+
+
+def _tiles_of(block: tuple[int, int]) -> int:
+    """128 x 128 tiles of a block."""
+    return block[0] // LANES * (block[1] // LANES)
+
+
+def _result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """What a kernel returns; inside `shard_map` it varies over the axes over which `like` does."""
+    varying = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
 
 def _compiler_params(dimensions: tuple[Any, ...], vmem: int) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=dimensions,
         disable_bounds_checks=True,  # indices are clipped before; the checks cost 5 %
-        vmem_limit_bytes=vmem,
+        vmem_limit_bytes=vmem + (8 << 20),
     )
 
 
 # ---- x w and dy w^T -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """Everything static about one product, shared by the call and the kernel."""
+
+    rows: _Rows
+    cores: int
+    block: tuple[int, int]  # as the product sees it: rows of x's side first
+    group: int  # blocks of a chunk
+    part: int  # of which so many are unrolled
+    chunks: int
+    slice_rows: int  # rows that are multiplied at a time
+    columns: int  # block columns of y
+    per: int  # of which so many leave together
+    transposed: bool
+    precision: lax.PrecisionLike
+    vmem: int
+
+    @property
+    def each(self) -> int:
+        """Panels of a core."""
+        return -(-self.rows.tiles // self.cores)
+
+    @property
+    def groups(self) -> int:
+        """Groups of columns that leave together."""
+        return self.columns // self.per
 
 
 def matmul(
@@ -117,92 +193,86 @@ def matmul(
     if transposed:
         (gk, gj), (bk, bn), width = (gj, gk), (bn, bk), w.shape[0]
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    tokens = x.shape[0]
-    sublanes = 32 // min(x.dtype.itemsize, out_dtype.itemsize)
-    x = _pad_cols(_pad_rows(x, sublanes), gk * bk)
+    tokens, size = x.shape[0], x.dtype.itemsize
+    sublanes = 32 // min(size, out_dtype.itemsize)
+    x = _pad(x, sublanes, gk * bk)
 
-    # How much at a time. A chunk is as long as the compiler's patience allows: its code is
-    # unrolled over the blocks of the chunk and the rows of the panel.
-    this = chip()
-    size = x.dtype.itemsize
-    slow = 1 if size == 2 else 4
-    area = -(-bk // LANES) * -(-bn // LANES)
-    group = max(1, min(16, 32 // area, w.num_blocks) // slow)
+    # How much at a time. The code is unrolled over the blocks of a part and the rows of a panel,
+    # as long as the compiler's patience allows.
+    this, slow, area = chip(), 1 if size == 2 else 4, _tiles_of((bk, bn))
+    group, chunks = _chunks(w.num_blocks, _CHUNK // area // slow)
+    part, parts = _chunks(group, min(_PART, _TILES // area) // slow)
+    group = part * parts
     per_row = 2 * gk * bk * size + (gj + 1) * bn * out_dtype.itemsize + bn * 4
     fixed = 2 * group * bk * bn * size + (4 << 20)
-    most = (this.budget - fixed) // per_row
-    most = min(most, _PANEL, (1 << 15) // (group * area * slow))
-    most = 1 << int(math.log2(max(most, sublanes)))
-    panel = _split_rows(x.shape[0], most, sublanes, this.cores)
-    tiles = -(-x.shape[0] // panel)
-    last_rows = x.shape[0] - (tiles - 1) * panel
-    slice_rows = min(panel, _ROWS if bn <= 2 * LANES else 2 * _ROWS)
-
-    # Columns of y leave in groups.
-    per = next(p for p in range(max(1, _FLUSH // bn), 0, -1) if gj % p == 0)
-    groups = gj // per
-    chunks = -(-w.num_blocks // group)
-    # One array of scalars, made by one operation: each one before the kernel costs more than a
-    # thousand cycles. Unused blocks (last in both orders), and what fills up the last chunk, add
-    # to a column beyond those of y.
-    of_k, of_j = (1, 0) if transposed else (0, 1)
-    spare = chunks * group + 1 - w.num_blocks
-    plan = jnp.pad(decode_pattern(w.pattern), ((0, 0), (0, spare)), constant_values=-1)
-    kind, at = (lax.broadcasted_iota(jnp.int32, plan.shape, a) for a in (0, 1))
-    inside = (plan >= 0) & (plan < jnp.where(kind == of_j, gj, gk)) & (at < w.num_blocks)
-    plan = jnp.where(kind == 2, jnp.where(plan < 0, at, plan), plan)
-    plan = jnp.where((kind == 2) | inside, plan, jnp.where(kind == of_j, gj, 0))
-    kernel = functools.partial(
-        _matmul_kernel,
+    most = min((this.budget - fixed) // per_row, _PANEL, _PANEL * _TILES // (part * area * slow))
+    rows = _Rows.cut(x.shape[0], most, sublanes, this.cores)
+    p = _Product(
+        rows=rows,
+        cores=this.cores,
         block=(bk, bn),
         group=group,
+        part=part,
         chunks=chunks,
-        panel=panel,
-        slice_rows=slice_rows,
-        tiles=tiles,
-        cores=this.cores,
-        last_rows=last_rows,
+        slice_rows=min(rows.panel, _ROWS if bn <= 2 * LANES else 2 * _ROWS),
         columns=gj,
-        per=per,
+        per=next(p for p in range(max(1, _FLUSH // bn), 0, -1) if gj % p == 0),
         transposed=transposed,
         precision=precision,
+        vmem=rows.panel * per_row + fixed,
     )
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    vmem = panel * per_row + fixed
-    flops = 2 * x.shape[0] * w.num_blocks * bk * bn
-    traffic = x.size * size + tiles * w.values.size * size
     y = pl.pallas_call(
-        kernel,
+        functools.partial(_matmul_kernel, p),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(this.cores, -(-tiles // this.cores), chunks),
+            grid=(p.cores, p.each, p.chunks),
             in_specs=[hbm, hbm],
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((2, panel, gk * bk), x.dtype),
+                pltpu.VMEM((2, rows.panel, gk * bk), x.dtype),
                 pltpu.VMEM((2, group, *w.block_shape), x.dtype),
-                pltpu.VMEM((panel, (gj + 1) * bn), out_dtype),
-                pltpu.VMEM((panel, bn), jnp.float32),
+                pltpu.VMEM((rows.panel, (gj + 1) * bn), out_dtype),
+                pltpu.VMEM((rows.panel, bn), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA((groups,)),
+                pltpu.SemaphoreType.DMA((p.groups,)),
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], gj * bn), out_dtype),
+        out_shape=_result((x.shape[0], gj * bn), out_dtype, x),
         name="block_sparse_matmul_t" if transposed else "block_sparse_matmul",
         cost_estimate=pl.CostEstimate(
-            flops=flops,
+            flops=2 * x.shape[0] * w.values.size,
             transcendentals=0,
-            bytes_accessed=traffic + x.shape[0] * gj * bn * out_dtype.itemsize,
+            bytes_accessed=(x.size + rows.tiles * w.values.size) * size
+            + x.shape[0] * gj * bn * out_dtype.itemsize,
         ),
-        compiler_params=_compiler_params(("parallel", "arbitrary", "arbitrary"), vmem + (8 << 20)),
+        compiler_params=_compiler_params(("parallel", "arbitrary", "arbitrary"), p.vmem),
         interpret=interpret,
-    )(plan, x, w.values)
+    )(_scalars(w, p, gk), x, w.values)
     return y[:tokens, :width]
 
 
+def _scalars(w: BlockSparse, p: _Product, rows_of_blocks: int) -> Array:
+    """int32 `[3, chunks * group + 1]`: block rows, block columns, order, for the scalar memory.
+
+    One array, made by one operation: each one before the kernel costs more than a thousand cycles.
+    Unused blocks (last in both orders), and what fills up the last chunk, add to a column beyond
+    those of y.
+    """
+    of_j = 0 if p.transposed else 1
+    spare = p.chunks * p.group + 1 - w.num_blocks
+    plan = jnp.pad(decode_pattern(w.pattern), ((0, 0), (0, spare)), constant_values=-1)
+    kind, at = (lax.broadcasted_iota(jnp.int32, plan.shape, a) for a in (0, 1))
+    end = jnp.where(kind == of_j, p.columns, rows_of_blocks)
+    inside = (plan >= 0) & (plan < end) & (at < w.num_blocks)
+    plan = jnp.where(kind == 2, jnp.where(plan < 0, at, plan), plan)
+    return jnp.where((kind == 2) | inside, plan, jnp.where(kind == of_j, p.columns, 0))
+
+
 def _matmul_kernel(
+    p: _Product,
     plan_ref,
     x_hbm,
     w_hbm,
@@ -215,88 +285,57 @@ def _matmul_kernel(
     w_sem,
     y_sem,
     w_slot_ref,
-    *,
-    block,
-    group,
-    chunks,
-    panel,
-    slice_rows,
-    tiles,
-    cores,
-    last_rows,
-    columns,
-    per,
-    transposed,
-    precision,
 ):
     """Grid: cores x row panels of a core x chunks of blocks."""
     core, i, c = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    bk, bn = block
-    each = -(-tiles // cores)
-    mine = jnp.minimum(each, tiles - core * each)  # panels of this core
+    (bk, bn), group, panel, columns = p.block, p.group, p.rows.panel, p.columns
+    mine = jnp.minimum(p.each, p.rows.tiles - core * p.each)  # panels of this core
     slot = lax.rem(i, 2)
-    flush, groups = per * bn, columns // per
-    of_k, of_j = (1, 0) if transposed else (0, 1)
+    of_k, of_j = (1, 0) if p.transposed else (0, 1)
 
     def stored(at):  # storage order is right for w; `order` leads through it for w^T
-        return plan_ref[2, at] if transposed else at
+        return plan_ref[2, at] if p.transposed else at
 
     # Columns are ascending. Chunk c sees to the columns from its first block's to the one before
     # the next chunk's first block's. To write to a group of columns it must have been opened; when
     # all its columns have been seen to, it is closed, that is, sent off.
-    end = c == chunks - 1
+    end = c == p.chunks - 1
     base = c * group
     first, last = (plan_ref[of_j, stored(base + g)] for g in (0, group - 1))
     before = jnp.where(c == 0, -1, plan_ref[of_j, stored(jnp.maximum(base - 1, 0))])
     start = jnp.where(c == 0, 0, first)
     stop = jnp.where(end, columns, plan_ref[of_j, stored(base + group)])
-    opened = jnp.minimum((jnp.maximum(start - 1, before) + per) // per, groups)
-    to_open = jnp.minimum((jnp.maximum(stop - 1, last) + per) // per, groups)
-    closed = start // per
-    to_close = stop // per
+    opened = jnp.minimum((jnp.maximum(start - 1, before) + p.per) // p.per, p.groups)
+    to_open = jnp.minimum((jnp.maximum(stop - 1, last) + p.per) // p.per, p.groups)
+    closed = start // p.per
+    to_close = stop // p.per
     busy, next_busy = first < columns, ~end & (stop < columns)
 
-    def for_rows(t, body):
-        """body(rows of panel t in HBM, their number): the last panel may be short."""
-        tile = core * each + t
-        if last_rows == panel:
-            body(pl.ds(pl.multiple_of(tile * panel, panel), panel), panel)
-            return
-
-        @pl.when(tile < tiles - 1)
-        def _():
-            body(pl.ds(pl.multiple_of(tile * panel, panel), panel), panel)
-
-        @pl.when(tile == tiles - 1)
-        def _():
-            body(pl.ds((tiles - 1) * panel, last_rows), last_rows)
-
     def x_copy(t, s, do):
-        for_rows(
-            t,
-            lambda rows, n: do(
-                pltpu.make_async_copy(x_hbm.at[rows, :], x_buf.at[s, pl.ds(0, n)], x_sem.at[s])
-            ),
-        )
+        def body(rows, n):
+            buf = x_buf.at[s, pl.ds(0, n)]
+            do(pltpu.make_async_copy(x_hbm.at[rows, :], buf, x_sem.at[s]))
+
+        p.rows.at(core * p.each + t, body)
 
     def y_copy(q, t, do):
-        cols = pl.ds(pl.multiple_of(q * flush, flush), flush)
-        for_rows(
-            t,
-            lambda rows, n: do(
-                pltpu.make_async_copy(
-                    y_buf.at[pl.ds(0, n), cols], y_hbm.at[rows, cols], y_sem.at[q]
-                )
-            ),
-        )
+        cols = pl.ds(pl.multiple_of(q * p.per * bn, p.per * bn), p.per * bn)
+
+        def body(rows, n):
+            buf = y_buf.at[pl.ds(0, n), cols]
+            do(pltpu.make_async_copy(buf, y_hbm.at[rows, cols], y_sem.at[q]))
+
+        p.rows.at(core * p.each + t, body)
 
     def fetch_blocks(chunk, s):
-        one = 0 if transposed else w_hbm.shape[0] // group  # chunks that lie in one piece
+        # chunks that lie in one piece
+        one = 0 if p.transposed else w_hbm.shape[0] // group
+        if one:
 
-        @pl.when(chunk < one)
-        def _():
-            piece = w_hbm.at[pl.ds(chunk * group, group)]
-            pltpu.make_async_copy(piece, w_buf.at[s], w_sem.at[s]).start()
+            @pl.when(chunk < one)
+            def _():
+                piece = w_hbm.at[pl.ds(chunk * group, group)]
+                pltpu.make_async_copy(piece, w_buf.at[s], w_sem.at[s]).start()
 
         @pl.when(chunk >= one)
         def _():
@@ -304,19 +343,20 @@ def _matmul_kernel(
                 at = jnp.minimum(stored(chunk * group + g), w_hbm.shape[0] - 1)
                 pltpu.make_async_copy(w_hbm.at[at], w_buf.at[s, g], w_sem.at[s]).start()
 
+    start_copy, wait_copy = (lambda copy: copy.start()), (lambda copy: copy.wait())
+
     @pl.when(i < mine)
     def _():
         @pl.when((i == 0) & (c == 0))
         def _():
-            x_copy(0, 0, lambda copy: copy.start())
+            x_copy(0, 0, start_copy)
             w_slot_ref[0] = 0
 
             # Columns without blocks are zeros. Nothing else is ever written there, so that one
             # cleaning serves all panels.
             def clear(j, carry):
-                y_buf[:, pl.ds(pl.multiple_of(j * bn, bn), bn)] = jnp.zeros(
-                    (panel, bn), y_buf.dtype
-                )
+                cols = pl.ds(pl.multiple_of(j * bn, bn), bn)
+                y_buf[:, cols] = jnp.zeros((panel, bn), y_buf.dtype)
                 return carry
 
             lax.fori_loop(0, columns, clear, 0)
@@ -333,16 +373,16 @@ def _matmul_kernel(
 
         @pl.when(c == 0)
         def _():
-            x_copy(i, slot, lambda copy: copy.wait())
+            x_copy(i, slot, wait_copy)
 
             @pl.when(i + 1 < mine)
             def _():
-                x_copy(i + 1, 1 - slot, lambda copy: copy.start())
+                x_copy(i + 1, 1 - slot, start_copy)
 
         def open_group(q, carry):
             @pl.when(i > 0)
             def _():
-                y_copy(q, i - 1, lambda copy: copy.wait())
+                y_copy(q, i - 1, wait_copy)
 
             return carry
 
@@ -351,46 +391,67 @@ def _matmul_kernel(
         @pl.when(busy)
         def _():
             w_slot_ref[0] = 1 - w_slot
-            pltpu.make_async_copy(
-                w_hbm.at[pl.ds(0, group)], w_buf.at[w_slot], w_sem.at[w_slot]
-            ).wait()
-            ks = [plan_ref[of_k, stored(base + g)] for g in range(group)]
-            ks = [pl.multiple_of(k * bk, bk) for k in ks]
-            cols = [plan_ref[of_j, stored(base + g)] for g in range(group)]
-            js = [pl.multiple_of(j * bn, bn) for j in cols]
-            fresh = [j != left for left, j in zip([before, *cols], cols)]
-            contract = (((1,), (1 if transposed else 0,)), ((), ()))
-            for r in range(0, panel, slice_rows):
-                rows = slice(r, min(r + slice_rows, panel))
-                total = sum_buf[rows]
-                for g in range(group):
-                    product = lax.dot_general(
-                        x_buf[slot, rows, pl.ds(ks[g], bk)],
-                        w_buf[w_slot, g],
-                        contract,
-                        precision=precision,
-                        preferred_element_type=jnp.float32,
-                    )
-                    total = product + jnp.where(fresh[g], 0.0, total)
-                    y_buf[rows, pl.ds(js[g], bn)] = total.astype(y_buf.dtype)
-                sum_buf[rows] = total
+            here = w_buf.at[w_slot]
+            pltpu.make_async_copy(here, here, w_sem.at[w_slot]).wait()  # for so many bytes
+            contract = (((1,), (1 if p.transposed else 0,)), ((), ()))
+
+            def multiply(part, carry):
+                at = part * p.part
+                ks = [plan_ref[of_k, stored(base + at + g)] for g in range(p.part)]
+                cols = [plan_ref[of_j, stored(base + at + g)] for g in range(p.part)]
+                left = plan_ref[of_j, stored(jnp.maximum(base + at - 1, 0))]
+                left = jnp.where(base + at == 0, -1, left)
+                fresh = [j != i for i, j in zip([left, *cols], cols)]
+                for r in range(0, panel, p.slice_rows):
+                    rows = slice(r, min(r + p.slice_rows, panel))
+                    total = sum_buf[rows]
+                    for g in range(p.part):
+                        product = lax.dot_general(
+                            x_buf[slot, rows, pl.ds(pl.multiple_of(ks[g] * bk, bk), bk)],
+                            w_buf[w_slot, at + g],
+                            contract,
+                            precision=p.precision,
+                            preferred_element_type=jnp.float32,
+                        )
+                        total = product + jnp.where(fresh[g], 0.0, total)
+                        to = pl.ds(pl.multiple_of(cols[g] * bn, bn), bn)
+                        y_buf[rows, to] = total.astype(y_buf.dtype)
+                    sum_buf[rows] = total
+                return carry
+
+            lax.fori_loop(0, group // p.part, multiply, 0)
 
         def close_group(q, carry):
-            y_copy(q, i, lambda copy: copy.start())
+            y_copy(q, i, start_copy)
             return carry
 
         lax.fori_loop(closed, to_close, close_group, 0)
 
-        @pl.when((c == chunks - 1) & (i == mine - 1))
+        @pl.when((c == p.chunks - 1) & (i == mine - 1))
         def _():
             def drain(q, carry):
-                y_copy(q, i, lambda copy: copy.wait())
+                y_copy(q, i, wait_copy)
                 return carry
 
-            lax.fori_loop(0, groups, drain, 0)
+            lax.fori_loop(0, p.groups, drain, 0)
 
 
 # ---- the gradient of the stored blocks ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """Everything static about the gradient of stored blocks."""
+
+    rows: _Rows
+    block: tuple[int, int]
+    blocks: int
+    group: int  # blocks of a chunk
+    chunks: int  # of a lot
+    lots: int  # of a core; the tokens are read again for each
+    cores: int
+    precision: lax.PrecisionLike
+    vmem: int
 
 
 def weight_gradient(
@@ -408,77 +469,63 @@ def weight_gradient(
     (gk, gj), (bk, bn) = w.grid, w.block_shape
     n, size = w.num_blocks, x.dtype.itemsize
     sublanes = 32 // size
-    x = _pad_cols(_pad_rows(x, sublanes), gk * bk)
-    dy = _pad_cols(_pad_rows(dy, sublanes), gj * bn)
+    x, dy = _pad(x, sublanes, gk * bk), _pad(dy, sublanes, gj * bn)
 
-    this = chip()
-    slow = 1 if size == 2 else 4
-    area = -(-bk // LANES) * -(-bn // LANES)
-    group = max(1, min(16, 32 // area, n) // slow)
+    this, slow = chip(), 1 if size == 2 else 4
+    group, chunks = _chunks(n, min(_PART, _TILES // _tiles_of((bk, bn))) // slow)
     per_row = 2 * size * (gk * bk + gj * bn)
     per_block = 4 * bk * bn
     fixed = 2 * group * bk * bn * size + (4 << 20)
     # Fewer rows if the panels would take more than half of the memory.
-    most = min(_TOKENS, this.budget // 2 // per_row)
-    most = 1 << int(math.log2(max(most, sublanes)))
-    panel = _split_rows(x.shape[0], most, sublanes, 1)
-    tiles = -(-x.shape[0] // panel)
-    last_rows = x.shape[0] - (tiles - 1) * panel
-    room = max(group, (this.budget - fixed - panel * per_row) // per_block)
-    chunks = -(-n // group)
-    lots = this.cores * max(1, -(-chunks * group // (room * this.cores)))
-    lots = min(lots, chunks)
-    chunks = -(-chunks // lots)  # of a lot
-
-    used = w.used
-    k = jnp.where(used, w.block_rows, 0)
-    j = jnp.where(used, w.block_cols, 0)
+    rows = _Rows.cut(x.shape[0], min(_TOKENS, this.budget // 2 // per_row), sublanes)
+    room = max(group, (this.budget - fixed - rows.panel * per_row) // per_block)
+    lots = min(chunks, this.cores * max(1, -(-chunks * group // (room * this.cores))))
+    chunks = -(-chunks // lots)
     cores = this.cores if lots % this.cores == 0 else 1
-    kernel = functools.partial(
-        _gradient_kernel,
+    p = _Gradient(
+        rows=rows,
         block=(bk, bn),
+        blocks=n,
         group=group,
         chunks=chunks,
-        panel=panel,
-        tiles=tiles,
-        last_rows=last_rows,
         lots=lots // cores,
-        blocks=n,
+        cores=cores,
         precision=precision,
+        vmem=rows.panel * per_row + chunks * group * per_block + fixed,
     )
+    used = w.used
+    k, j = jnp.where(used, w.block_rows, 0), jnp.where(used, w.block_cols, 0)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    vmem = panel * per_row + chunks * group * per_block + fixed
     return pl.pallas_call(
-        kernel,
+        functools.partial(_gradient_kernel, p),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(cores, lots // cores, tiles, chunks),
+            grid=(p.cores, p.lots, rows.tiles, p.chunks),
             in_specs=[hbm, hbm],
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((2, panel, gk * bk), x.dtype),
-                pltpu.VMEM((2, panel, gj * bn), dy.dtype),
+                pltpu.VMEM((2, rows.panel, gk * bk), x.dtype),
+                pltpu.VMEM((2, rows.panel, gj * bn), dy.dtype),
                 pltpu.VMEM((chunks * group, bk, bn), jnp.float32),
                 pltpu.VMEM((2, group, bk, bn), w.dtype),
                 pltpu.SemaphoreType.DMA((2, 2)),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((n, bk, bn), w.dtype),
+        out_shape=_result((n, bk, bn), w.dtype, x),
         name="block_sparse_weight_gradient",
         cost_estimate=pl.CostEstimate(
             flops=2 * x.shape[0] * n * bk * bn,
             transcendentals=0,
             bytes_accessed=lots * (x.size + dy.size) * size + n * bk * bn * w.dtype.itemsize,
         ),
-        compiler_params=_compiler_params(
-            ("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem + (8 << 20)
-        ),
+        compiler_params=_compiler_params(("parallel", *3 * ("arbitrary",)), p.vmem),
         interpret=interpret,
     )(k, j, used.astype(jnp.int32), x, dy)
 
 
 def _gradient_kernel(
+    p: _Gradient,
     k_ref,
     j_ref,
     used_ref,
@@ -491,48 +538,25 @@ def _gradient_kernel(
     out_buf,
     in_sem,
     out_sem,
-    *,
-    block,
-    group,
-    chunks,
-    panel,
-    tiles,
-    last_rows,
-    lots,
-    blocks,
-    precision,
 ):
     """Grid: cores x lots of blocks x token panels x chunks of a lot."""
     core, lot, i, c = (pl.program_id(a) for a in range(4))
-    bk, bn = block
-    step, steps = lot * tiles + i, lots * tiles
+    (bk, bn), group, tiles = p.block, p.group, p.rows.tiles
+    step, steps = lot * tiles + i, p.lots * tiles
     slot, out_slot = lax.rem(step, 2), lax.rem(c, 2)
     # The last chunks may reach beyond the last block: they are moved back and repeat some blocks.
-    base = jnp.minimum(((core * lots + lot) * chunks + c) * group, blocks - group)
+    base = jnp.minimum(((core * p.lots + lot) * p.chunks + c) * group, p.blocks - group)
 
     def panels(t, s, do):
-        tile = lax.rem(t, tiles)
-
-        def copy(rows, n):
+        def body(rows, n):
             for a, (hbm, buf) in enumerate(((x_hbm, x_buf), (dy_hbm, dy_buf))):
                 do(pltpu.make_async_copy(hbm.at[rows, :], buf.at[s, pl.ds(0, n)], in_sem.at[s, a]))
 
-        if last_rows == panel:
-            copy(pl.ds(pl.multiple_of(tile * panel, panel), panel), panel)
-            return
-
-        @pl.when(tile < tiles - 1)
-        def _():
-            copy(pl.ds(pl.multiple_of(tile * panel, panel), panel), panel)
-
-        @pl.when(tile == tiles - 1)
-        def _():
-            copy(pl.ds((tiles - 1) * panel, last_rows), last_rows)
+        p.rows.at(lax.rem(t, tiles), body)
 
     def out_copy(chunk_base, s):
-        return pltpu.make_async_copy(
-            out_buf.at[s], out_hbm.at[pl.ds(chunk_base, group)], out_sem.at[s]
-        )
+        piece = out_hbm.at[pl.ds(chunk_base, group)]
+        return pltpu.make_async_copy(out_buf.at[s], piece, out_sem.at[s])
 
     @pl.when(c == 0)
     def _():
@@ -546,13 +570,13 @@ def _gradient_kernel(
         def _():
             panels(step + 1, 1 - slot, lambda copy: copy.start())
 
-        if last_rows < panel:
+        if p.rows.last < p.rows.panel:
 
             @pl.when(i == tiles - 1)
             def _():  # rows that do not exist must not contribute, whatever the memory holds
                 for buf in (x_buf, dy_buf):
-                    shape = (panel - last_rows, buf.shape[2])
-                    buf[slot, last_rows:panel, :] = jnp.zeros(shape, buf.dtype)
+                    shape = (p.rows.panel - p.rows.last, buf.shape[2])
+                    buf[slot, p.rows.last : p.rows.panel, :] = jnp.zeros(shape, buf.dtype)
 
     ks = [pl.multiple_of(k_ref[base + g] * bk, bk) for g in range(group)]
     js = [pl.multiple_of(j_ref[base + g] * bn, bn) for g in range(group)]
@@ -561,7 +585,7 @@ def _gradient_kernel(
             x_buf[slot, :, pl.ds(ks[g], bk)],
             dy_buf[slot, :, pl.ds(js[g], bn)],
             (((0,), (0,)), ((), ())),
-            precision=precision,
+            precision=p.precision,
             preferred_element_type=jnp.float32,
         )
         sum_buf[c * group + g] = product + jnp.where(i == 0, 0.0, sum_buf[c * group + g])
@@ -578,8 +602,8 @@ def _gradient_kernel(
             out_buf[out_slot, g] = total.astype(out_buf.dtype)
         out_copy(base, out_slot).start()
 
-        @pl.when(c == chunks - 1)
+        @pl.when(c == p.chunks - 1)
         def _():
             out_copy(base, out_slot).wait()
-            if chunks > 1:
+            if p.chunks > 1:
                 out_copy(base, 1 - out_slot).wait()

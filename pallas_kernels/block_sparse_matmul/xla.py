@@ -12,6 +12,7 @@ Where most blocks are stored, or blocks are tiny, the dense product is faster an
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._dispatch import vary_alike
 from pallas_kernels.block_sparse_matmul import reference
 from pallas_kernels.formats.block_sparse import Array, BlockSparse
 
@@ -76,7 +77,8 @@ def matmul(
         at = jnp.where(new, take(j), gj)
         return ys.at[at].add(products, mode="promise_in_bounds")
 
-    ys = lax.fori_loop(0, chunks, body, jnp.zeros((gj + 1, x.shape[0], bn), jnp.float32))
+    zeros = vary_alike(jnp.zeros((gj + 1, x.shape[0], bn), jnp.float32), like=x)
+    ys = lax.fori_loop(0, chunks, body, zeros)
     y = ys[:gj].astype(out_dtype).transpose(1, 0, 2).reshape(x.shape[0], gj * bn)
     return y[:, :width]
 
@@ -106,4 +108,5 @@ def weight_gradient(
         blocks = jnp.where(take(used)[:, None, None], blocks, 0).astype(w.dtype)
         return lax.dynamic_update_slice_in_dim(out, blocks, start, 0)
 
-    return lax.fori_loop(0, chunks, body, jnp.zeros(w.values.shape, w.dtype))
+    zeros = vary_alike(jnp.zeros(w.values.shape, w.dtype), like=x)
+    return lax.fori_loop(0, chunks, body, zeros)

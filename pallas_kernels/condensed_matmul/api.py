@@ -1,5 +1,6 @@
 """`condensed_matmul`: checks its arguments, picks an implementation, defines the gradient."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._dispatch import check_operands, choose, target_platform
+from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
 from pallas_kernels.condensed_matmul import reference, xla
 from pallas_kernels.formats.block_sparse import Array
 from pallas_kernels.formats.condensed import Condensed
@@ -50,30 +51,32 @@ def condensed_matmul(
     why_not_xla = not_cpu if implementation is None else None
     name = choose(implementation, {"xla": why_not_xla, "reference": None})
     dtype = jnp.result_type(x.dtype, w.dtype)
-    rows = jnp.reshape(x, (-1, w.shape[0])).astype(dtype)
-    y = _product((name, w.shape, precision), rows, w.values.astype(dtype), w.rows)
+    rows, w = jnp.reshape(x, (-1, w.shape[0])).astype(dtype), w.astype(dtype)
+    if w.values.size == 0:
+        return jnp.zeros((*x.shape[:-1], w.shape[1]), dtype)
+    rows, w = vary_alike(rows, w)
+    y = _product((name, precision), rows, w.values, dataclasses.replace(w, values=None))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static, x: Array, values: Array, rows: Array) -> Array:
-    name, shape, precision = static
+def _product(static, x: Array, values: Array, pattern: Condensed) -> Array:
+    name, precision = static
     module = xla if name == "xla" else reference
-    return module.matmul(x, Condensed(values, rows, shape), precision=precision)
+    return module.matmul(x, dataclasses.replace(pattern, values=values), precision=precision)
 
 
-def _forward(static, x, values, rows):
-    return _product(static, x, values, rows), (x, values, rows)
+def _forward(static, x, values, pattern):
+    return _product(static, x, values, pattern), (x, values, pattern)
 
 
 def _backward(static, residuals, dy):
-    x, values, rows = residuals
-    _, shape, precision = static
-    product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
-    dx = product(dy, Condensed(values, rows, shape).to_dense().T).astype(x.dtype)
-    full = product(x.T, dy)
-    dvalues = full[rows, jnp.arange(shape[1])[:, None]].astype(values.dtype)
-    return dx, dvalues, np.zeros(rows.shape, jax.dtypes.float0)
+    x, values, pattern = residuals
+    product = functools.partial(jnp.matmul, precision=static[1], preferred_element_type=jnp.float32)
+    dense = dataclasses.replace(pattern, values=values).to_dense()
+    dx = product(dy, dense.T).astype(x.dtype)
+    dvalues = product(x.T, dy)[pattern.rows, pattern.outputs[:, None]].astype(values.dtype)
+    return dx, dvalues, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), pattern)
 
 
 _product.defvjp(_forward, _backward)

@@ -3,12 +3,14 @@
 For a set of outputs, eight stored weights of each at a time: gather eight rows of x^T (tokens are
 contiguous there), multiply, add. Written as one expression, XLA makes one loop of it in which the
 gather is a plain vector load; a gather that is written out would cost more than the dense product.
-From 16 % density on (and for a few rows of x) the dense product is faster and is what runs.
+A few rows of x are taken one by one: gather from the row, multiply, sum.
+From 16 % density on the dense product is faster and is what runs.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._dispatch import vary_alike
 from pallas_kernels.condensed_matmul import reference
 from pallas_kernels.formats.block_sparse import Array
 from pallas_kernels.formats.condensed import Condensed
@@ -19,15 +21,33 @@ _DENSE_FROM = 0.16
 _FEW_ROWS = 8
 
 
-def dense_is_faster(x: Array, w: Condensed) -> bool:
-    return w.fan_in >= _DENSE_FROM * w.shape[0] or x.shape[0] < _FEW_ROWS
+def dense_is_faster(w: Condensed) -> bool:
+    return w.fan_in >= _DENSE_FROM * w.shape[0]
 
 
 def matmul(x: Array, w: Condensed, *, precision=None) -> Array:
     """`x @ w`, summed in float32, in the dtype of x."""
-    if dense_is_faster(x, w):
+    if dense_is_faster(w):
         return reference.matmul(x, w, precision=precision)
-    tokens, outputs = x.shape[0], w.shape[1]
+    y = (_row_by_row if x.shape[0] < _FEW_ROWS else _set_by_set)(x, w).astype(x.dtype)
+    if w.values.shape[0] == w.shape[1]:
+        return y
+    return jnp.zeros((x.shape[0], w.shape[1]), x.dtype).at[:, w.outputs].set(y)
+
+
+def _row_by_row(x: Array, w: Condensed) -> Array:
+    """`[tokens, stored outputs]`, float32."""
+    values = w.values.astype(jnp.float32)
+
+    def one(row):
+        return (values * row.at[w.rows].get(mode="promise_in_bounds").astype(jnp.float32)).sum(1)
+
+    return lax.map(one, x)
+
+
+def _set_by_set(x: Array, w: Condensed) -> Array:
+    """`[tokens, stored outputs]`, float32."""
+    tokens, outputs = x.shape[0], w.values.shape[0]
     group = min(_OUTPUTS if tokens >= 128 else 64, outputs)
     sets, steps = -(-outputs // group), -(-w.fan_in // _UNROLL)
     pad = ((0, sets * group - outputs), (0, steps * _UNROLL - w.fan_in))
@@ -44,7 +64,8 @@ def matmul(x: Array, w: Condensed, *, precision=None) -> Array:
                 total += v[:, u, None].astype(jnp.float32) * row.astype(jnp.float32)
             return total, None
 
-        return lax.scan(step, jnp.zeros((group, tokens), jnp.float32), of_set)[0]
+        zeros = vary_alike(jnp.zeros((group, tokens), jnp.float32), like=x)
+        return lax.scan(step, zeros, of_set)[0]
 
     yt = lax.map(one_set, (rows, values)).reshape(sets * group, tokens)
-    return yt[:outputs].T.astype(x.dtype)
+    return yt[:outputs].T

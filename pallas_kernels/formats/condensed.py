@@ -1,4 +1,4 @@
-"""`Condensed`: every output stores the same number of weights (constant fan-in), anywhere."""
+"""`Condensed`: outputs store the same number of weights each (constant fan-in), anywhere."""
 
 import dataclasses
 import functools
@@ -10,13 +10,14 @@ import jax.core
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.formats.block_sparse import Array, concrete
 
 
 @dataclasses.dataclass(frozen=True)
 class Condensed:
-    """A matrix `[in, out]` of which each column stores `fan_in` elements.
+    """A matrix `[in, out]` of which each column (output) stores `fan_in` elements, or nothing.
 
     Columns with fewer nonzeros are filled up with zeros, so that any unstructured matrix can be
     held; masks of constant fan-in waste nothing. (The condensed representation of Lasby, Golubeva,
@@ -24,17 +25,19 @@ class Condensed:
     take the gradient with respect to `values`.
 
     Attributes:
-      values: `[out, fan_in]`.
-      rows: int32 `[out, fan_in]`, the row of each value, ascending.
+      values: `[stored outputs, fan_in]`.
+      rows: int32 `[stored outputs, fan_in]`, the row of each value, ascending.
+      outputs: int32 `[stored outputs]`, which outputs these are, ascending; the others are zero.
       shape: `(in, out)`.
 
-    >>> w = Condensed.from_dense(jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
-    >>> w.values.tolist(), w.rows.tolist()
-    ([[1.0, 2.0], [3.0, 0.0]], [[0, 1], [2, 0]])
+    >>> w = Condensed.from_dense(jnp.array([[1.0, 0.0, 0.0], [2.0, 0.0, 3.0]]))
+    >>> w.values.tolist(), w.rows.tolist(), w.outputs.tolist()
+    ([[1.0, 2.0], [3.0, 0.0]], [[0, 1], [1, 0]], [0, 2])
     """
 
     values: Array
     rows: Array
+    outputs: Array
     shape: tuple[int, int]
 
     @classmethod
@@ -44,7 +47,7 @@ class Condensed:
 
     @classmethod
     def from_mask(cls, dense: Array, mask: Array, *, fan_in: int | None = None) -> "Condensed":
-        """Store what `mask [in, out]` marks.
+        """Store what `mask [in, out]` marks. Empty columns are left out where the mask is known.
 
         Raises:
           ValueError: if shapes differ, or a column is known to hold more than `fan_in`.
@@ -54,14 +57,16 @@ class Condensed:
             raise ValueError(
                 f"mask.shape={mask.shape} must equal dense.shape={dense.shape}, two dimensions"
             )
+        outputs = np.arange(dense.shape[1], dtype=np.int32)
         if concrete(mask):
-            most = int(np.asarray(mask).sum(0).max(initial=0))
+            counts = np.asarray(mask).sum(0)
+            outputs, most = outputs[counts > 0], int(counts.max(initial=0))
             fan_in = most if fan_in is None else fan_in
             if most > fan_in:
                 raise ValueError(f"fan_in={fan_in} must be at least {most}, the most of a column")
         elif fan_in is None:
             raise ValueError("fan_in=None must be a number where the mask is not known (jit)")
-        return _store(dense, mask, fan_in)
+        return _store(dense, mask, jnp.asarray(outputs), fan_in)
 
     @property
     def fan_in(self) -> int:
@@ -74,11 +79,11 @@ class Condensed:
 
     def to_dense(self) -> Array:
         """The matrix with its zeros, `[in, out]`."""
-        out = jnp.arange(self.shape[1])[:, None]
-        return jnp.zeros(self.shape, self.dtype).at[self.rows, out].add(self.values)
+        at = self.rows, self.outputs[:, None]
+        return jnp.zeros(self.shape, self.dtype).at[at].add(self.values)
 
     def with_values(self, values: Array) -> "Condensed":
-        """The same pattern with other values `[out, fan_in]`."""
+        """The same pattern with other values `[stored outputs, fan_in]`."""
         if jnp.shape(values) != self.values.shape:
             raise ValueError(f"values.shape={jnp.shape(values)} must be {self.values.shape}")
         return dataclasses.replace(self, values=values)
@@ -88,27 +93,29 @@ class Condensed:
         return dataclasses.replace(self, values=self.values.astype(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _store(dense: Array, mask: Array, fan_in: int) -> Condensed:
-    inputs, outputs = dense.shape
+@functools.partial(jax.jit, static_argnums=3)
+def _store(dense: Array, mask: Array, outputs: Array, fan_in: int) -> Condensed:
+    shape = dense.shape
+    dense, mask = dense[:, outputs], mask[:, outputs]
     slot = jnp.where(mask, jnp.cumsum(mask, 0) - 1, fan_in)  # fan_in: dropped
-    out = jnp.broadcast_to(jnp.arange(outputs), dense.shape)
-    row = jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32)[:, None], dense.shape)
-    rows = jnp.zeros((outputs, fan_in), jnp.int32).at[out, slot].set(row, mode="drop")
-    values = jnp.zeros((outputs, fan_in), dense.dtype).at[out, slot].set(dense, mode="drop")
-    return Condensed(values, rows, (inputs, outputs))
+    out, row = (lax.broadcasted_iota(jnp.int32, dense.shape, a) for a in (1, 0))
+    stored = outputs.shape[0], fan_in
+    rows = jnp.zeros(stored, jnp.int32).at[out, slot].set(row, mode="drop")
+    values = jnp.zeros(stored, dense.dtype).at[out, slot].set(dense, mode="drop")
+    return Condensed(values, rows, outputs, (shape[0], shape[1]))
 
 
 def _flatten(w: Condensed):
     key = jax.tree_util.GetAttrKey
-    return ((key("values"), w.values), (key("rows"), w.rows)), w.shape
+    leaves = (key("values"), w.values), (key("rows"), w.rows), (key("outputs"), w.outputs)
+    return leaves, w.shape
 
 
 jax.tree_util.register_pytree_with_keys(
     Condensed,
     _flatten,
     lambda shape, leaves: Condensed(*tuple(leaves), shape=shape),
-    lambda w: ((w.values, w.rows), w.shape),
+    lambda w: ((w.values, w.rows, w.outputs), w.shape),
 )
 
 jax.export.register_pytree_node_serialization(

@@ -1,11 +1,14 @@
 """`NMSparse`: of every M consecutive weights along the contraction, N are stored.
 
-The values of a group lie in N planes, `values[n, group, output]`, so that a plane is as wide as the
-matrix and no lane is skipped. Which of the M places a value belongs to takes `bits` bits; codes are
-packed 32 / bits to an int32, those of groups q, q + R, q + 2R, ... into row q of R: unpacking is a
-shift of the whole array and never moves a value between lanes or rows. With `share` > 1, the
-vector-wise form, that many neighbouring outputs have one pattern (and codes to match); gathering
-rows of x then pays on CPU.
+Two forms, for two machines. The element-wise form, in which every output chooses its own N of M:
+the values of a group lie in N planes, `values[n, group, output]`, so that a plane is as wide as the
+matrix and no lane of a TPU is skipped. The vector-wise form, in which `share` neighbouring outputs
+have one pattern: `values[set, output of the set, n and group]`, a small dense matrix for each set,
+to be multiplied by the rows of x that the set uses, as a CPU likes it.
+
+Which of the M places a value belongs to takes `bits` bits; codes are packed 32 / bits to an int32,
+those of groups q, q + R, q + 2R, ... into row q of R: unpacking is a shift of the whole array and
+never moves a value between lanes or rows.
 """
 
 import dataclasses
@@ -29,7 +32,8 @@ class NMSparse:
     gradient with respect to `values`: `jax.grad(lambda v: f(w.with_values(v)))(w.values)`.
 
     Attributes:
-      values: `[N, in / M, out]`, by ascending place within the group.
+      values: `[N, in / M, out]` if `share` is 1, else `[out / share, share, N * in / M]`, by
+        ascending place within the group.
       codes: int32, the packed places; read them as `places`.
       shape: `(in, out)`.
       n: N, stored values of a group.
@@ -84,6 +88,11 @@ class NMSparse:
         return unpack(self.codes, self.m)[:, : self.shape[0] // self.m]
 
     @property
+    def planes(self) -> Array:
+        """The values as `[N, in / M, out]`, in either form."""
+        return to_planes(self.values, self.n, self.share)
+
+    @property
     def rows(self) -> Array:
         """int32 `[N, in / M, out / share]`: the row of each value in the matrix."""
         return self.places + self.m * jnp.arange(self.shape[0] // self.m)[:, None]
@@ -93,7 +102,7 @@ class NMSparse:
         return _to_dense(self)
 
     def with_values(self, values: Array) -> "NMSparse":
-        """The same pattern with other values `[N, in / M, out]`."""
+        """The same pattern with other values, in the shape of the present ones."""
         if jnp.shape(values) != self.values.shape:
             raise ValueError(f"values.shape={jnp.shape(values)} must be {self.values.shape}")
         return dataclasses.replace(self, values=values)
@@ -101,6 +110,54 @@ class NMSparse:
     def astype(self, dtype: Any) -> "NMSparse":
         """The same matrix in another dtype."""
         return dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def split(self, parts: int, axis: str = "columns") -> "NMSparse":
+        """Cut the matrix into `parts` equal ones by columns or rows, stacked.
+
+        The result holds arrays with a leading axis of size `parts`: shard that axis over a mesh and
+        drop it inside `shard_map` (`jax.tree.map(lambda a: a[0], part)`), or `vmap` over it. With
+        "columns" every part yields its columns of `x @ w`; with "rows" every part takes its columns
+        of x and the products are to be summed.
+
+        Raises:
+          ValueError: unless whole groups of rows, or whole sets of outputs, go to each part.
+
+        >>> w = NMSparse.from_dense(jnp.eye(8), 2, 4)
+        >>> w.split(2, "rows").values.shape, w.split(2).shape
+        ((2, 2, 1, 8), (8, 4))
+        """
+        if axis not in ("columns", "rows"):
+            raise ValueError(f"axis={axis!r} must be 'columns' or 'rows'")
+        dim, unit = (2, self.share) if axis == "columns" else (1, self.m)
+        whole = self.shape[dim - 1]
+        if whole % (parts * unit):
+            raise ValueError(
+                f"parts={parts} must divide the {whole // unit} groups of {unit} {axis}"
+            )
+        shape = list(self.shape)
+        shape[dim - 1] //= parts
+        values = [from_planes(p, self.share) for p in jnp.split(self.planes, parts, dim)]
+        codes = [_pack(p, self.m) for p in jnp.split(self.places, parts, dim)]
+        static = (shape[0], shape[1]), self.n, self.m, self.share
+        return NMSparse(jnp.stack(values), jnp.stack(codes), *static)
+
+
+def to_planes(values: Array, n: int, share: int) -> Array:
+    """Values of either form to `[N, in / M, out]`."""
+    if share == 1:
+        return values
+    sets, _, kept = values.shape
+    cut = values.reshape(sets, share, n, kept // n)
+    return cut.transpose(2, 3, 0, 1).reshape(n, kept // n, sets * share)
+
+
+def from_planes(planes: Array, share: int) -> Array:
+    """`[N, in / M, out]` to the values of the form."""
+    if share == 1:
+        return planes
+    n, groups, outputs = planes.shape
+    cut = planes.reshape(n * groups, outputs // share, share)
+    return cut.transpose(1, 2, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -115,13 +172,14 @@ def _keep(dense: Array, score: Array, n: int, m: int, share: int) -> NMSparse:
     groups = dense.reshape(-1, m, dense.shape[1])
     at = jnp.repeat(places, share, 2)
     values = jnp.stack([jnp.take_along_axis(groups, a[:, None], 1)[:, 0] for a in at])
+    values = from_planes(values, share)
     return NMSparse(values, _pack(places, m), tuple(dense.shape), n, m, share)
 
 
 @jax.jit
 def _to_dense(w: NMSparse) -> Array:
-    places = jnp.repeat(w.places, w.share, 2)
-    planes = [jnp.where(places == r, w.values, 0).sum(0, dtype=w.dtype) for r in range(w.m)]
+    places, values = jnp.repeat(w.places, w.share, 2), w.planes
+    planes = [jnp.where(places == r, values, 0).sum(0, dtype=w.dtype) for r in range(w.m)]
     return jnp.stack(planes, 1).reshape(w.shape)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._dispatch import check_operands, choose, target_platform
+from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
 from pallas_kernels.formats.block_sparse import Array
 from pallas_kernels.formats.nm import NMSparse
 from pallas_kernels.nm_matmul import reference, tpu, xla
@@ -64,7 +64,8 @@ def nm_matmul(
     static = (name, w.shape, w.n, w.m, w.share, precision, out_dtype, interpret)
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
-    y = _product(static, jnp.reshape(x, (-1, w.shape[0])), w.values, w.codes)
+    rows = jnp.reshape(x, (-1, w.shape[0]))
+    y = _product(static, *vary_alike(rows, w.values, w.codes))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.nm import NMSparse
+from pallas_kernels.formats.nm import NMSparse, from_planes
 
 
 def matmul(x: Array, w: NMSparse, *, precision: lax.PrecisionLike = None, out_dtype=None) -> Array:
@@ -24,4 +24,4 @@ def gradients(
     full = jnp.matmul(x.T, dy, **how)
     rows = jnp.repeat(w.rows, w.share, 2)
     dvalues = full[rows, jnp.arange(w.shape[1])]
-    return dx, dvalues.astype(w.dtype)
+    return dx, from_planes(dvalues, w.share).astype(w.dtype)

@@ -69,7 +69,9 @@ def matmul(
             pl.BlockSpec((w.n, packed, tile), lambda t: (0, 0, t)),
         ],
         out_specs=pl.BlockSpec((x.shape[1], tile), lambda t: (0, t)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[1], width), out_dtype),
+        out_shape=jax.ShapeDtypeStruct(
+            (x.shape[1], width), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+        ),
         scratch_shapes=[pltpu.VMEM((w.m, groups, tile), x.dtype)],
         name="nm_matmul",
         cost_estimate=pl.CostEstimate(

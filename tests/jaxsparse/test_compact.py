@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse.nn import BlockSparseLinear, NMLinear, compact
-from jaxsparse.structures import NM, Block
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, NMLinear, compact
+from jaxsparse.structures import NM, Block, FanIn
 
 
 class MLP(nnx.Module):
@@ -91,14 +91,53 @@ def test_two_of_four_becomes_nm_on_tpu_and_stays_dense_on_cpu():
     np.testing.assert_allclose(sparse(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_unstructured_masks_are_left_and_the_report_says_why():
+def test_unstructured_masks_are_left_on_tpu_and_the_report_says_why():
     tx = jaxsparse.static(optax.sgd(0.1), sparsity=0.9)
     model, optimizer, x, _ = trained(tx, 2)
-    sparse, report = compact(model, optimizer)
+    sparse, report = compact(model, optimizer, platform="tpu")
     masked = [r for r in report if r.density < 1]
     assert masked and not any(r.replaced for r in report)
     assert all("no structure that pays" in r.why for r in masked)
     assert str(masked[0]).startswith("first: left as Linear (its mask has no structure that pays;")
+
+
+def test_few_inputs_of_every_output_are_condensed_on_cpu():
+    tx = jaxsparse.static(optax.sgd(0.1), sparsity=0.9, structure=FanIn(), allocation="uniform")
+    model, optimizer, x, _ = trained(tx, 2)
+    sparse, report = compact(model, optimizer, platform="cpu")
+    assert isinstance(sparse.first, CondensedLinear)
+    assert sparse.first.values[...].shape == (64, 6)
+    assert report[0].why == "at most 6 inputs of an output"
+    np.testing.assert_allclose(sparse(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_itself_may_be_the_layer():
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    tx = jaxsparse.static(optax.sgd(0.1), sparsity=0.75, structure=Block(16, 16))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 64))).sum())(model))
+    sparse, _ = compact(model, optimizer)
+    assert isinstance(sparse, BlockSparseLinear)
+    np.testing.assert_allclose(sparse(jnp.eye(64)), model(jnp.eye(64)), rtol=1e-5, atol=1e-6)
+
+
+class Stack(nnx.Module):
+    """Three layers in one kernel [3, 32, 32], and a layer of another class."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = make(rngs.fork(split=3))
+        self.conv = nnx.Conv(4, 4, (3,), rngs=rngs)
+
+
+def test_layers_without_a_sparse_counterpart_are_named_and_left():
+    model = Stack(nnx.Rngs(0))
+    tx = jaxsparse.static(optax.sgd(0.1), sparsity=0.5)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    _, report = compact(model, optimizer)
+    why = {r.path: r.why for r in report}
+    assert why["layers"] == "a kernel of shape (3, 32, 32) has no sparse counterpart"
+    assert why["conv"] == "a kernel of shape (3, 4, 4) has no sparse counterpart"
 
 
 def test_bad_input_is_refused():

@@ -14,6 +14,7 @@ from jaxsparse import nn
 from jaxsparse import plan as plans
 from jaxsparse.methods.srigl import _rewire
 from jaxsparse.transforms import View, apportion
+from pallas_kernels import condensed_matmul
 
 SGD = optax.sgd(0.1)
 
@@ -108,8 +109,8 @@ def test_srigl_keeps_constant_fan_in_within_its_budget_and_its_last_layer_whole(
     kernel = params["a"]
     x = matrix((5, 12), 7)
     condensed = nn.condense(kernel, masks(state)["a"])
-    np.testing.assert_allclose(nn.condensed_matmul(x, condensed), x @ kernel, atol=1e-5)
-    np.testing.assert_array_equal(condensed.todense(), kernel)
+    np.testing.assert_allclose(condensed_matmul(x, condensed), x @ kernel, atol=1e-5)
+    np.testing.assert_array_equal(condensed.to_dense(), kernel)
 
 
 def test_condense_refuses_neurons_of_different_fan_in():
@@ -122,6 +123,12 @@ def test_srigl_refuses_a_ranking_over_layers():
         jaxsparse.srigl(SGD, 0.5, total_steps=10, update_every=2, allocation="global")
     with pytest.raises(ValueError, match="min_salient=-1"):
         jaxsparse.srigl(SGD, 0.5, total_steps=10, update_every=2, min_salient=-1)
+
+
+def test_srigl_refuses_a_budget_of_less_than_one_input_per_neuron():
+    tx = jaxsparse.srigl(SGD, 0.95, total_steps=10, update_every=2, allocation="uniform")
+    with pytest.raises(ValueError, match="leaves nothing of 'kernel'"):
+        tx.init({"kernel": matrix((10, 10))})
 
 
 # SNFS and its apportionment

@@ -1,31 +1,35 @@
-"""BlockSparseLinear and NMLinear: the dense layer they stand for, training, saving, Linen."""
+"""BlockSparseLinear, NMLinear, CondensedLinear: the dense layer they stand for, training, saving, Linen."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.nnx import bridge
 
-from jaxsparse.nn import BlockSparseLinear, NMLinear
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, NMLinear
+from jaxsparse.nn._linear import Pattern
 
 BLOCKS = np.kron(np.random.default_rng(0).random((4, 3)) < 0.5, np.ones((16, 16))) > 0
+FEW = np.random.default_rng(1).random((64, 48)) < 0.1
 TWO_OF_FOUR = np.tile(np.array([1, 0, 0, 1], bool), 16)[:, None] & np.ones((64, 48), bool)
 
 
-def layers(use_bias=True, dtype=None):
-    dense = nnx.Linear(64, 48, use_bias=use_bias, dtype=dtype, rngs=nnx.Rngs(1))
-    if use_bias:
+def layers(**kwargs):
+    dense = nnx.Linear(64, 48, rngs=nnx.Rngs(1), **kwargs)
+    if dense.bias is not None:
         dense.bias[...] = jnp.arange(48.0)
     yield dense, BLOCKS, BlockSparseLinear.from_dense(dense, BLOCKS, block_shape=(16, 16))
     yield dense, TWO_OF_FOUR, NMLinear.from_dense(dense, TWO_OF_FOUR, n=2, m=4, share=16)
+    yield dense, FEW, CondensedLinear.from_dense(dense, FEW)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_from_dense_computes_what_the_masked_layer_does(use_bias):
     x = jax.random.normal(jax.random.key(0), (2, 5, 64))
-    for dense, mask, layer in layers(use_bias):
+    for dense, mask, layer in layers(use_bias=use_bias):
         bias = 0 if dense.bias is None else dense.bias[...]
         expected = x @ (dense.kernel[...] * mask) + bias
         np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
@@ -41,8 +45,7 @@ def test_training_moves_values_and_bias_and_leaves_the_pattern():
     x = jax.random.normal(jax.random.key(0), (32, 64))
     target = jax.random.normal(jax.random.key(1), (32, 48)) + jnp.arange(48)
     for _, _, layer in layers():
-        name = "pattern" if isinstance(layer, BlockSparseLinear) else "codes"
-        fixed = np.asarray(getattr(layer, name)[...])
+        fixed = nnx.state(nnx.clone(layer), Pattern)
         optimizer = nnx.Optimizer(layer, optax.adamw(1e-2), wrt=nnx.Param)
 
         @nnx.jit
@@ -54,7 +57,7 @@ def test_training_moves_values_and_bias_and_leaves_the_pattern():
 
         losses = [float(step(layer, optimizer)) for _ in range(20)]
         assert losses[-1] < 0.9 * losses[0]
-        np.testing.assert_array_equal(getattr(layer, name)[...], fixed)
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(layer, Pattern), fixed)
 
 
 def test_a_new_pattern_keeps_shared_blocks():
@@ -66,15 +69,43 @@ def test_a_new_pattern_keeps_shared_blocks():
         layer.set_weight(before.T)
 
 
-def test_linen_can_use_them():
-    linen = bridge.to_linen(
-        BlockSparseLinear, 64, 32, block_shape=(16, 16), density=0.5, use_bias=False
-    )
+@pytest.mark.parametrize(
+    "layer, options",
+    [
+        (BlockSparseLinear, dict(block_shape=(16, 16), density=0.5)),
+        (NMLinear, dict(n=2, m=4, share=16)),
+    ],
+)
+def test_linen_can_use_them(layer, options):
+    linen = bridge.to_linen(layer, 64, 32, use_bias=False, **options)
     variables = linen.init(jax.random.key(0), jnp.ones((1, 64)))
     y, grads = jax.value_and_grad(
         lambda p: linen.apply({**variables, "params": p}, jnp.ones((1, 64))).sum()
     )(variables["params"])
-    assert np.isfinite(y) and jax.tree.leaves(grads)[0].shape == (4, 16, 16)
+    assert np.isfinite(y) and jax.tree.leaves(grads)[0].size == 64 * 32 // 2
+
+
+def test_precision_of_the_dense_layer_is_kept():
+    for dense, _, layer in layers(precision="highest"):
+        assert layer.precision == dense.precision
+
+
+def test_orbax_restores_a_layer_with_its_pattern(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    for _, _, layer in layers():
+        graph, state = nnx.split(layer)
+        path = tmp_path / type(layer).__name__
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state)
+            checkpointer.wait_until_finished()
+            back = checkpointer.restore(path, jax.tree.map(jnp.zeros_like, state))
+        np.testing.assert_array_equal(nnx.merge(graph, back)(x), layer(x))
+
+
+def test_stacked_kernels_are_refused():
+    make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=0, out_axes=0)
+    with pytest.raises(ValueError, match=r"linear.kernel.shape=\(3, 8, 8\) must be \[in, out\]"):
+        CondensedLinear.from_dense(make(nnx.Rngs(0).fork(split=3)))
 
 
 def test_bad_input_is_refused():

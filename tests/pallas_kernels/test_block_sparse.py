@@ -180,23 +180,6 @@ def test_vmap_runs_over_a_stack_of_matrices():
     np.testing.assert_allclose(y, np.stack([w.to_dense() for w in ws]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis", ["columns", "rows"])
-def test_shard_map_over_split_weights_gives_the_whole_product(axis):
-    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    P = jax.sharding.PartitionSpec
-    w = BlockSparse.random(jax.random.key(0), (16, 24), (2, 3), density=0.4)
-    x = jax.random.normal(jax.random.key(1), (5, 16))
-
-    def local(x, part):
-        y = block_sparse_matmul(x, jax.tree.map(lambda a: a[0], part))
-        return y if axis == "columns" else jax.lax.psum(y, "model")
-
-    x_spec, y_spec = (P(), P(None, "model")) if axis == "columns" else (P(None, "model"), P())
-    run = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, P("model")), out_specs=y_spec)
-    y = jax.jit(run)(x, w.split(4, axis))
-    np.testing.assert_allclose(y, x @ w.to_dense(), rtol=1e-5, atol=1e-5)
-
-
 REFUSED = [
     (lambda: BlockSparse.from_dense(DENSE, (4, 2)), r"block_shape=\(4, 2\) must divide shape=\(6, 4\)"),
     (lambda: BlockSparse.from_dense(DENSE, (0, 2)), r"block_shape=\(0, 2\) must be two positive"),

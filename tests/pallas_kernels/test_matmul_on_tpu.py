@@ -16,8 +16,8 @@ from jax.experimental import topologies
 from pallas_kernels import BlockSparse, NMSparse, block_sparse_matmul, nm_matmul
 
 topology, cases = json.loads(sys.argv[1])
-device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-mesh = jax.sharding.Mesh([device], "x")
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+mesh = jax.sharding.Mesh(devices[: 2 if cases[0][0] == "sharded" else 1], "x")
 place = jax.sharding.NamedSharding(mesh, jax.P())
 
 def abstract(*shape, dtype):
@@ -33,6 +33,22 @@ def block_sparse(rows, shape, block, blocks, dtype):
     kernels = ["block_sparse_" + ("matmul" + n if n != names[2] else n[1:]) for n in names]
     return jax.value_and_grad(loss, (0, 1)), args, kernels
 
+def sharded(rows, shape, block, blocks, dtype):
+    # block columns of w over the devices
+    shape = shape[0], shape[1] // mesh.size
+    def local(x, values, pattern):
+        return block_sparse_matmul(x, BlockSparse(values[0], pattern[0], shape, tuple(block)))
+    split, columns = jax.P("x"), jax.P(None, "x")
+    run = jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), split, split), out_specs=columns)
+    def loss(x, values, pattern):
+        return run(x, values, pattern).astype("float32").sum()
+    _, args, kernels = block_sparse(rows, shape, block, blocks, dtype)
+    place = jax.sharding.NamedSharding(mesh, split)
+    args = args[:1] + tuple(
+        jax.ShapeDtypeStruct((mesh.size, *a.shape), a.dtype, sharding=place) for a in args[1:]
+    )
+    return jax.value_and_grad(loss, (0, 1)), args, kernels + ["all-reduce"]
+
 def n_of_m(rows, shape, n, m):
     bits = {2: 1, 4: 2, 8: 4, 16: 4}[m]
     def run(x, values, codes):
@@ -44,7 +60,7 @@ def n_of_m(rows, shape, n, m):
     return run, args, ["nm_matmul"]
 
 for kind, *case in cases:
-    run, args, kernels = dict(block=block_sparse, nm=n_of_m)[kind](*case)
+    run, args, kernels = dict(block=block_sparse, nm=n_of_m, sharded=sharded)[kind](*case)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = jax.jit(run).lower(*args).compile().as_text()
     print(all(name in text for name in kernels))
@@ -73,6 +89,9 @@ FULL = [
 ]
 
 
+SHARDED = [("sharded", 256, (1024, 1024), (128, 128), 12, "bfloat16")]
+
+
 def compiles(topology, cases):
     """Whether the TPU compiler takes every case and the kernels are in its result."""
     pytest.importorskip("libtpu", reason="needs libtpu, which has wheels for x86-64 Linux only")
@@ -91,6 +110,11 @@ def compiles(topology, cases):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_forward_and_both_gradients_compile(topology):
     compiles(topology, QUICK)
+
+
+@pytest.mark.slow
+def test_weights_sharded_by_block_columns_compile():
+    compiles("v5e:2x2", SHARDED)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """NMSparse and nm_matmul: what is kept, how it is packed, and the products."""
 
+import functools
 import itertools
 
 import jax
@@ -15,7 +16,13 @@ from pallas_kernels import NMSparse, nm_matmul
 from pallas_kernels.formats.nm import code_bits
 from pallas_kernels.nm_matmul import xla
 
-FORMS = [(2, 4, 1), (2, 4, 32), (1, 4, 64), (4, 8, 32), (3, 3, 1)]
+# n, m, share; rows of x; dtype. Examples of one of them share their compiled code.
+CASES = [
+    ((2, 4, 1), (2, 2), jnp.float32),
+    ((3, 3, 1), (3,), jnp.bfloat16),
+    ((2, 4, 32), (2, 2), jnp.float32),
+    ((4, 8, 32), (3,), jnp.bfloat16),
+]
 
 
 def dense(rows, cols, dtype=jnp.float32, seed=0):
@@ -58,24 +65,29 @@ def test_bytes_of_two_in_four_are_nine_sixteenths_of_dense():
     assert code_bits(4) == 2 and code_bits(16) == 4 and code_bits(17) == 8
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def forward_and_gradients(x, w, dy, implementation):
+    """One function for all examples: equal shapes are compiled once."""
+    f = lambda x, v: nm_matmul(x, w.with_values(v), implementation=implementation)
+    y, pull = jax.vjp(f, x, w.values)
+    return y, *pull(dy)
+
+
 @given(
-    form=st.sampled_from(FORMS),
-    rows=st.sampled_from([(3,), (2, 2)]),
-    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    case=st.sampled_from(CASES),
     implementation=st.sampled_from(["xla", "reference"]),
+    seed=st.integers(0, 9),
 )
-def test_products_and_gradients_agree_with_dense(form, rows, dtype, implementation):
-    n, m, share = form
-    w = NMSparse.from_dense(dense(4 * m, 64, dtype), n, m, share=share)
-    x, dy = dense(int(np.prod(rows)), 4 * m, dtype, 1).reshape(*rows, -1), dense(int(np.prod(rows)), 64, dtype, 2).reshape(*rows, -1)  # fmt: skip
-
-    @jax.jit
-    def run(x, values):
-        f = lambda x, v: nm_matmul(x, w.with_values(v), implementation=implementation)
-        y, vjp = jax.vjp(f, x, values)
-        return y, *vjp(dy.astype(y.dtype))
-
-    y, dx, dv = run(x, w.values)
+def test_products_and_gradients_agree_with_dense(case, implementation, seed):
+    (n, m, share), rows, dtype = case
+    w = NMSparse.from_dense(dense(4 * m, 64, dtype, seed), n, m, share=share)
+    x, dy = (
+        dense(int(np.prod(rows)), width, dtype, seed + 1).reshape(*rows, width)
+        for width in (4 * m, 64)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "_TOKENS", 2)  # several tiles of tokens, the last one ragged
+        y, dx, dv = forward_and_gradients(x, w, dy, implementation)
     xf, dyf, wf = (np.asarray(a, np.float32) for a in (x, dy, w.to_dense()))
     tol = dict(rtol=2e-2, atol=0.1) if dtype == jnp.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.asarray(y, "f"), xf @ wf, **tol)
@@ -125,6 +137,23 @@ def test_orbax_export_jit_and_vmap_carry_it(tmp_path):
     np.testing.assert_allclose(jax.vmap(nm_matmul, (None, 0))(x, stack)[1], y, rtol=1e-5)
 
 
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+def test_shard_map_over_split_weights_gives_the_whole_product(axis):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    w = NMSparse.from_dense(dense(48, 128), 2, 4, share=32)
+    x = dense(5, 48, seed=1)
+
+    def local(x, part):
+        y = nm_matmul(x, jax.tree.map(lambda a: a[0], part))
+        return y if axis == "columns" else jax.lax.psum(y, "model")
+
+    x_spec, y_spec = (P(), P(None, "model")) if axis == "columns" else (P(None, "model"), P())
+    run = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, P("model")), out_specs=y_spec)
+    y = jax.jit(run)(x, w.split(4, axis))
+    np.testing.assert_allclose(y, x @ w.to_dense(), rtol=1e-5, atol=1e-5)
+
+
 W = NMSparse.from_dense(jnp.eye(8), 2, 4)
 REFUSED = [
     (lambda: NMSparse.from_dense(jnp.ones((6, 4)), 2, 4), "m=4 must divide the 6 rows"),
@@ -134,6 +163,9 @@ REFUSED = [
     (lambda: NMSparse.from_mask(jnp.ones((8, 4)), jnp.ones((8, 4)), 2, 4), "mask keeps 4 of a group of m=4 rows; at most n=2"),
     (lambda: NMSparse.from_mask(jnp.ones((8, 4)), jnp.ones((4, 4)), 2, 4), r"mask.shape=\(4, 4\) must equal"),
     (lambda: W.with_values(jnp.ones((2, 2, 4))), r"values.shape=\(2, 2, 4\) must be \(2, 2, 8\)"),
+    (lambda: W.split(4, "rows"), "parts=4 must divide the 2 groups of 4 rows"),
+    (lambda: W.split(3), "parts=3 must divide the 8 groups of 1 columns"),
+    (lambda: W.split(2, "both"), "axis='both' must be 'columns' or 'rows'"),
     (lambda: nm_matmul(jnp.ones((2, 4)), W), r"x.shape=\(2, 4\) must end in 8"),
     (lambda: nm_matmul(jnp.ones((2, 8), int), W), "x.dtype=int32 must be"),
     (lambda: nm_matmul(jnp.ones((2, 8)), jnp.eye(8)), "w must be an NMSparse"),
