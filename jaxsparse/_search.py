@@ -17,6 +17,7 @@ Three things decide over a factor of ten on XLA for CPU, and none hurts elsewher
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class Bounds(NamedTuple):
     """All numbers of a level lie in [lo, last]. `smooth`: they are spread evenly, so that the first
     pass may interpolate; else it takes the thresholds `probes`, or uniform ones."""
 
-    lo: int
+    lo: Any  # an integer; or an array of them, one per slice
     last: int
     smooth: bool = False
     probes: tuple[int, ...] = ()
@@ -165,7 +166,23 @@ def totals(
     flags: Sequence[Array], minima: Sequence[Array], axes: Sequence[int], wide: bool = False
 ) -> tuple[list[Count], list[Array]]:
     """How many of each of the boolean arrays are True, and the minima of uint32 arrays, over
-    `axes`, dimensions kept, in one pass."""
+    `axes`, dimensions kept."""
+    in_one = functools.partial(_totals_in_one, axes=tuple(axes), wide=wide)
+    if wide:
+        return in_one(flags, minima)
+    apart = functools.partial(_totals_apart, axes=tuple(axes))
+    return lax.platform_dependent(list(flags), list(minima), cpu=in_one, default=apart)
+
+
+def _totals_apart(flags, minima, *, axes):
+    """Sums and minima are what sharded arrays are reduced by in one exchange, those of many arrays
+    together; of a reduction of several operands each would be gathered."""
+    counts = [(jnp.sum(f, axis=axes, dtype=jnp.int32, keepdims=True),) for f in flags]
+    return counts, [jnp.min(x, axis=axes, keepdims=True) for x in minima]
+
+
+def _totals_in_one(flags, minima, *, axes, wide):
+    """All in one reduction, which alone is vectorised on CPU."""
     ones = [f.astype(jnp.int32) for f in flags]
     numbers = [(x, jnp.zeros_like(x)) if wide else (x,) for x in ones]
     n = len(jax.tree.leaves(numbers))
@@ -220,19 +237,31 @@ def search(
     k: Count,
     bounds: Sequence[Bounds],
     first: Array | None = None,
+    *,
+    apart: bool = False,
 ) -> Found:
     """The levels of the k-th largest entry, for k from 0 to all; one answer per slice.
 
     Args:
       entries: arrays that are ranked together (those with slices: one array only).
+      apart: each array is ranked by itself instead, all in the same passes. There is one answer for
+        each slice of each, in a row (`cut` finds those of an array), and so are k and the lower ends
+        of bounds. A pass then waits for one sum of counters over devices, not for one per array.
       k: a count that broadcasts to one per slice, at most the number of entries. More than there
         are eligible ones means all of those.
       bounds: the range of each level.
       first: eight thresholds of the first level to begin with.
     """
-    size = sum(e.ranked for e in entries)
-    wide = size >= WIDE
-    shape = entries[0].kept_shape if len(entries) == 1 else ()
+    shape: tuple[int, ...]
+    size: Any
+    if apart:
+        slices = [math.prod(e.kept_shape) for e in entries]
+        size, wide = np.repeat([e.ranked for e in entries], slices).astype(np.int32), False
+        shape = (sum(slices),)
+    else:
+        size = sum(e.ranked for e in entries)
+        wide = size >= WIDE
+        shape = entries[0].kept_shape if len(entries) == 1 else ()
     operands = tuple(e.operands for e in entries)
     plain = _nothing((operands, k)) == 0
 
@@ -242,14 +271,14 @@ def search(
 
     k = tuple(per_slice(c) for c in k)
     some = positive(k)
-    c_lo = tuple(per_slice(c) for c in count_of(size, size, wide))
-    c_hi = tuple(per_slice(c) for c in count_of(0, size, wide))
+    c_lo = tuple(per_slice(c) for c in count_of(size, int(np.max(size)), wide))
+    c_hi = tuple(per_slice(c) for c in count_of(0, 0, wide))
     passes = jnp.where(plain, jnp.int32(0), jnp.int32(0))
     found: list[Array] = []
 
     for j, bound in enumerate(bounds):
-        step = _Step(entries, operands, j, tuple(found), k, some, c_hi, wide, shape)
-        lo, last = per_slice(jnp.int32(bound.lo)), per_slice(jnp.int32(bound.last))
+        step = _Step(entries, operands, j, tuple(found), k, some, c_hi, wide, shape, apart)
+        lo, last = per_slice(jnp.asarray(bound.lo, jnp.int32)), per_slice(jnp.int32(bound.last))
         slow = per_slice(jnp.asarray(not bound.smooth))
         given = first if j == 0 and first is not None else first_thresholds(bound)
         if bound.smooth:
@@ -278,6 +307,7 @@ class _Step:
     base: Count  # entries above the answer at the levels before
     wide: bool
     shape: tuple[int, ...]
+    apart: bool
 
     def busy(self, s: _State) -> Array:
         return self.some & (s.lo < s.last) & ~equal(s.c_lo, self.k)
@@ -292,26 +322,32 @@ class _Step:
     def read(self, s: _State, operands) -> tuple[Count, Array, Array]:
         """Entries at or above each of the thresholds, and how far the least and the greatest number
         in the bracket are from its ends."""
-        t = s.thresholds
-        counts = tuple(jnp.broadcast_to(c, t.shape) for c in self.base)
-        low, high = jnp.full_like(s.lo, -1, jnp.uint32), jnp.full_like(s.lo, -1, jnp.uint32)
-        for e, arrays in zip(self.entries, operands):
+        t, none = s.thresholds, jnp.uint32(2**32 - 1)
+        parts = []
+        for i, (e, arrays) in enumerate(zip(self.entries, operands)):
+            own = functools.partial(cut, self.entries, i) if self.apart else lambda x: x
             levels, inside = e.levels(*arrays)
             for level, value in zip(levels, self.found):
-                inside = level == value if inside is None else inside & (level == value)
+                same = level == own(value)
+                inside = same if inside is None else inside & same
             x = levels[self.j]
             x = jnp.broadcast_to(x if inside is None else jnp.where(inside, x, INT_MIN), e.shape)
             # Distances from the ends of the bracket wrap around for numbers outside.
-            distances = span(s.lo, x), span(x, s.last)
+            distances = [span(own(s.lo), x), span(x, own(s.last))]
             if inside is not None:
-                distances = [jnp.where(inside, d, jnp.uint32(2**32 - 1)) for d in distances]
-            more, (a, b) = totals([x >= v for v in t], distances, e.axes, self.wide)
-            counts = add(counts, tuple(jnp.stack(c).reshape(t.shape) for c in zip(*more)))
-            low, high = (
-                jnp.minimum(low, a.reshape(self.shape)),
-                jnp.minimum(high, b.reshape(self.shape)),
-            )
-        return counts, low, high
+                distances = [jnp.where(inside, d, none) for d in distances]
+            more, ends = totals([x >= v for v in own(t)], distances, e.axes, self.wide)
+            shape = (-1,) if self.apart else self.shape
+            digits = [jnp.stack(c).reshape(THRESHOLDS, *shape) for c in zip(*more)]
+            parts.append((tuple(digits), *(x.reshape(shape) for x in ends)))
+        base = tuple(jnp.broadcast_to(c, t.shape) for c in self.base)
+        if self.apart:
+            counts, low, high = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *parts)
+            return add(base, counts), low, high
+        counts, low, high = parts[0]
+        for more, a, b in parts[1:]:
+            counts, low, high = add(counts, more), jnp.minimum(low, a), jnp.minimum(high, b)
+        return add(base, counts), low, high
 
     def narrow(self, s: _State, counts: Count, low: Array, high: Array) -> _State:
         # The higher a threshold, the fewer entries: the counts that belong to the highest threshold
@@ -333,6 +369,14 @@ class _Step:
         )
         thresholds = _next_thresholds(lo, last, c_lo, c_hi, self.k, slow)
         return _State(lo, last, c_lo, c_hi, thresholds, slow, s.passes + 1)
+
+
+def cut(entries: Sequence[Entries], i: int, x: Array) -> Array:
+    """Of numbers in a row, one per slice of arrays that are ranked apart, those of the i-th array."""
+    slices = [math.prod(e.kept_shape) for e in entries]
+    start = sum(slices[:i])
+    own = lax.slice_in_dim(x, start, start + slices[i], axis=-1)
+    return own.reshape(*x.shape[:-1], *entries[i].kept_shape)
 
 
 def first_thresholds(bound: Bounds) -> Array:

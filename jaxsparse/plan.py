@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxsparse import _counts, allocations, masking, scores, selection, structures, targets
@@ -63,11 +64,8 @@ def _salt(seed: Any, stream: Any, name: str) -> Array:
     """A uint32 that differs between seeds, streams and names; never their sum, by which seed 0 at
     step 1 would be seed 1 at step 0."""
 
-    def uint32(x) -> Array:
-        return jnp.uint32(x & 0xFFFFFFFF) if isinstance(x, int) else jnp.asarray(x, jnp.uint32)
-
     mix, path = selection.mix, jnp.uint32(zlib.crc32(name.encode()))
-    return mix(mix(mix(uint32(seed)) ^ path) + uint32(stream))
+    return mix(mix(mix(selection.as_seed(seed)) ^ path) + selection.as_seed(stream))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +147,7 @@ def check_sparsity(sparsity, structure: Any = None) -> Any:
         return fixed
     if not _counts.is_concrete(sparsity):
         return sparsity
-    if isinstance(sparsity, bool) or jnp.ndim(sparsity) != 0:
+    if isinstance(sparsity, bool) or np.ndim(sparsity) != 0:
         raise ValueError(f"sparsity={sparsity!r}: give one number, the fraction of zeros in [0, 1)")
     if not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(f"sparsity={sparsity}: must be in [0, 1); it is the fraction of zeros")
@@ -218,11 +216,22 @@ def choose(
             leaves, values, allocation, sparsity, fraction, where, ties, seed, stream
         )
     units = unit_budgets(leaves, allocation, sparsity, fraction)
+    kept = selection.topk_masks(
+        [leaf.structure.pool(v, leaf.lead) for leaf, v in zip(leaves, values)],
+        units,
+        where=_unit_masks(leaves, where),
+        ties=ties,
+        seeds=[leaf.salt(seed, stream) for leaf in leaves],
+        axes=[leaf.structure.axes(leaf.shape, leaf.lead) for leaf in leaves],
+    )
+    return [leaf.structure.expand(m, leaf.shape, leaf.lead) for leaf, m in zip(leaves, kept)]
+
+
+def _unit_masks(leaves, masks) -> list:
+    """The units that masks of weights hold; None for None."""
     return [
-        structures.topk(
-            leaf.structure, v, k, lead=leaf.lead, where=w, ties=ties, seed=leaf.salt(seed, stream)
-        )
-        for leaf, v, k, w in zip(leaves, values, units, where)
+        None if m is None else structures.unit_mask(leaf.structure, m, leaf.lead)
+        for leaf, m in zip(leaves, masks)
     ]
 
 
@@ -249,10 +258,7 @@ def _choose_global(leaves, values, allocation, sparsity, fraction, where, ties, 
         allocation.rank(leaf.structure.pool(v, leaf.lead), leaf.lead)
         for leaf, v in zip(leaves, values)
     ]
-    eligible = [
-        None if w is None else structures.unit_mask(leaf.structure, w, leaf.lead)
-        for leaf, w in zip(leaves, where)
-    ]
+    eligible = _unit_masks(leaves, where)
     masks = selection.global_topk_masks(
         ranked,
         kept,
@@ -299,7 +305,8 @@ def prune(
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 10.0]
 
     Raises:
-      ValueError: a sparsity out of range, a structure that does not fit, rules that match nothing.
+      ValueError: a sparsity out of range, a structure that does not fit, rules that match nothing,
+        scores that are NaN.
     """
     structure = structure if isinstance(structure, Mapping) else structures.resolve(structure)
     sparsity = check_sparsity(sparsity, structure)
@@ -307,6 +314,12 @@ def prune(
     function = scores.resolve(score)
     gs = plan.take(grads) if grads is not None else [None] * len(plan.leaves)
     values = [function(w, g) for w, g in zip(plan.take(params), gs)]
+    for leaf, v in zip(plan.leaves, values):
+        if _counts.is_concrete(v) and bool(jnp.any(jnp.isnan(v))):
+            raise ValueError(
+                f"params: the scores of {leaf.path!r} hold NaN, which cannot be ranked; look for NaN "
+                "in the weights and the gradients"
+            )
     masks = plan.scatter(
         choose(
             plan.leaves,

@@ -146,10 +146,16 @@ def mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def _seed(seed: Any) -> Array:
-    """A uint32 from an integer or a PRNG key."""
+def as_seed(seed: Any) -> Array:
+    """A uint32 from an integer or a PRNG key.
+
+    Raises:
+      ValueError: anything else.
+    """
     if isinstance(seed, int | np.integer):
         return jnp.uint32(int(seed) & 0xFFFFFFFF)
+    if not hasattr(seed, "dtype"):
+        raise ValueError(f"seed={seed!r}: give an integer or a PRNG key")
     seed = jnp.asarray(seed)
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return jax.random.bits(seed, (), jnp.uint32)
@@ -188,7 +194,7 @@ def position_hash(shape: Sequence[int], seed: Any) -> Array:
     Raises:
       ValueError: a seed that is none of these.
     """
-    return jnp.broadcast_to(_hash(tuple(shape), _seed(seed), jnp.uint32(0)), tuple(shape))
+    return jnp.broadcast_to(_hash(tuple(shape), as_seed(seed), jnp.uint32(0)), tuple(shape))
 
 
 # -- Arguments -------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ def _check_ties(ties: str, seed: Any) -> Array | None:
         return None
     if seed is None:
         raise ValueError('ties="hash" needs a seed: give seed=, an int or an integer scalar')
-    return _seed(seed)
+    return as_seed(seed)
 
 
 def _check_k(k: Any, name: str = "k") -> Any:
@@ -444,9 +450,15 @@ def topk_mask(
     axes = _check_axes(axis, len(shape))
     where = _check_where(where, shape)
     _native(dtype)
-    ranked = math.prod(shape[a] for a in axes)
     if math.prod(shape) == 0:
         return jnp.zeros(shape, bool)
+    k = _count_per_slice(k, shape, axes)
+    return _topk(arrays, k, where, seed, score=score, axes=axes)
+
+
+def _count_per_slice(k: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> Count:
+    """The count k, for all slices or for each, with 1 for the ranked axes."""
+    ranked = math.prod(shape[a] for a in axes)
     if not isinstance(k, int) and k.ndim:
         kept = tuple(n for a, n in enumerate(shape) if a not in axes)
         try:
@@ -455,14 +467,13 @@ def topk_mask(
             raise ValueError(
                 f"k has shape {k.shape}: it must broadcast to the axes that are not ranked, {kept}"
             ) from None
-    k = _search.count_of(k, ranked, ranked >= _search.WIDE)
-    return _topk(arrays, k, where, seed, score=score, axes=axes)
+    return _search.count_of(k, ranked, ranked >= _search.WIDE)
 
 
 @functools.partial(jax.jit, static_argnames=("score", "axes"))
 def _topk(arrays, k: Count, where, seed, *, score, axes) -> Array:
     shape, _ = _shape_and_dtype(arrays, score)
-    if len(axes) == 1 and shape[axes[0]] <= _PAIRWISE_UP_TO:
+    if _is_short(shape, axes):
         return _pairwise(score(*arrays), k[0], where, seed, axes[0])
     return _mask(*_find(arrays, k, where, seed, score=score, axes=axes), positive(k))
 
@@ -475,6 +486,96 @@ def _find(arrays, k: Count, where, seed, *, score, axes) -> tuple[Entries, _sear
     bounds = _value_bounds(dtype) + _tie_bounds(ranked, seed is not None, wide, None)
     first = _first_thresholds([entries], k, bounds[0])
     return entries, _search.search([entries], k, bounds, first)
+
+
+def topk_masks(
+    leaves: Sequence[Any],
+    ks: Sequence[Any],
+    *,
+    where: Sequence[Any] | None = None,
+    ties: str = "position",
+    seeds: Sequence[Any] | None = None,
+    axes: Sequence[Axis] | None = None,
+) -> list[Array]:
+    """`topk_mask` of several arrays, each ranked by itself: the same masks.
+
+    On CPU one array is searched after the other. Elsewhere all are searched in the same passes:
+    accelerators are kept waiting by many short loops, and sharded arrays by a sum over devices for
+    each pass of each loop; and one loop compiles sooner than a hundred.
+
+    Args:
+      leaves: a list of score arrays.
+      ks: for each array how many, see `topk_mask`.
+      where: for each array the eligible entries, or None.
+      ties: as for `topk_mask`.
+      seeds: for each array the seed, for `ties="hash"`.
+      axes: for each array the ranked axes.
+
+    >>> a, b = jnp.array([3.0, 1.0, 2.0]), jnp.array([[5.0, 4.0], [7.0, 6.0]])
+    >>> [m.tolist() for m in topk_masks([a, b], [2, 1], axes=[None, 1])]
+    [[True, False, True], [[True, False], [True, False]]]
+
+    Raises:
+      ValueError: lists of another length, and what `topk_mask` raises.
+    """
+    leaves = list(leaves)
+    lists = {"ks": ks, "where": where, "seeds": seeds, "axes": axes}
+    columns = [_check_list(values, leaves, name) for name, values in lists.items()]
+    masks: list[Any] = [None] * len(leaves)
+    together: dict[Any, list[int]] = {}
+    rows = []
+    for i, (x, k, w, seed, axis) in enumerate(zip(leaves, *columns)):
+        (x,) = _operands(x, None)
+        picked = _check_axes(axis, x.ndim)
+        ranked = math.prod(x.shape[a] for a in picked)
+        count_ = _count_per_slice(_check_k(k), x.shape, picked)
+        rows.append((x, count_, _check_where(w, x.shape), _check_ties(ties, seed), picked))
+        dtype = _native(x.dtype)
+        if x.size and ranked < _search.WIDE and not _is_short(x.shape, picked):
+            together.setdefault(dtype, []).append(i)
+        else:
+            masks[i] = topk_mask(x, k, where=w, ties=ties, seed=seed, axis=axis)
+    for group in together.values():
+        *operands, picked = zip(*(rows[i] for i in group))
+        for i, mask in zip(group, _topk_apart(*map(list, operands), axes=picked)):
+            masks[i] = mask
+    return masks
+
+
+def _is_short(shape: Sequence[int], axes: Sequence[int]) -> bool:
+    """Whether slices are so short that their entries are compared in pairs."""
+    return len(axes) == 1 and shape[axes[0]] <= _PAIRWISE_UP_TO
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _topk_apart(arrays, ks, where, seeds, *, axes) -> list[Array]:
+    def in_turn(*columns):
+        rows = zip(*columns, axes)
+        return [_topk((x,), k, w, seed, score=_identity, axes=a) for x, k, w, seed, a in rows]
+
+    if len(arrays) == 1:
+        return in_turn(arrays, ks, where, seeds)
+    at_once = functools.partial(_topk_at_once, axes=axes)
+    return lax.platform_dependent(arrays, ks, where, seeds, cpu=in_turn, default=at_once)
+
+
+def _topk_at_once(arrays, ks, where, seeds, *, axes) -> list[Array]:
+    rows = zip(arrays, where, seeds, axes)
+    entries = [_entries((x,), _identity, w, seed, shape=x.shape, axes=a) for x, w, seed, a in rows]
+    bounds = _value_bounds(arrays[0].dtype)
+    if seeds[0] is not None:
+        bounds += _tie_bounds(0, True, False, None)
+    else:
+        slices = [math.prod(e.kept_shape) for e in entries]
+        lowest = np.repeat([-e.ranked for e in entries], slices).astype(np.int32)
+        bounds.append(Bounds(lowest, -1, smooth=True))
+    in_a_row = [jnp.broadcast_to(k, e.kept_shape).ravel() for (k,), e in zip(ks, entries)]
+    k = (jnp.concatenate(in_a_row),)
+    found, some, masks = _search.search(entries, k, bounds, apart=True), positive(k), []
+    for i, e in enumerate(entries):
+        own = functools.partial(_search.cut, entries, i)
+        masks.append(_mask(e, found._replace(lo=[own(lo) for lo in found.lo]), own(some)))
+    return masks
 
 
 def passes(scores: Array, k: Any) -> Array:
@@ -568,7 +669,7 @@ def random_mask(key_or_seed: Any, shape: Sequence[int], k: Any) -> Array:
     Raises:
       ValueError: a negative or fractional k, a seed of another kind.
     """
-    k, seed, shape = _check_k(k), _seed(key_or_seed), tuple(shape)
+    k, seed, shape = _check_k(k), as_seed(key_or_seed), tuple(shape)
     size = math.prod(shape)
     if size == 0:
         return jnp.zeros(shape, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,21 +32,54 @@ def drop_and_grow(
     """
 
     def rule(step: Step):
-        f = fraction(step.count)
-        return [
-            swap(
-                v.leaf,
-                v.m,
-                drop(v.w, v.g),
-                grow(v.w, v.g),
-                f,
-                drop_ties=scores.ties(drop),
-                salt=v.leaf.salt(seed, step.count),
-            )
-            for v in step.views
-        ]
+        return swap_all(
+            step.leaves,
+            step.masks,
+            [drop(v.w, v.g) for v in step.views],
+            [grow(v.w, v.g) for v in step.views],
+            fraction(step.count),
+            drop_ties=scores.ties(drop),
+            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+        )
 
     return rule
+
+
+def swap_all(
+    leaves: Sequence[Leaf], masks: Sequence[Array], drop_scores: Sequence[Array],
+    grow_scores: Sequence[Array], fraction, *, drop_ties: str = "position", salts: Sequence[Any],
+) -> list[Array]:  # fmt: skip
+    """The new masks of all leaves, see `drop_and_grow`."""
+    axes = [leaf.structure.axes(leaf.shape, leaf.lead) for leaf in leaves]
+    units = [structures.unit_mask(x.structure, m, x.lead) for x, m in zip(leaves, masks)]
+    ones = [selection.count(u, axis=a) for u, a in zip(units, axes)]
+    swapped = [scale_count(n, fraction) for n in ones]
+    keep = selection.topk_masks(
+        [leaf.structure.pool(x, leaf.lead) for leaf, x in zip(leaves, drop_scores)],
+        [n - s for n, s in zip(ones, swapped)],
+        where=units,
+        ties=drop_ties,
+        seeds=salts,
+        axes=axes,
+    )
+    return refill_all(leaves, keep, swapped, grow_scores, salts=salts)
+
+
+def refill_all(
+    leaves: Sequence[Leaf], keep: Sequence[Array], numbers: Sequence, grow_scores: Sequence[Array],
+    *, salts: Sequence[Any],
+) -> list[Array]:  # fmt: skip
+    """The masks of all leaves, see `refill`."""
+    grown = selection.topk_masks(
+        [leaf.structure.pool(x, leaf.lead) for leaf, x in zip(leaves, grow_scores)],
+        numbers,
+        where=[~k for k in keep],
+        ties="hash",
+        seeds=[salt ^ jnp.uint32(0x9E3779B9) for salt in salts],
+        axes=[leaf.structure.axes(leaf.shape, leaf.lead) for leaf in leaves],
+    )
+    rows = zip(leaves, keep, grown)
+    return [leaf.structure.expand(k | g, leaf.shape, leaf.lead) for leaf, k, g in rows]
 
 
 def swap(
@@ -53,28 +87,14 @@ def swap(
     drop_ties: str = "position", salt: Any = 0,
 ) -> Array:  # fmt: skip
     """The new mask of one leaf, see `drop_and_grow`."""
-    kind, lead = leaf.structure, leaf.lead
-    axes = kind.axes(leaf.shape, lead)
-    units = structures.unit_mask(kind, mask, lead)
-    ones = selection.count(units, axis=axes)
-    swapped = scale_count(ones, fraction)
-    keep = selection.topk_mask(
-        kind.pool(drop_score, lead),
-        ones - swapped,
-        where=units,
-        ties=drop_ties,
-        seed=salt,
-        axis=axes,
+    (new,) = swap_all(
+        [leaf], [mask], [drop_score], [grow_score], fraction, drop_ties=drop_ties, salts=[salt]
     )
-    return refill(leaf, keep, swapped, grow_score, salt=salt)
+    return new
 
 
 def refill(leaf: Leaf, keep: Array, number, score: Array, *, salt: Any = 0) -> Array:
     """The mask of one leaf with the units `keep` and, in each slice, the `number` (int32, one per
     slice or for all) units of highest `score` among the others; equal scores by a seeded hash."""
-    kind, lead = leaf.structure, leaf.lead
-    grown = selection.topk_mask(
-        kind.pool(score, lead), number, where=~keep, ties="hash",
-        seed=salt ^ jnp.uint32(0x9E3779B9), axis=kind.axes(leaf.shape, lead),
-    )  # fmt: skip
-    return kind.expand(keep | grown, leaf.shape, lead)
+    (new,) = refill_all([leaf], [keep], [number], [score], salts=[salt])
+    return new

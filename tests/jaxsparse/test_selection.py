@@ -448,7 +448,7 @@ def test_counts_from_the_host_have_any_size():
         (lambda x: selection.topk_mask(x, 1, axis=(0, -2)), r"axis=\(0, -2\): give distinct"),
         (lambda x: selection.topk_mask(x, 1, ties="index"), "ties='index'"),
         (lambda x: selection.topk_mask(x, 1, ties="hash"), "needs a seed"),
-        (lambda x: selection.topk_mask(x, 1, ties="hash", seed=0.5), "seed of dtype float32"),
+        (lambda x: selection.topk_mask(x, 1, ties="hash", seed=0.5), "seed=0.5: give an integer"),
         (lambda x: selection.topk_mask(x, 1, where=x), "where has dtype float32"),
         (lambda x: selection.topk_mask(x, 1, where=x[None] > 0), r"where has shape \(1, 4, 6\)"),
         (lambda x: selection.topk_mask((x, x), 1), "several operands need score="),
@@ -462,6 +462,10 @@ def test_counts_from_the_host_have_any_size():
         (lambda x: selection.global_topk_masks([x], 1, where=[]), "where must be a list"),
         (lambda x: selection.global_topk_masks([x], 1, minimum=[2]), r"adds up to 2, more than k=1"),
         (lambda x: selection.global_topk_masks([x], 1, minimum=[-2]), "minimum=-2: give a count"),
+        (lambda x: selection.topk_masks([x], [1, 2]), "ks must be a list with one entry per leaf"),
+        (lambda x: selection.topk_masks([x], [1], axes=[4]), "axis=4: give distinct axes"),
+        (lambda x: selection.topk_masks([x], [-1]), "k=-1: give a count"),
+        (lambda x: selection.topk_masks([x], [1], ties="hash"), "needs a seed"),
         (lambda x: selection.global_kth_largest([x[:0]], 1), "no scores at all"),
         (lambda x: selection.quantile([], 0.5), "no entries at all"),
         (lambda x: selection.quantile([x], 1.5), r"q=1.5: must be in \[0, 1\]"),
@@ -479,3 +483,48 @@ def test_lamp_scores_are_the_share_of_what_ranks_no_lower():
     )
     stacked = selection.lamp_scores(jnp.stack([x, 5 * x]), lead=1)
     np.testing.assert_allclose(stacked[0], stacked[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("ties", ["position", "hash"])
+def test_masks_searched_side_by_side_are_those_searched_one_by_one(ties):
+    k = jax.random.split(jax.random.key(0), 4)
+    stacked, rounded = (
+        jax.random.normal(k[0], (3, 40, 50)),
+        jnp.round(jax.random.normal(k[1], (64, 33))),
+    )
+    rows = [  # scores, k, axes, where
+        (stacked, jnp.array([10, 0, 2000]), (1, 2), None),
+        (rounded, 700, None, rounded > -2),
+        (jnp.zeros((7, 9)), jnp.int32(11), None, None),
+        (jnp.full((5,), jnp.nan), 99, None, None),
+        (jax.random.normal(k[2], (200, 6)), 17, (0,), None),
+        (jax.random.normal(k[3], (8, 6)), 2, (1,), None),  # short slices
+        (rounded.astype(jnp.bfloat16), 100, None, None),  # another dtype
+    ]
+    seeds = [jnp.uint32(i) for i in range(len(rows))]
+    alone = [
+        selection.topk_mask(x, n, axis=a, where=w, ties=ties, seed=s)
+        for (x, n, a, w), s in zip(rows, seeds)
+    ]
+    x, n, a, w = map(list, zip(*rows))
+    listed = selection.topk_masks(x, n, axes=a, where=w, ties=ties, seeds=seeds)
+    np.testing.assert_equal(jax.device_get(listed), jax.device_get(alone))
+
+    # What accelerators run, which CPU does not choose.
+    axes = tuple(selection._check_axes(a, x.ndim) for x, _, a, _ in rows[:5])
+    counts = [selection._count_per_slice(n, x.shape, a) for (x, n, *_), a in zip(rows, axes)]
+    salts = seeds[:5] if ties == "hash" else [None] * 5
+    at_once = jax.jit(selection._topk_at_once, static_argnames="axes")(
+        x[:5], counts, w[:5], salts, axes=axes
+    )
+    np.testing.assert_equal(jax.device_get(at_once), jax.device_get(alone[:5]))
+
+
+@pytest.mark.parametrize("axes", [(0,), (0, 1)])
+def test_counts_and_minima_of_separate_reductions_are_those_of_one(axes):
+    x = jax.random.bits(jax.random.key(0), (5, 7), jnp.uint32)
+    flags = [x > jnp.uint32(2**31), x % 3 == 0]
+    one = _search._totals_in_one(flags, [x], axes=axes, wide=False)
+    np.testing.assert_equal(
+        jax.device_get(_search._totals_apart(flags, [x], axes=axes)), jax.device_get(one)
+    )

@@ -78,6 +78,12 @@ CASES = {
         lambda x, y, z, k: selection.global_topk_masks([x, y, z], k),
         BOTH, CONV, ROWS, K,
     ),
+    "several topk": (
+        lambda x, y, z, k: selection.topk_masks(
+            [x, y, z], [k, k, 2 * k], ties="hash", seeds=[k, k, k], axes=[None, None, (0,)]
+        ),
+        BOTH, ROWS, BOTH, K,
+    ),
     "2:4 along rows": (lambda x: selection.nm_mask(x, 2, 4, axis=0), BOTH),
     "2:4 along columns": (lambda x: selection.nm_mask(x, 2, 4, axis=1), BOTH),
     "random": (lambda x, k: selection.random_mask(k, x.shape, k) & (x >= 0), BOTH, K),
@@ -92,6 +98,18 @@ def test_no_collective_is_as_large_as_a_leaf(mesh, case):
     assert max(collectives(program.as_text()), default=0) <= LARGEST
     masks = [s for s in jax.tree.leaves(program.output_shardings) if s.spec != PartitionSpec()]
     assert masks, "the mask is sharded as the weights are"
+
+
+def test_masks_of_many_leaves_share_the_exchanges_of_a_pass(mesh):
+    leaves = [((2048, 1024), (("a", "b"), None))] * 4
+    one, four = (
+        len(collectives(compiled(mesh, function, *leaves, K).as_text()))
+        for function in (
+            lambda x, *rest: selection.topk_masks([x], [rest[-1]]),
+            lambda *xs: selection.topk_masks(xs[:-1], [xs[-1]] * 4),
+        )
+    )
+    assert four <= one, "counters of all leaves are summed together"
 
 
 def test_the_check_sees_a_gathered_leaf(mesh):
