@@ -1,7 +1,8 @@
 """Flax NNX models by name.
 
 Every model maps `x` [batch, *shape] to logits; `create` fills in what the data set decides. A module
-with batch normalisation takes `axis_name`, the name of the device axis under `jax.pmap`.
+with batch normalisation takes `axis_name`, the name of the device axis under `jax.pmap`; deep ones take
+`rows`, the sharding of the batch where parameters are sharded too.
 """
 
 import difflib
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from experiments.models.cnn import CNN
 from experiments.models.mlp import MLP
@@ -26,7 +28,7 @@ MODELS: Mapping[str, Callable[..., nnx.Module]] = {
     "transformer": Transformer,
 }
 
-_FROM_DATA = ("self", "shape", "num_classes", "rngs", "axis_name")
+_FROM_DATA = ("self", "shape", "num_classes", "rngs", "axis_name", "rows")
 
 
 def create(
@@ -36,6 +38,7 @@ def create(
     *,
     rngs: nnx.Rngs,
     axis_name: str | None = None,
+    rows: NamedSharding | None = None,
     **options: Any,
 ) -> nnx.Module:
     """Builds a model for inputs of `shape` (without the batch axis).
@@ -49,12 +52,13 @@ def create(
         close = difflib.get_close_matches(name, MODELS, cutoff=0.4) or MODELS
         raise ValueError(f"model={name!r} is not known; close matches: {', '.join(close)}")
     model = MODELS[name]
-    known = [p for p in inspect.signature(model.__init__).parameters if p not in _FROM_DATA]
+    takes = inspect.signature(model.__init__).parameters
+    known = [p for p in takes if p not in _FROM_DATA]
     for option in options:
         if option not in known:
             raise ValueError(f"model={name!r} has no option {option!r}; it has: {', '.join(known)}")
     if isinstance(options.get("dtype"), str):
         options["dtype"] = jnp.dtype(options["dtype"])
-    if model is ResNet:
-        options["axis_name"] = axis_name
+    placed = {"axis_name": axis_name, "rows": rows}
+    options |= {name: value for name, value in placed.items() if name in takes}
     return model(shape, num_classes, rngs=rngs, **options)

@@ -9,6 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+
+from experiments.models.rows import split_rows
 
 _IMAGENET = {
     18: (2, 2, 2, 2),
@@ -58,6 +61,7 @@ class ResNet(nnx.Module):
         depth: int = 20,
         width: int | None = None,
         axis_name: str | None = None,
+        rows: NamedSharding | None = None,
         dtype=None,
     ):
         imagenet = depth in _IMAGENET
@@ -69,7 +73,7 @@ class ResNet(nnx.Module):
         conv = functools.partial(nnx.Conv, use_bias=False, padding="SAME", dtype=dtype)
         # Statistics and their sums in float32, whatever the convolutions compute in.
         norm = functools.partial(nnx.BatchNorm, momentum=0.9, dtype=dtype, axis_name=axis_name)
-        self.imagenet = imagenet
+        self.imagenet, self.rows = imagenet, rows
         if imagenet:
             self.stem = conv(shape[-1], width, (7, 7), strides=2, rngs=rngs)
         else:
@@ -90,9 +94,9 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(channels, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = split_rows(nnx.relu(self.stem_norm(self.stem(x))), self.rows)
         if self.imagenet:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for block in self.blocks:
-            x = block(x)
+            x = split_rows(block(x), self.rows)
         return self.head(jnp.mean(x, axis=(1, 2)))

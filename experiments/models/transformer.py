@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+
+from experiments.models.rows import split_rows
 
 
 class Attention(nnx.Module):
@@ -48,7 +51,8 @@ class Transformer(nnx.Module):
     """Tokens [B, T] to logits [B, T, vocabulary].
 
     With `scan_layers` the blocks are one stacked block (leaves have a leading layer axis) and compile
-    once; `remat` recomputes each block in the backward pass.
+    once; `remat` recomputes each block in the backward pass. `rows` is how the batch is split over
+    devices, see `split_rows`.
     """
 
     def __init__(
@@ -63,11 +67,12 @@ class Transformer(nnx.Module):
         expand: int = 4,
         scan_layers: bool = False,
         remat: bool = False,
+        rows: NamedSharding | None = None,
         dtype=None,
     ):
         block = functools.partial(Block, dim, heads, expand=expand, dtype=dtype)
         self.embed = nnx.Embed(num_classes, dim, dtype=dtype, rngs=rngs)
-        self.scan_layers, self.remat = scan_layers, remat
+        self.scan_layers, self.remat, self.rows = scan_layers, remat, rows
         self.layers: Any
         if scan_layers:
             stack = nnx.vmap(lambda rngs: block(rngs=rngs), in_axes=0, out_axes=0)
@@ -78,8 +83,8 @@ class Transformer(nnx.Module):
         self.head = nnx.Linear(dim, num_classes, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD = self.embed(tokens_BT)
-        apply = lambda x, layer: layer(x)
+        x_BTD = split_rows(self.embed(tokens_BT), self.rows)
+        apply = lambda x, layer: split_rows(layer(x), self.rows)
         if self.remat:
             apply = nnx.remat(apply)
         if self.scan_layers:
@@ -87,7 +92,7 @@ class Transformer(nnx.Module):
         else:
             for layer in self.layers:
                 x_BTD = apply(x_BTD, layer)
-        return self.head(self.norm(x_BTD))
+        return split_rows(self.head(self.norm(x_BTD)), self.rows)
 
 
 def rotate(x_BTHK: jax.Array) -> jax.Array:

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
+from experiments.models.rows import split_rows
 from experiments.models.transformer import Block
 
 
@@ -20,11 +22,13 @@ class ViT(nnx.Module):
         dim: int = 128,
         depth: int = 4,
         heads: int = 4,
+        rows: NamedSharding | None = None,
         dtype=None,
     ):
         height, width, channels = shape
         if height % patch or width % patch:
             raise ValueError(f"patch={patch} does not divide images of {height}x{width}")
+        self.rows = rows
         self.patches = nnx.Conv(
             channels, dim, (patch, patch), strides=patch, padding="VALID", dtype=dtype, rngs=rngs
         )
@@ -41,7 +45,7 @@ class ViT(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = x + self.position_embedding[...].astype(x.dtype)
+        x = split_rows(x + self.position_embedding[...].astype(x.dtype), self.rows)
         for layer in self.layers:
-            x = layer(x)
+            x = split_rows(layer(x), self.rows)
         return self.head(jnp.mean(self.norm(x), axis=1))

@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments import models
 
@@ -62,6 +65,35 @@ def test_the_transformer_does_not_see_the_future():
     changed = tokens.at[0, 4].set(9)
     a, b = model(tokens), model(changed)
     assert jnp.array_equal(a[:, :4], b[:, :4]) and not jnp.allclose(a[:, 4:], b[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("transformer", (16,), {"dim": 64, "depth": 2, "heads": 2, "scan_layers": True}),
+        ("vit", (8, 8, 1), {"dim": 64, "depth": 2, "heads": 2}),
+    ],
+)
+def test_with_rows_a_device_works_on_its_part_of_the_batch(name, shape, options):
+    mesh = Mesh(np.array(jax.devices()), "data")
+    rows = NamedSharding(mesh, P("data"))
+
+    def flops(batch, rows):
+        model = nnx.eval_shape(
+            lambda: models.create(name, shape, 64, rngs=nnx.Rngs(0), rows=rows, **options)
+        )
+        graphdef, state = nnx.split(model)
+        # Weights are split over the same devices as the batch, by their last axis but one.
+        place = lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, P(*[None] * (x.ndim - 2), "data"))
+            if rows is not None and x.ndim > 1 and x.shape[-2] % 8 == 0 else None,
+        )  # fmt: skip
+        x = jax.ShapeDtypeStruct((batch, *shape), jnp.int32 if name == "transformer" else jnp.float32,
+                                 sharding=rows)  # fmt: skip
+        apply = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+        return apply.lower(jax.tree.map(place, state), x).compile().cost_analysis()["flops"]
+
+    assert flops(32, rows) < 1.1 * flops(4, None)
 
 
 def test_a_depth_that_no_residual_network_has_is_refused():
