@@ -209,6 +209,12 @@ class Both:
         return self.first.fires(step) | self.second.fires(step)
 
 
+def check_length(total_steps) -> None:
+    """Raises `ValueError` if a run of `total_steps` has no step."""
+    if is_concrete(total_steps) and total_steps < 1:
+        raise ValueError(f"total_steps={total_steps}: a run has at least one step")
+
+
 def window(
     total_steps, begin_step=None, end_step=None, update_every=1, *, default_begin=0,
     fraction=0.75, at_end=True,
@@ -221,6 +227,7 @@ def window(
         `begin_step` or not within the run (the schedule would never reach its target).
     """
     total, every = total_steps, update_every
+    check_length(total)
     begin = default_begin if begin_step is None else begin_step
     if end_step is None:
         percent = round(fraction * 100)
@@ -230,8 +237,6 @@ def window(
     else:
         end = end_step
     if is_concrete(total, every, begin, end):
-        if total < 1:
-            raise ValueError(f"total_steps={total}: a run has at least one step")
         if every < 1:
             raise ValueError(f"update_every={every}: must be at least 1")
         if begin < 0:

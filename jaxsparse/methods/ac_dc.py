@@ -63,8 +63,7 @@ def ac_dc(
       ValueError: a sparsity out of range, switches that are even in number, not increasing or not
         within the run.
     """
-    if is_concrete(total_steps) and total_steps < 1:
-        raise ValueError(f"total_steps={total_steps}: a run has at least one step")
+    schedules.check_length(total_steps)
     if switches is None:
         switches = _default_switches(total_steps)
     if is_concrete(total_steps, *switches):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import is_concrete, kept_count
+from jaxsparse._counts import kept_count
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 from jaxsparse.transforms import (
@@ -109,8 +109,7 @@ def autosparse(
     Raises:
       ValueError: `total_steps` below 1, `alpha` or `backward_sparsity` out of [0, 1].
     """
-    if is_concrete(total_steps) and total_steps < 1:
-        raise ValueError(f"total_steps={total_steps}: a run has at least one step")
+    schedules.check_length(total_steps)
     if isinstance(alpha, float | int) and not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha={alpha}: must be in [0, 1]")
     if backward_sparsity is not None and not 0.0 <= backward_sparsity < 1.0:

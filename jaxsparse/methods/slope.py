@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import scores
+from jaxsparse import schedules, scores
 from jaxsparse import targets as rules
 from jaxsparse._counts import is_concrete, when
 from jaxsparse.allocations import Uniform
@@ -86,6 +86,7 @@ def slope(
     Raises:
       ValueError: another structure, groups that do not divide, a step outside the run.
     """
+    schedules.check_length(total_steps)
     forward, kind = pattern(structure)
     late = total_steps - total_steps // 100 if adapter_step is None else adapter_step
     if is_concrete(update_every) and update_every < 1:

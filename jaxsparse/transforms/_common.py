@@ -127,6 +127,14 @@ def check_inner(inner) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
+def check_storage(pack_masks: Any, raw_dtype: Any = None) -> None:
+    """Raises `ValueError` for options of storage that are none."""
+    if not isinstance(pack_masks, bool):
+        raise ValueError(f"pack_masks={pack_masks!r}: give True (one bit per weight) or False")
+    if raw_dtype is not None and not jnp.issubdtype(raw_dtype, jnp.floating):
+        raise ValueError(f"raw_dtype={raw_dtype!r}: give a floating-point dtype, or None")
+
+
 def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> Plan:
     """The plan of an update, whose arguments fit together.
 

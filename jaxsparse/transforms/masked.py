@@ -28,6 +28,7 @@ from jaxsparse.transforms._common import (
     broken,
     check_arguments,
     check_inner,
+    check_storage,
     like,
     on_all_devices,
     store_masks,
@@ -82,6 +83,7 @@ def masked(
       pack_masks: store masks as bits.
     """
     inner, events = check_inner(inner), updates
+    check_storage(pack_masks)
 
     def init_fn(params):
         plan = plan_for(params)

@@ -31,6 +31,7 @@ from jaxsparse.transforms._common import (
     broken,
     check_arguments,
     check_inner,
+    check_storage,
     like,
     on_all_devices,
     store_masks,
@@ -86,6 +87,7 @@ def straight_through(
       pack_masks: store masks as bits.
     """
     inner = check_inner(inner)
+    check_storage(pack_masks, raw_dtype)
 
     def initial_aux(plan, zs):
         if learner is not None:
