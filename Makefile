@@ -11,7 +11,7 @@ ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: train test test-slow lint docs env clean
+.PHONY: train test test-slow lint docs env clean pod-rehearsal
 
 train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=runs/quickstart
@@ -22,6 +22,10 @@ test: lint
 # Notebooks, compilation of every kernel variant for every TPU generation, long runs.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Two processes with four virtual devices each: training, a kill, a preemption, the same bits in the end.
+pod-rehearsal: $(STAMP)
+	$(BIN)/python -m experiments.launch.rehearsal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments.parallel import all_agree
 from jaxsparse.targets import path_name
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it
@@ -39,7 +40,9 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                create=True,
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -50,24 +53,11 @@ class Checkpoints:
           ValueError: if it was written under another configuration; the message names each field.
           CheckpointError: if there are checkpoints, but none can be read.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
         unreadable = []
-        for step in steps:
-            try:
-                meta = self.manager.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                )
-                meta = meta["meta"]
-                self._refuse_other_run(step, meta["config"])
-                restored = self.manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-                )
-                state = restored["state"]
-                _check_fingerprints(state, meta["fingerprints"])
-            except OtherRunError:
-                raise
-            except Exception as error:  # Orbax raises many types for a damaged file
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            state, reason = self._read(step, shapes)
+            if not all_agree(reason is None):  # each process reads its own parts
+                reason = reason or "another process cannot read it"
                 logging.warning("checkpoint %d cannot be read: %s", step, reason)
                 unreadable.append((step, reason))
                 continue
@@ -81,6 +71,23 @@ class Checkpoints:
                 "changed. Repair them, or give another --workdir to start afresh."
             )
         return None
+
+    def _read(self, step, shapes):
+        """`(state, None)`, or `(None, why not)`."""
+        try:
+            meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+            meta = meta["meta"]
+            self._refuse_other_run(step, meta["config"])
+            restored = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+            )
+            _check_fingerprints(restored["state"], meta["fingerprints"])
+        except OtherRunError:
+            raise
+        except Exception as error:  # Orbax raises many types for a damaged file
+            text = str(error).strip()
+            return None, text.splitlines()[0] if text else repr(error)
+        return restored["state"], None
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
         """Saves in the background; `wait` until it is complete.

@@ -7,6 +7,10 @@
 Without --config: RigL at 90 % on mnist1d, about a minute on two cores. Every field of the config can be
 set from the command line; experiments/configs/base.py lists them with their meaning. Run the same
 command again to go on where a run was stopped or killed; SIGTERM and Ctrl-C save first.
+
+On several hosts each runs this command. Cloud TPU, SLURM and Open MPI say who the others are (Cloud TPU
+with --distributed); elsewhere give --coordinator_address, --num_processes and --process_id. See
+experiments/launch.
 """
 
 import inspect
@@ -14,6 +18,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +29,9 @@ import optax
 from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 import jaxsparse
@@ -38,8 +46,19 @@ CONFIG = config_flags.DEFINE_config_file(
     "the experiment: a file with get_config(); set single fields with --config.field=value",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/latest", "where checkpoints, metrics and the report go"
+    "workdir",
+    "runs/latest",
+    "where checkpoints, metrics and the report go; on several hosts, a directory that all of them share",
 )
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    None,
+    "join the processes of several hosts, found by JAX where the flags below do not say; "
+    "default: if one of them is given, or SLURM or Open MPI started several processes",
+)
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of the first process")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "the number of this process, from 0")
 
 
 class State(NamedTuple):
@@ -69,7 +88,8 @@ def make_optimizer(
     `seed` and `sparsity` may be traced, for sweeps in one program; else they are the config's.
     """
     schedule = learning_rate_schedule(config)
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    # Not vectors, which are biases and scales; but scalars: learned thresholds (STR) live of decay.
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim != 1, params)
     inner = {
         "adamw": lambda: optax.adamw(schedule, weight_decay=config.weight_decay, mask=matrices),
         "sgd": lambda: optax.chain(
@@ -110,14 +130,23 @@ def _default(fn, argument):
 
 
 def learning_rate_schedule(config) -> optax.Schedule:
-    """Linear warm-up to the peak, then `config.decay` to zero at the last step."""
-    warmup = min(config.warmup_steps, config.steps - 1)
-    if config.decay == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
-    if config.decay != "linear":
+    """Linear warm-up to the peak, then `config.decay` to zero at the last step; `config.cycles` times
+    in equal parts of the run (rewinds, after which pruned networks recover)."""
+    if config.decay not in ("cosine", "linear"):
         raise ValueError(f"decay={config.decay!r}: choose from cosine, linear")
+    if not 1 <= config.cycles <= config.steps:
+        raise ValueError(f"cycles={config.cycles}: must be from 1 to steps={config.steps}")
+    ends = [config.steps * i // config.cycles for i in range(config.cycles + 1)]
+    parts = [_cycle(config, b - a) for a, b in zip(ends, ends[1:])]
+    return optax.join_schedules(parts, ends[1:-1])
+
+
+def _cycle(config, steps: int) -> optax.Schedule:
+    warmup = min(config.warmup_steps, steps - 1)
+    if config.decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
     up = optax.linear_schedule(0.0, config.learning_rate, warmup)
-    down = optax.linear_schedule(config.learning_rate, 0.0, config.steps - warmup)
+    down = optax.linear_schedule(config.learning_rate, 0.0, steps - warmup)
     return optax.join_schedules([up, down], [warmup])
 
 
@@ -152,11 +181,24 @@ def make_task(
     data: datasets.Dataset,
     axis_name: str | None = None,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     seed: Any = None,
     sparsity: Any = None,
+    tx: optax.GradientTransformationExtraArgs | None = None,
 ) -> Task:
-    """`axis_name` is the device axis under `jax.pmap`; otherwise the batch that a step sees is whole."""
-    tx = make_optimizer(config, seed=seed, sparsity=sparsity)
+    """The config's training problem.
+
+    `axis_name` is the device axis under `jax.pmap`; otherwise the batch that a step sees is whole.
+    `mesh` belongs to sharded parameters: its axis `data` shares the batch. `seed` and `sparsity` may be
+    traced, for sweeps in one program. `tx` stands in place of the config's optimizer and method.
+    """
+    if tx is None:
+        tx = make_optimizer(config, seed=seed, sparsity=sparsity)
+    # Batch normalisation over the devices' batches; over each microbatch where there are such.
+    norm_axis = None if config.microbatches else axis_name
+    # Sharded parameters are gathered layer by layer; the batch stays where it is.
+    whole_batch = mesh is None or config.microbatches
+    rows = None if whole_batch else NamedSharding(mesh, PartitionSpec("data"))
 
     def create():
         return models.create(
@@ -164,7 +206,8 @@ def make_task(
             data.shape,
             data.num_classes,
             rngs=nnx.Rngs(jax.random.key(config.seed if seed is None else seed)),
-            axis_name=axis_name,
+            axis_name=norm_axis,
+            rows=rows,
             **config.model_options,
         )
 
@@ -182,7 +225,7 @@ def make_task(
         model = nnx.merge(graphdef, params, stats)
         model.train() if train else model.eval()
         logits = model(x)
-        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return logits, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
 
     def losses(logits, labels):
         logits = logits.astype(jnp.float32)
@@ -190,31 +233,55 @@ def make_task(
         targets = optax.smooth_labels(targets, config.label_smoothing)
         return optax.softmax_cross_entropy(logits, targets), jnp.argmax(logits, -1) == labels
 
-    def train_step(state: State, batch):
+    def gradient(params, stats, batch):
         def loss_fn(params):
-            logits, stats = apply(params, state.stats, batch["x"], train=True)
+            logits, new_stats = apply(params, stats, batch["x"], train=True)
             loss, correct = losses(logits, batch["y"])
-            return jnp.mean(loss), (stats, jnp.mean(correct))
+            return jnp.mean(loss), (new_stats, jnp.mean(correct))
 
-        (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        if axis_name is not None:
-            loss, accuracy, grads = jax.lax.pmean((loss, accuracy, grads), axis_name)
+        (loss, (new_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (loss, accuracy, grads), new_stats
+
+    def over_microbatches(fn):
+        """`fn(params, stats, batch)`, averaged over the microbatches of the global batch."""
+        axis = axis_name if mesh is None else "data"
+        mean = parallel.mean_over_microbatches(fn, config.microbatches, axis)
+        if mesh is None:
+            return mean
+        whole, parts = PartitionSpec(), PartitionSpec("data")
+        return jax.shard_map(
+            mean, mesh=mesh, in_specs=(whole, whole, parts), out_specs=whole, check_vma=False
+        )
+
+    def mean_gradient(params, stats, batch):
+        if config.microbatches:
+            return over_microbatches(gradient)(params, stats, batch)
+        means, stats = gradient(params, stats, batch)
+        return (means if axis_name is None else lax.pmean(means, axis_name)), stats
+
+    def train_step(state: State, batch):
+        (loss, accuracy, grads), stats = mean_gradient(state.params, state.stats, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         numbers = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads)}
         return State(state.step + 1, params, stats, opt_state), numbers
 
-    def eval_step(state: State, batch):
-        logits, _ = apply(state.params, state.stats, batch["x"], train=False)
+    def eval_sums(params, stats, batch):
+        logits, _ = apply(params, stats, batch["x"], train=False)
         loss, correct = losses(logits, batch["y"])
         rows = batch["weight"].reshape(-1, *[1] * (loss.ndim - 1))
-        sums = {
+        return {
             "loss": jnp.sum(loss * rows),
             "accuracy": jnp.sum(correct * rows),
             "entropy": jnp.sum(prediction_entropy(logits) * rows),
             "count": jnp.sum(jnp.broadcast_to(rows, loss.shape)),
         }
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    def eval_step(state: State, batch):
+        if config.microbatches:  # means instead of sums: only their ratios to `count` are used
+            return over_microbatches(eval_sums)(state.params, state.stats, batch)
+        sums = eval_sums(state.params, state.stats, batch)
+        return sums if axis_name is None else lax.psum(sums, axis_name)
 
     return Task(init, train_step, eval_step, apply, tx)
 
@@ -225,10 +292,20 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     Returns the last evaluation.
 
     Raises:
+      SystemExit: with code 0, after SIGTERM or Ctrl-C, when all is saved.
       ValueError: for a config that cannot be run, or a `workdir` of another run.
       Diverged: if the loss is not finite or above `config.max_loss`.
       CheckpointError: if checkpoints cannot be written or read.
     """
+    with StopSignal() as stop:
+        return _train(config, workdir, stop)
+
+
+def _train(config, workdir, stop):
+    if "://" in str(workdir):
+        raise ValueError(
+            f"workdir={str(workdir)!r}: must be a directory; mount the bucket (see docs/guides/pods.md)"
+        )
     workdir = pathlib.Path(workdir).absolute()
     first_process = jax.process_index() == 0
     strategy = parallel.create(config)
@@ -236,7 +313,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     data = datasets.load(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size, length=config.length
     )
-    task = make_task(config, data, strategy.axis_name)
+    task = make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.to_dict(), config.keep_checkpoints)
 
     state = strategy.init(task.init)
@@ -246,7 +323,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     first = restored[0] if restored else 0
     train_step = strategy.compile(task.train_step, donate=True)
     eval_step = strategy.compile(task.eval_step)
-    pattern_stats = jax.jit(_pattern_stats)
+    pattern_stats = jax.jit(_pattern_stats, out_shardings=(None, strategy.whole))
 
     def evaluate(state):
         sums = [
@@ -299,7 +376,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         workers=config.reader_processes,
     )
     try:
-        with StopSignal() as stop, jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"):
             for step, batch in enumerate(stream, start=first + 1):
                 state, numbers = train_step(state, strategy.put(batch))
                 pending.append(numbers)
@@ -337,7 +414,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         evaluation = evaluate(state)
     logs.close()
     checkpoints.close()
-    logical = strategy.to_save(state)
+    logical = parallel.to_host(strategy.to_save(state))
     if first_process:
         path = report.write(config, workdir, data, task, logical, evaluation)
         print(f"test accuracy {evaluation['accuracy']:.4f}; report: {path}")
@@ -349,19 +426,32 @@ class Diverged(RuntimeError):
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C asks for a stop at the end of the step; a second Ctrl-C interrupts at once."""
+    """SIGTERM or Ctrl-C asks for a stop at the end of a step; a second Ctrl-C interrupts at once.
+
+    Several processes must stop at the same step, whichever of them got the signal: JAX's preemption
+    service, which catches SIGTERM on each, agrees on the next step that none has passed.
+    """
 
     def __enter__(self):
         self._received = False
-        self._previous = {s: signal.signal(s, self._on) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._several = jax.process_count() > 1
+        caught = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            caught = ()  # Python lets only the main thread handle signals
+        self._previous = {s: signal.signal(s, self._on) for s in caught}
         return self
 
     def _on(self, number, frame):
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # to the preemption service
 
     def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; on several processes, to be asked at every step."""
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
         return self._received
 
     def __exit__(self, *exc):
@@ -395,6 +485,11 @@ def _write_config(config, workdir):
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
+def initialize_from_flags() -> None:
+    """Joins the other processes, if there are any; see `parallel.initialize`."""
+    parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
@@ -402,9 +497,12 @@ def main(argv):
         raise app.UsageError("give --workdir: where checkpoints, metrics and the report go")
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
+        initialize_from_flags()
         train(CONFIG.value, WORKDIR.value)
     except (ValueError, Diverged, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # such as a full disk: metrics are written all the time
+        sys.exit(f"error: {WORKDIR.value} cannot be written or read: {error}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def get_config() -> config_dict.ConfigDict:
     c.learning_rate = 1e-3  # the peak, after a linear warm-up
     c.decay = "cosine"  # to zero at the last step: cosine, linear
     c.warmup_steps = 100
-    c.weight_decay = 0.0  # on leaves with two or more axes
+    c.cycles = 1  # warm-ups and decays, one after the other in equal parts of the run: rewinds
+    c.weight_decay = 0.0  # not on vectors (biases, scales)
     c.momentum = 0.9  # of sgd
     c.label_smoothing = 0.0
     c.clip_norm = config_dict.placeholder(float)
@@ -57,6 +58,9 @@ def get_config() -> config_dict.ConfigDict:
     # Devices: none (one device), pmap (replicas), fsdp (sharded parameters). See parallel.py.
     c.parallel = "none"
     c.tensor = 1  # fsdp: devices that share each layer of a Transformer
+    # A power of two, such as 8: the batch is cut in so many pieces and their gradients are added in one
+    # fixed order, for the same bits on 1, 2, 4 or 8 devices. Batch normalisation is by piece. 0: off.
+    c.microbatches = 0
 
     # Book-keeping, in steps.
     c.log_every = 100

@@ -1,0 +1,99 @@
+"""Rehearses a pod on this machine: `make pod-rehearsal`.
+
+  python -m experiments.launch.rehearsal --root=runs/rehearsal
+
+1. Trains on 2 processes with 4 virtual devices each, to the end.
+2. The same, but one process is killed (SIGKILL) on the way; the launcher ends the other; the same command
+   goes on from the last complete checkpoint.
+3. The same, but one process gets SIGTERM: both save at the same step and exit with 0; again it goes on.
+4. The same on 1 process with 8 devices.
+
+With the gradients added in one fixed order (`--config.microbatches=8`), all four must end with the same
+bits: parameters, optimizer state, masks, and the lines of metrics.jsonl. Exits with 1 if they do not.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+
+from absl import app, flags
+
+from experiments.launch import local
+from experiments.reliability import runs
+
+ROOT = flags.DEFINE_string("root", "runs/rehearsal", "directory of the runs; emptied first")
+STEPS = flags.DEFINE_integer("steps", 300, "steps of training", lower_bound=100)
+PARALLEL = flags.DEFINE_string("parallel", "pmap", "pmap or fsdp")
+TIMEOUT = 600.0
+
+
+def main(argv):
+    root = pathlib.Path(ROOT.value)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    # Without fused multiply-add, whose use depends on what XLA fuses: see parallel.py.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX".strip()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((root / "cache").absolute()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+    def launch(name, processes=2):
+        log = (root / f"{name}.log").open("a")
+        arguments = [
+            *runs.SMALL, *argv[1:], f"--workdir={root / name}", f"--config.parallel={PARALLEL.value}",
+            f"--config.steps={STEPS.value}", "--config.checkpoint_every=25", "--config.microbatches=8",
+        ]  # fmt: skip
+        return local.start(
+            "experiments.train",
+            arguments,
+            processes=processes,
+            devices=8 // processes,
+            output=log.fileno(),
+        )
+
+    def finish(name, **options):
+        code = local.wait(launch(name, **options), timeout=TIMEOUT)
+        if code:
+            sys.exit(f"{name} failed with code {code}:\n{(root / f'{name}.log').read_text()}")
+
+    def interrupt(name, number):
+        """Sends a signal to process 1 when two checkpoints are complete; the code of the launch."""
+        processes, until = launch(name), time.monotonic() + TIMEOUT
+        while len(runs.complete_steps(root / name)) < 2 and time.monotonic() < until:
+            if any(p.poll() is not None for p in processes):
+                sys.exit(f"{name} ended early:\n{(root / f'{name}.log').read_text()}")
+            time.sleep(0.02)
+        processes[1].send_signal(number)
+        code = local.wait(processes, timeout=TIMEOUT)
+        print(f"{name}: {signal.Signals(number).name} to process 1, exit code {code}, ", end="")
+        print(f"complete checkpoints {runs.complete_steps(root / name)}", flush=True)
+        return code
+
+    finish("uninterrupted")
+    print("uninterrupted: done", flush=True)
+    failures = []
+    if not interrupt("killed", signal.SIGKILL):
+        failures.append("a killed process was not noticed")
+    finish("killed")
+    if interrupt("stopped", signal.SIGTERM):
+        failures.append("SIGTERM to one process did not end both with 0")
+    finish("stopped")
+    finish("one_process", processes=1)
+
+    reference = runs.final_arrays(root / "uninterrupted"), runs.metrics(root / "uninterrupted")
+    for name in ("killed", "stopped", "one_process"):
+        unequal = runs.differences(reference[0], runs.final_arrays(root / name))
+        same_lines = reference[1] == runs.metrics(root / name)
+        print(
+            f"{name}: {len(reference[0]) - len(unequal)} of {len(reference[0])} arrays bitwise equal, "
+            f"metrics {'equal' if same_lines else 'differ'}"
+        )
+        if unequal or not same_lines:
+            failures.append(f"{name} differs from the uninterrupted run: {unequal or 'metrics'}")
+    sys.exit("\n".join(failures) or 0)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,181 @@
+"""Kills training runs at random moments and looks whether anything is lost.
+
+  python -m experiments.reliability.kills --kills=30 --out=docs/results/kills.json
+
+A run is started with the command of any user, killed at a random moment (SIGKILL and SIGTERM in turn,
+every second pair while a checkpoint is being written), and started again, until it is done; then a new
+one, until there were enough kills. Counted are
+- runs that did not go on: the command failed, or started from nothing though a checkpoint was complete;
+- lost checkpoints: one that was complete before the kill, but the run went on from an older one;
+- runs whose final parameters, optimizer state or metrics differ in a single bit from those of a run that
+  was never stopped.
+Exits with 1 if any of the three is not zero.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+from experiments.launch.local import environment
+from experiments.reliability import runs
+
+KILLS = flags.DEFINE_integer("kills", 30, "how many", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", "runs/kills", "emptied first")
+STEPS = flags.DEFINE_integer("steps", 800, "steps of a whole run")
+EVERY = flags.DEFINE_integer("every", 20, "steps between checkpoints")
+METHOD = flags.DEFINE_string("method", "rigl", "the method")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the moments")
+OUT = flags.DEFINE_string("out", "", "JSON file of the results")
+LONGEST = 1.0  # seconds of training before a kill, at most
+TIMEOUT = 300.0
+
+
+class Run:
+    """One start of the training command, and what it prints."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self.workdir, self.log = workdir, workdir.with_suffix(".log")
+        arguments = [
+            *runs.SMALL, f"--workdir={workdir}", f"--config.method={METHOD.value}",
+            f"--config.steps={STEPS.value}", f"--config.checkpoint_every={EVERY.value}",
+        ]  # fmt: skip
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.train", *arguments],
+                env=environment(1) | {"PYTHONUNBUFFERED": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def resumed_at(self) -> int | None:
+        """The step that it says it goes on from; 0 of a new run, `None` if it has not said."""
+        found = re.search(r"resumed at step (\d+)|a new run", self.text)
+        return int(found[1] or 0) if found else None
+
+    def until(self, condition) -> bool:
+        """Waits until `condition()`; `False` if the run ends first."""
+        limit = time.monotonic() + TIMEOUT
+        while not condition():
+            if self.ended:
+                return False
+            if time.monotonic() > limit:
+                self.process.kill()
+                raise TimeoutError(f"{self.workdir} does not go on:\n{self.text}")
+            time.sleep(0.0005)
+        return True
+
+
+def interrupt(run: Run, number: int, during_save: bool, rng: random.Random) -> dict | None:
+    """Kills the run; the record of it, or `None` if it was done before."""
+    if not run.until(lambda: run.resumed_at is not None):
+        return None
+    first = len(runs.complete_steps(run.workdir))
+    delay = rng.uniform(0, LONGEST)
+    time.sleep(delay)
+    # The first save of a process takes longest, and every later one must be as safe.
+    if during_save and not run.until(lambda: runs.being_written(run.workdir)):
+        return None
+    time.sleep(rng.uniform(0, 0.01) if during_save else 0)
+    before = runs.complete_steps(run.workdir)
+    writing = runs.being_written(run.workdir)
+    if run.ended:
+        return None
+    run.process.send_signal(number)
+    code = run.process.wait(TIMEOUT)
+    if number == signal.SIGKILL:
+        writing = runs.being_written(run.workdir)  # what it left behind
+    return {
+        "signal": signal.Signals(number).name, "resumed_at": run.resumed_at, "delay": round(delay, 3),
+        "code": code, "complete_before": before, "complete_after": runs.complete_steps(run.workdir),
+        "while_writing": bool(writing), "new_checkpoints": len(before) - first,
+    }  # fmt: skip
+
+
+def main(argv):
+    root = pathlib.Path(WORKDIR.value)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    # Programs are compiled once, not at every start.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((root / "cache").absolute()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    rng = random.Random(SEED.value)
+
+    reference = Run(root / "reference")
+    if reference.process.wait(TIMEOUT):
+        sys.exit(f"the uninterrupted run failed:\n{reference.text}")
+    arrays, lines = runs.final_arrays(reference.workdir), runs.metrics(reference.workdir)
+
+    kills, failed, lost, unequal, finished = [], [], [], [], 0
+    while len(kills) < KILLS.value:
+        workdir = root / f"run{finished}"
+        newest, code = 0, None
+        while code is None:
+            run = Run(workdir)
+            due = len(kills) < KILLS.value
+            record = None
+            if due:
+                number = (signal.SIGKILL, signal.SIGTERM)[len(kills) % 2]
+                record = interrupt(run, number, len(kills) % 4 >= 2, rng)
+            if record is None:
+                code = run.process.wait(TIMEOUT)  # done, or failed
+            started = run.resumed_at
+            if started is None or code or (record and record["code"] not in (0, -signal.SIGKILL)):
+                failed.append({"workdir": str(workdir), "output": run.text[-2000:]})
+            if started is not None and started < newest:
+                lost.append({"workdir": str(workdir), "expected": newest, "started": started})
+            if record is not None:
+                kills.append(record | {"run": finished})
+                newest = max([*record["complete_after"], 0])
+                if set(record["complete_before"][-1:]) - set(record["complete_after"]):
+                    lost.append(
+                        {"workdir": str(workdir), "vanished": record["complete_before"][-1]}
+                    )
+                print(f"{len(kills)}: {json.dumps(record)}", flush=True)
+            if failed:
+                break
+        if failed:
+            break
+        different = runs.differences(arrays, runs.final_arrays(workdir))
+        if different or runs.metrics(workdir) != lines:
+            unequal.append({"workdir": str(workdir), "arrays": different})
+        finished += 1
+        shutil.rmtree(workdir)
+
+    count = lambda key, value: sum(kill[key] == value for kill in kills)
+    results = {
+        "kills": len(kills),
+        "SIGKILL": count("signal", "SIGKILL"),
+        "SIGTERM": count("signal", "SIGTERM"),
+        "while a checkpoint was being written": count("while_writing", True),
+        "runs": finished,
+        "failed to resume": len(failed),
+        "lost checkpoints": len(lost),
+        "final state not bitwise equal": len(unequal),
+    }
+    print(json.dumps(results, indent=2))
+    if OUT.value:
+        details = {"results": results, "failed": failed, "lost": lost, "unequal": unequal}
+        pathlib.Path(OUT.value).write_text(json.dumps(details | {"each": kills}, indent=1) + "\n")
+    sys.exit(1 if failed or lost or unequal else 0)
+
+
+if __name__ == "__main__":
+    app.run(main)
