@@ -19,6 +19,9 @@ RULE_MASK = SEGMENTS - 1
 CODE_BITS = 7
 CODE_MASK = (1 << CODE_BITS) - 1
 _PADDING = np.int32(2**31 - 1)
+# Rows of up to this many scores are ranked by comparing all pairs (a single pass, a quarter of the
+# time at 64); longer ones by a search for the k-th largest, bit by bit.
+PAIRWISE = 128
 
 
 def module_of(x: Any) -> Any:
@@ -55,18 +58,25 @@ def best(scores: Array, k: Array) -> Array:
     """The k largest of each row as booleans; ties to the lower index, never -inf or NaN."""
     eligible = scores > -jnp.inf
     scores = jnp.where(eligible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)  # -0 equals 0
+    k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
+    n = scores.shape[-1]
+    if n <= PAIRWISE:
+        # All rows of all heads along the last axis: full lanes, and no sum across them.
+        across = jnp.moveaxis(scores, -1, 0).reshape(n, -1)
+        mine, other = across[:, None], across[None]
+        earlier = (np.arange(n)[:, None] > np.arange(n))[..., None]
+        rank = jnp.sum(jnp.where(earlier, other >= mine, other > mine), 1, dtype=jnp.int32)
+        return (jnp.moveaxis(rank.reshape(n, *scores.shape[:-1]), 0, -1) < k) & eligible
     bits = lax.bitcast_convert_type(scores, jnp.uint32)
     # Unsigned integers in the order of the floats.
     order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-    k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
 
     def refine(i: Array, threshold: Array) -> Array:
         candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         enough = jnp.sum(order >= candidate, -1, keepdims=True, dtype=jnp.int32) >= k
         return jnp.where(enough, candidate, threshold)
 
-    zero = jnp.zeros_like(order[..., :1])
-    threshold = lax.fori_loop(0, 32, refine, zero)
+    threshold = lax.fori_loop(0, 32, refine, jnp.zeros_like(order[..., :1]))
     above = order > threshold
     ties = order == threshold
     room = k - jnp.sum(above, -1, keepdims=True, dtype=jnp.int32)

@@ -160,8 +160,8 @@ class BlockMask:
     ) -> BlockMask:
         """Keep the `num_blocks` best blocks of keys for each block of queries.
 
-        Exact, without a sort: the k-th largest score is found bit by bit. Ties go to the lower
-        index; a score of -inf or NaN is never chosen. Not differentiable (a choice).
+        Exact, without a sort. Ties go to the lower index; a score of -inf or NaN is never chosen.
+        Not differentiable (a choice).
 
         Args:
           scores: float `[..., q_blocks, kv_blocks]`, leading axes as in `from_dense`.
