@@ -94,7 +94,7 @@ def hypersparse(
     total_steps: Any,
     penalty: Any = 5e-6,
     growth: Any = 1.05,
-    update_every: Any = 100,
+    update_every: Any = None,
     begin_step: Any = None,
     end_step: Any = None,
     targets: Any = None,
@@ -114,7 +114,8 @@ def hypersparse(
       total_steps: the length of the run, in steps.
       penalty: $\lambda_0$ (the authors' code; their text says 5e-4).
       growth: $\eta$, per `update_every` steps.
-      update_every: T, the steps of an epoch.
+      update_every: T, the steps of an epoch. By default a 140th of the steps in which the penalty
+        grows, which is about the length of the authors' runs in epochs: a factor of 900 in all.
       begin_step: $t_0$, before which nothing is added; 20 % of the run.
       end_step: the cut; 60 % of the run. ART stops when a pruned copy is as good as the dense model,
         which the training loop finds out: `art_stop`.
@@ -130,15 +131,16 @@ def hypersparse(
         raise ValueError(f"penalty={penalty}, growth={growth}: need penalty >= 0 and growth >= 1")
     sparsity = recipe.sparsity_of(sparsity, None)
     updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=total_steps // 5,
-        fraction=0.6,
+        total_steps, begin_step, end_step, 1 if update_every is None else update_every,
+        default_begin=total_steps // 5, fraction=0.6,
     )  # fmt: skip
+    epoch = (updates.end - updates.begin) / 140 if update_every is None else update_every
     cut = schedules.At((updates.end,))
 
     def pushed(step: Step):
         s, total, squashed = _statistics(step.leaves, [v.w for v in step.views], sparsity)
         now = (step.count >= updates.begin) & (step.count < updates.end)
-        age = (step.count - updates.begin).astype(jnp.float32) / update_every
+        age = (step.count - updates.begin).astype(jnp.float32) / jnp.maximum(epoch, 1e-3)
         strength = jnp.where(now, penalty * growth ** jnp.maximum(age, 0.0), 0.0) * total / squashed
 
         def push(v):

@@ -91,6 +91,9 @@ _ARGS = """
       begin_step, end_step: the first update (`update_every`) and the last (75 % of the run).
       structure, allocation, targets, seed, pack_masks: see the guide of options.
 
+    This differs from the authors' code in: growth draws exactly as many positions as were dropped,
+    where theirs flips a coin for each, so that their budget drifts.
+
     Raises:
       ValueError: as `rigl`.
 """

@@ -125,6 +125,9 @@ _ARGS = """
       structure: any but N:M, whose sparsity is fixed.
       allocation, targets, seed, pack_masks: see the guide of options. Dense layers are left alone.
 
+    This differs from the authors' code in: counts are exact; theirs prunes below a percentile, and so
+    all that are equal to it.
+
     Raises:
       ValueError: as `rigl`; a mutation out of [0, 1), a structure that fixes its sparsity.
 """
