@@ -19,27 +19,34 @@ def layer(**options):
 
 
 X = jax.random.normal(jax.random.key(1), (2, 40, 16))
+run = nnx.jit(lambda model, x, mask=None: model(x, mask))
+prefill = nnx.jit(lambda model, x, cache: model.prefill(x, cache))
+decode = nnx.jit(lambda model, x, cache, n: model.decode(x, cache, num_blocks=n), static_argnums=3)
+
+
+@nnx.jit
+def dense(model, x):
+    q, k, v = (f(x) for f in (model.query, model.key, model.value))
+    return model.out(jax.nn.dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_with_every_block_it_is_dense_causal_attention():
-    model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
-    q, k, v = (f(X) for f in (model.query, model.key, model.value))
-    want = model.out(jax.nn.dot_product_attention(q, k, v, is_causal=True))
-    np.testing.assert_allclose(model(X), want, atol=1e-5)
-    everything = layer(mask=top_blocks(5, **SIZES))
-    np.testing.assert_allclose(everything(X), want, atol=1e-5)
+    for mask in (lambda q, k: BlockMask.causal(q.shape[2], **SIZES), top_blocks(5, **SIZES)):
+        model = layer(mask=mask)
+        np.testing.assert_allclose(run(model, X), dense(model, X), atol=1e-5)
 
 
 def test_a_mask_given_with_the_call_takes_the_place_of_the_layers():
     model = layer(mask=top_blocks(1, **SIZES))
     mask = BlockMask.local(40, window=10, **SIZES)
-    np.testing.assert_allclose(model(X, mask), layer(mask=lambda q, k: mask)(X), atol=1e-6)
-    assert np.abs(model(X) - model(X, mask)).max() > 1e-3
+    given = run(model, X, mask)
+    np.testing.assert_allclose(given, run(layer(mask=lambda q, k: mask), X), atol=1e-6)
+    assert np.abs(run(model, X) - given).max() > 1e-3
 
 
 def test_chosen_blocks_are_the_own_one_and_the_best_before():
     q = k = jnp.zeros((1, 1, 32, 2)).at[:, :, 8:16].set(1.0).at[:, :, 24:].set(1.0)
-    mask = top_blocks(2, **SIZES)(q, k)
+    mask = jax.jit(top_blocks(2, **SIZES))(q, k)
     want = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
     np.testing.assert_array_equal(mask.codes[0, 0] != 0, want)
 
@@ -59,18 +66,17 @@ def test_it_works_in_linen_through_the_bridge():
         args=(16,),
         kwargs=dict(num_heads=4, mask=top_blocks(2, **SIZES)),
     )
-    params = module.init(jax.random.key(0), X)
-    assert module.apply(params, X).shape == X.shape
+    params = jax.jit(module.init)(jax.random.key(0), X)
+    assert jax.eval_shape(module.apply, params, X).shape == X.shape
 
 
 def test_prefill_then_decode_equals_one_pass_when_all_blocks_are_read():
     model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
-    want = model(X)
-    out, cache = model.prefill(X[:, :21], model.init_cache(2, 48, block_kv=8))
+    want = dense(model, X)
+    out, cache = prefill(model, X[:, :21], model.init_cache(2, 48, block_kv=8))
     np.testing.assert_allclose(out, want[:, :21], atol=1e-5)
-    step = nnx.jit(lambda m, x, c: m.decode(x, c, num_blocks=6))
     for i in range(21, 27):
-        out, cache = step(model, X[:, i : i + 1], cache)
+        out, cache = decode(model, X[:, i : i + 1], cache, 6)
         np.testing.assert_allclose(out[:, 0], want[:, i], atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, [27, 27])
     keys = model.key(X[:, :27]).swapaxes(1, 2)
@@ -79,8 +85,8 @@ def test_prefill_then_decode_equals_one_pass_when_all_blocks_are_read():
 
 def test_decode_reads_the_newest_the_first_and_the_best_blocks_only():
     model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
-    _, cache = model.prefill(X, model.init_cache(2, 48, block_kv=8))
-    clean, _ = model.decode(X[:, :1], cache, num_blocks=3)
+    _, cache = prefill(model, X, model.init_cache(2, 48, block_kv=8))
+    clean, _ = decode(model, X[:, :1], cache, 3)
     # Blocks that no head chose may hold anything.
     q = model.query(X[:, :1]).reshape(2, 2, 2, 4).mean(2)
     means = jnp.einsum("bhd,bhnd->bhn", q, cache.sums[:, :, 1:5])
@@ -89,7 +95,7 @@ def test_decode_reads_the_newest_the_first_and_the_best_blocks_only():
     poison &= jnp.arange(6) != best[..., None]
     poison = jnp.repeat(poison, 8, -1)[..., None]
     bad = dataclasses.replace(cache, v=jnp.where(poison, jnp.nan, cache.v))
-    np.testing.assert_array_equal(clean, model.decode(X[:, :1], bad, num_blocks=3)[0])
+    np.testing.assert_array_equal(clean, decode(model, X[:, :1], bad, 3)[0])
 
 
 @pytest.mark.parametrize(
