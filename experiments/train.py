@@ -13,6 +13,7 @@ with --distributed); elsewhere give --coordinator_address, --num_processes and -
 experiments/launch.
 """
 
+import contextlib
 import inspect
 import os
 import pathlib
@@ -40,11 +41,24 @@ from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.logs import Logs
 from jaxsparse.targets import path_name
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    os.path.join(os.path.dirname(__file__), "configs", "mnist1d_mlp.py"),
-    "the experiment: a file with get_config(); set single fields with --config.field=value",
-)
+
+@contextlib.contextmanager
+def unknown_field_is_a_message():
+    """ml_collections raises where a flag is defined or parsed; a user should not see a traceback."""
+    try:
+        yield
+    except AttributeError as error:
+        reason = error.args[0]
+        text = " ".join(str(reason.args[0] if isinstance(reason, KeyError) else reason).split())
+        sys.exit(f"error: --config has no field {text} (see configs/base.py)")
+
+
+with unknown_field_is_a_message():
+    CONFIG = config_flags.DEFINE_config_file(
+        "config",
+        os.path.join(os.path.dirname(__file__), "configs", "mnist1d_mlp.py"),
+        "the experiment: a file with get_config(); set single fields with --config.field=value",
+    )
 WORKDIR = flags.DEFINE_string(
     "workdir",
     "runs/latest",
@@ -505,5 +519,11 @@ def main(argv):
         sys.exit(f"error: {WORKDIR.value} cannot be written or read: {error}")
 
 
+def parse_flags(argv):
+    """For `app.run`."""
+    with unknown_field_is_a_message():
+        return app.parse_flags_with_usage(argv)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

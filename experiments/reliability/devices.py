@@ -31,7 +31,7 @@ from jaxsparse.analysis.page import markdown_table
 METHODS = flags.DEFINE_list("methods", ["all"], "names in jaxsparse.METHODS, or all")
 STEPS = flags.DEFINE_integer("steps", 500, "steps of training")
 RESULTS = flags.DEFINE_string("results", "runs/devices", "directory for what the settings end with")
-OUT = flags.DEFINE_string("out", "", "JSON file of the results; a table goes next to it (.md)")
+OUT = flags.DEFINE_string("out", "", "JSON file of the results")
 CHILD = flags.DEFINE_string(
     "child", "", "one setting, in a process of its own (used by this script)"
 )
@@ -158,13 +158,11 @@ def main(argv):
         if code := local.wait(children):
             sys.exit(f"{setting} failed with code {code}")
     results = compare(methods)
-    text = table(results)
-    print(text)
+    print(table(results))
     if OUT.value:
         path = pathlib.Path(OUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"steps": STEPS.value, "methods": results}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text + "\n")
     if any(cell["masks differ"] for of in results.values() for cell in of.values()):
         sys.exit("masks differ")
 

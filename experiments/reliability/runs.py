@@ -11,7 +11,6 @@ from experiments import logs
 
 SMALL = (  # a second or two of training on the digits
     "--config=experiments/configs/digits_mlp.py",
-    "--config.model_options.hidden=(64,)",
     "--config.batch_size=64",
     "--config.options.update_every=10",
     "--config.eval_every=100",

@@ -16,6 +16,9 @@ import jaxsparse
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.logs import Logs, read
 
+# What Orbax leaves behind when a restore fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = {"method": "rigl", "options": {"update_every": 5}}
 
 

@@ -261,6 +261,12 @@ def test_the_checkpoint_of_another_run_is_refused_with_the_difference_named(
     assert runs.complete_steps(whole) == before
 
 
+def test_a_misspelt_field_of_the_config_is_a_message():
+    message = "error: --config has no field 'sparsty' Did you mean .sparsity."
+    with pytest.raises(SystemExit, match=message), train.unknown_field_is_a_message():
+        _ = base.get_config().sparsty
+
+
 def test_a_bucket_as_work_directory_is_refused(data_dir):
     with pytest.raises(ValueError, match="workdir='gs://bucket/run': must be a directory"):
         train.train(make_config(data_dir), "gs://bucket/run")
