@@ -40,7 +40,8 @@ _ROWS = 64  # rows of a slice: the running sum [64, 128] float32 takes 8 registe
 _PANEL = 1024  # rows of x that stay in VMEM, if they fit
 _TOKENS = 512  # the same in the weight gradient
 _FLUSH = 512  # columns of y that leave together
-_CHUNK = 64  # 128 x 128 tiles that are fetched together
+_CHUNKS = 8  # of a panel, so that columns of y leave early; but not fewer or more than so many
+_CHUNK = (16, 64)  # 128 x 128 tiles
 _TILES = 32  # tiles whose code is unrolled, in at most so many blocks (the time to compile grows
 _PART = 16  # with their square)
 
@@ -200,7 +201,8 @@ def matmul(
     # How much at a time. The code is unrolled over the blocks of a part and the rows of a panel,
     # as long as the compiler's patience allows.
     this, slow, area = chip(), 1 if size == 2 else 4, _tiles_of((bk, bn))
-    group, chunks = _chunks(w.num_blocks, _CHUNK // area // slow)
+    chunk = min(_CHUNK[1], max(_CHUNK[0], w.num_blocks * area // _CHUNKS))
+    group, chunks = _chunks(w.num_blocks, chunk // area // slow)
     part, parts = _chunks(group, min(_PART, _TILES // area) // slow)
     group = part * parts
     per_row = 2 * gk * bk * size + (gj + 1) * bn * out_dtype.itemsize + bn * 4

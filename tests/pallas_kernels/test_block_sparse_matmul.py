@@ -132,7 +132,7 @@ def test_tpu_kernels_agree_with_dense(rows, grid, block_shape, pattern, dtype, s
         patch.setattr(tpu, "_PANEL", panel)
         patch.setattr(tpu, "_TOKENS", panel)
         patch.setattr(tpu, "_FLUSH", flush)
-        patch.setattr(tpu, "_CHUNK", 10)
+        patch.setattr(tpu, "_CHUNK", (8, 10))
         patch.setattr(tpu, "_PART", 4)
         check(x, w, dy, "tpu", (panel, flush))
 
