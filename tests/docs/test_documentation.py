@@ -103,7 +103,6 @@ def test_every_method_that_pages_link_to_is_registered():
             assert name in jaxsparse.METHODS, (path.name, name)
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     build = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
