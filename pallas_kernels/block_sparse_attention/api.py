@@ -87,6 +87,7 @@ def block_sparse_attention(
       causal: also hide keys after the query. The same as `mask & BlockMask.causal(...)`, which
         is cheaper if the mask is used more than once.
       segment_ids: int `[batch, length]`, or a pair for queries and keys; only equal ids meet.
+        Blocks in which none can meet (other documents of a packed batch) are skipped.
       softcap: bound t of the scores.
       scale: c; by default `head_dim ** -0.5`.
       return_lse: also return L, float32 `[batch, heads, q_len]`.
