@@ -9,7 +9,8 @@
 4. The same on 1 process with 8 devices.
 
 With the gradients added in one fixed order (`--config.microbatches=8`), all four must end with the same
-bits: parameters, optimizer state, masks, and the lines of metrics.jsonl. Exits with 1 if they do not.
+bits: parameters, optimizer state, masks and evaluations; the killed run and the one process also with the
+same losses in metrics.jsonl. Exits with 1 if they do not.
 """
 
 import os
@@ -20,6 +21,7 @@ import sys
 import time
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from experiments.launch import local
 from experiments.reliability import runs
@@ -31,6 +33,7 @@ TIMEOUT = 600.0
 
 
 def main(argv):
+    absl_logging.set_verbosity(absl_logging.WARNING)
     root = pathlib.Path(ROOT.value)
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
@@ -82,12 +85,13 @@ def main(argv):
     finish("stopped")
     finish("one_process", processes=1)
 
-    reference = runs.final_arrays(root / "uninterrupted"), runs.metrics(root / "uninterrupted")
+    reference = runs.final_arrays(root / "uninterrupted")
     for name in ("killed", "stopped", "one_process"):
-        unequal = runs.differences(reference[0], runs.final_arrays(root / name))
-        same_lines = reference[1] == runs.metrics(root / name)
+        unequal = runs.differences(reference, runs.final_arrays(root / name))
+        lines = runs.evaluations if name == "stopped" else runs.metrics
+        same_lines = lines(root / "uninterrupted") == lines(root / name)
         print(
-            f"{name}: {len(reference[0]) - len(unequal)} of {len(reference[0])} arrays bitwise equal, "
+            f"{name}: {len(reference) - len(unequal)} of {len(reference)} arrays bitwise equal, "
             f"metrics {'equal' if same_lines else 'differ'}"
         )
         if unequal or not same_lines:

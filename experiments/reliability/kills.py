@@ -7,7 +7,7 @@ every second pair while a checkpoint is being written), and started again, until
 one, until there were enough kills. Counted are
 - runs that did not go on: the command failed, or started from nothing though a checkpoint was complete;
 - lost checkpoints: one that was complete before the kill, but the run went on from an older one;
-- runs whose final parameters, optimizer state or metrics differ in a single bit from those of a run that
+- runs whose final parameters, optimizer state or evaluations differ in a single bit from those of a run that
   was never stopped.
 Exits with 1 if any of the three is not zero.
 """
@@ -24,6 +24,7 @@ import sys
 import time
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from experiments.launch.local import environment
 from experiments.reliability import runs
@@ -110,6 +111,7 @@ def interrupt(run: Run, number: int, during_save: bool, rng: random.Random) -> d
 
 
 def main(argv):
+    absl_logging.set_verbosity(absl_logging.WARNING)
     root = pathlib.Path(WORKDIR.value)
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
@@ -121,7 +123,7 @@ def main(argv):
     reference = Run(root / "reference")
     if reference.process.wait(TIMEOUT):
         sys.exit(f"the uninterrupted run failed:\n{reference.text}")
-    arrays, lines = runs.final_arrays(reference.workdir), runs.metrics(reference.workdir)
+    arrays, lines = runs.final_arrays(reference.workdir), runs.evaluations(reference.workdir)
 
     kills, failed, lost, unequal, finished = [], [], [], [], 0
     while len(kills) < KILLS.value:
@@ -154,7 +156,7 @@ def main(argv):
         if failed:
             break
         different = runs.differences(arrays, runs.final_arrays(workdir))
-        if different or runs.metrics(workdir) != lines:
+        if different or runs.evaluations(workdir) != lines:
             unequal.append({"workdir": str(workdir), "arrays": different})
         finished += 1
         shutil.rmtree(workdir)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -34,10 +35,12 @@ def being_written(workdir: pathlib.Path) -> list[str]:
 
 def final_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint by path, in this host's memory."""
-    step = complete_steps(workdir)[-1]
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(workdir.absolute() / "checkpoints" / str(step) / "state")
-    return flat(tree)
+    path = workdir.absolute() / "checkpoints" / str(complete_steps(workdir)[-1]) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(path).item_metadata.tree
+        # To NumPy: the devices that wrote it may not be here.
+        to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return flat(reader.restore(path, restore_args=to_host))
 
 
 def flat(tree, path: str = "") -> dict[str, np.ndarray]:
@@ -62,3 +65,9 @@ def metrics(workdir: pathlib.Path) -> list[str]:
     """The lines of metrics.jsonl, without the speed."""
     lines = logs.read(workdir / "metrics.jsonl")
     return [json.dumps({k: v for k, v in x.items() if k != "steps_per_second"}) for x in lines]
+
+
+def evaluations(workdir: pathlib.Path) -> list[str]:
+    """Those of evaluations. The mean of the loss between two lines is cut in two where a run was
+    stopped by SIGTERM; these are not."""
+    return [line for line in metrics(workdir) if "eval_loss" in line]
