@@ -104,6 +104,7 @@ class Subject:
       sweeps: options that `build` can be given as traced arrays, such as
         `{"sparsity": (0.75, 0.5), "seed": (0, 1)}`: values for two runs, of which the first are
         those of `build(inner)`.
+      compiler_options: of every compilation; by default XLA on CPU optimizes little.
     """
 
     build: Callable[..., optax.GradientTransformation]
@@ -114,7 +115,12 @@ class Subject:
     )
     steps: int = 12
     sweeps: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(_QUICK))
     traces: int = 0
+
+    def jit(self, function: Callable) -> Any:
+        """`jax.jit` with the compiler options."""
+        return jax.jit(function, compiler_options=dict(self.compiler_options))
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -130,12 +136,12 @@ class Subject:
             updates, state = self.tx.update(gradients(params, goal), state, params)
             return optax.apply_updates(params, updates), state
 
-        return jax.jit(step, compiler_options=_QUICK)
+        return self.jit(step)
 
     @functools.cached_property
     def start(self) -> Any:
         """The state of `init`, compiled."""
-        return jax.jit(self.tx.init, compiler_options=_QUICK)(parameters())
+        return self.jit(self.tx.init)(parameters())
 
     def train(self, params, state, goal, steps: int) -> Run:
         """`steps` compiled steps, one by one."""
@@ -282,10 +288,7 @@ def check_vmap_and_scan(
 
     swept = {k: jnp.asarray(v) for k, v in subject.sweeps.items()}
     many = swept or {"_": jnp.arange(2)}
-    both = jax.jit(
-        jax.vmap(lambda o: whole({k: v for k, v in o.items() if k != "_"})),
-        compiler_options=_QUICK,
-    )(many)
+    both = subject.jit(jax.vmap(lambda o: whole({k: v for k, v in o.items() if k != "_"})))(many)
     both = jax.device_get(both)
     for t in range(subject.steps):
         ps, ms = jax.tree.map(lambda x, t=t: x[0, t], both)
@@ -325,7 +328,7 @@ def check_composes(subject: Subject):
     gradient with NaN changes neither weights nor masks."""
     tx = wrapped(subject.build(subject.inner))
 
-    @functools.partial(jax.jit, compiler_options=_QUICK)
+    @subject.jit
     def step(params, state, goal):
         updates, state = tx.update(gradients(params, goal), state, params)
         return optax.apply_updates(params, updates), state
@@ -334,7 +337,7 @@ def check_composes(subject: Subject):
         return step(*step(params, state, goal), goal)
 
     params, goal = parameters(), target(parameters())
-    state: Any = jax.jit(tx.init, compiler_options=_QUICK)(params)
+    state: Any = subject.jit(tx.init)(params)
     for t in range(6):
         params, state = twice(params, state, goal)
         same(subject.run.masks[t], masks_of(state), f"step {t}: masks inside wrappers")

@@ -7,6 +7,9 @@ import math
 import jaxsparse
 from jaxsparse.testing import Subject
 
+# Tests compile much and run little: with these XLA on CPU takes half the time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
 STEPS, BEGIN, END, EVERY = 12, 0, 8, 2
 SPARSITY, OTHER = 0.75, 0.5
 SIZES = {"conv/kernel": 2 * 2 * 8 * 8, "dense/kernel": 8 * 16}
@@ -51,7 +54,10 @@ def subject(name):
     if "seed" in method.options:
         sweeps["seed"] = (0, 1)
     return Subject(
-        lambda inner, **o: method.fn(inner, **{**chosen, **o}), steps=STEPS, sweeps=sweeps
+        lambda inner, **o: method.fn(inner, **{**chosen, **o}),
+        steps=STEPS,
+        sweeps=sweeps,
+        compiler_options=QUICK,
     )
 
 

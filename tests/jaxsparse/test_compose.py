@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contracts import QUICK
 
 import jaxsparse
 from jaxsparse import plan as plans
 from jaxsparse.testing import by_path, close, gradients, masks_of, parameters, same, target
 from jaxsparse.transforms._restart import restart
-
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def own():

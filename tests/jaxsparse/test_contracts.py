@@ -74,7 +74,7 @@ def test_does_the_same_inside_optax_wrappers(kind):
     testing.check_composes(contracts.subject(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rigl", "saliency", "st3", "autosparse"])
 def test_eager_updates_are_what_compiled_ones_are(kind):
     testing.check_without_jit(contracts.subject(kind))
 

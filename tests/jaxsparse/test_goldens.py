@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contracts import QUICK
 
 import jaxsparse
 from jaxsparse import allocations, masking, plan, schedules, selection, structures
@@ -30,7 +31,7 @@ def step(tx, params, state, grads):
 def train(tx, params, grads, steps):
     """Parameters and masks after each of `steps` steps with the same gradient, flat."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params):
         state = tx.init(params)
 

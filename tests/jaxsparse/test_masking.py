@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contracts import QUICK
 
 import jaxsparse
 from jaxsparse import masking
@@ -55,8 +56,7 @@ def test_packed_masks_are_the_same_masks_step_by_step(name):
 
         start = (params(), tx.init(params()))
         run = lambda s, step=step: jax.lax.scan(step, s, length=6)[1]
-        quick = {"xla_backend_optimization_level": 0}
-        runs.append(jax.jit(run, compiler_options=quick)(start))
+        runs.append(jax.jit(run, compiler_options=QUICK)(start))
     one, two = (by_path(r) for r in runs)
     assert all(np.array_equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
 

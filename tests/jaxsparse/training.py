@@ -5,16 +5,15 @@ import functools
 import jax
 import numpy as np
 import optax
+from contracts import QUICK
 
 import jaxsparse
-
-_QUICK = {"xla_backend_optimization_level": 0}
 
 
 def stepper(tx):
     """`step(params, state, grads) -> (params, state)`, compiled."""
 
-    @functools.partial(jax.jit, compiler_options=_QUICK)
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
