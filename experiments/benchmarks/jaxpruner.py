@@ -31,11 +31,8 @@ def pruning(inner, sparsity: float, every: int) -> optax.GradientTransformationE
     """Parameters times uint8 masks, sorted at every `every`-th step."""
 
     def masks_of(params):
-        return [
-            argsort_mask(jnp.abs(p), p.size - int(sparsity * p.size))
-            for p in jax.tree.leaves(params)
-            if p.ndim > 1
-        ]
+        mask = lambda p: argsort_mask(jnp.abs(p), p.size - int(sparsity * p.size))
+        return jax.tree.map(lambda p: mask(p) if p.ndim > 1 else None, params)
 
     def init(params):
         zero = jnp.zeros((), jnp.int32)
@@ -46,8 +43,8 @@ def pruning(inner, sparsity: float, every: int) -> optax.GradientTransformationE
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         after = optax.apply_updates(params, updates)
         masks = jax.lax.cond(state.count % every == 0, lambda: masks_of(after), lambda: state.masks)
-        kept = iter(masks)
-        after = jax.tree.map(lambda p: p * next(kept) if p.ndim > 1 else p, after)
+        product = lambda m, p: p if m is None else p * m
+        after = jax.tree.map(product, masks, after, is_leaf=lambda m: m is None)
         updates = jax.tree.map(jnp.subtract, after, params)
         return updates, state._replace(count=state.count + 1, masks=masks, inner=inner_state)
 
