@@ -103,6 +103,12 @@ def test_every_method_that_pages_link_to_is_registered():
             assert name in jaxsparse.METHODS, (path.name, name)
 
 
+def test_the_table_of_methods_is_what_the_registry_says():
+    from experiments import catalogue
+
+    assert (ROOT / "docs" / "methods.md").read_text() == catalogue.table()
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     build = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
