@@ -52,13 +52,25 @@ HEADLINE = flags.DEFINE_list(
 OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/compare")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps its files")
 
-# Fields of the config that a method needs to be itself.
-NEEDS: dict[str, dict[str, Any]] = {}
+# Fields of the config that a method needs to be itself. GSM lives of a decay inside a strong momentum.
+NEEDS: dict[str, dict[str, Any]] = {
+    "gsm": {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.98, "weight_decay": 5e-4},
+}
 
 # What methods that cannot be asked for a sparsity are swept over: fields of the config, by label.
 _NM = {label: {"options.structure": label} for label in ("2:4", "1:4", "1:8")}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "sr_ste": _NM, "mdgf": _NM, "sdgf": _NM, "bi_mask": _NM, "bdwp": _NM, "slope": _NM,
+    # Thresholds start high, for the runs are short; STR's move by weight decay only.
+    "str": {
+        f"decay {decay}, s {s}": {"weight_decay": decay, "options.threshold_init": s}
+        for decay, s in ((0.3, -3.0), (1.0, -4.0), (1.0, -3.0))
+    },
+    "autosparse": {
+        f"alpha {alpha}, s {s}": {"options.alpha": alpha, "options.threshold_init": s}
+        for alpha, s in ((0.5, -5.0), (0.5, -2.0), (0.1, -2.0))
+    },
+    "sap": {f"a round of {n} steps": {"options.update_every": n} for n in (100, 300)},
 }  # fmt: skip
 
 # These are trained with layers that have two views of their weights.

@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 
 AUTHORS = Setting(learning_rate=0.01, epochs=100, init=1.0, hidden=1000, batch=100, dropout=0.2)
-CHOSEN = Setting(learning_rate=1e-3, epochs=40, init=0.1)
+CHOSEN = Setting(learning_rate=1e-3, epochs=80, init=0.01)
 PROBLEMS = ("3 factors", "wine", "breast_cancer")
 
 
