@@ -29,7 +29,7 @@ class Single:
     """One device, `jax.jit`."""
 
     axis_name: str | None = None  # the device axis that the step function sees
-    mesh: Mesh | None = None  # the mesh whose `data` axis shares the batch
+    mesh: Any = None  # the `Mesh` whose axis `data` shares the batch, if there is one
 
     def __init__(self, config):
         if jax.process_count() > 1:

@@ -211,8 +211,9 @@ def make_task(
     # Batch normalisation over the devices' batches; over each microbatch where there are such.
     norm_axis = None if config.microbatches else axis_name
     # Sharded parameters are gathered layer by layer; the batch stays where it is.
-    whole_batch = mesh is None or config.microbatches
-    rows = None if whole_batch else NamedSharding(mesh, PartitionSpec("data"))
+    rows = None
+    if mesh is not None and not config.microbatches:
+        rows = NamedSharding(mesh, PartitionSpec("data"))
 
     def create():
         return models.create(
@@ -239,7 +240,8 @@ def make_task(
         model = nnx.merge(graphdef, params, stats)
         model.train() if train else model.eval()
         logits = model(x)
-        return logits, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        stats: Any = nnx.split(model, nnx.Param, ...)[2]
+        return logits, nnx.to_pure_dict(stats)
 
     def losses(logits, labels):
         logits = logits.astype(jnp.float32)

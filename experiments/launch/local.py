@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from absl import app, flags
 
@@ -60,7 +60,7 @@ def start(
     return started
 
 
-def environment(devices: int) -> Mapping[str, str]:
+def environment(devices: int) -> dict[str, str]:
     """That of this process, with so many virtual CPU devices and this source tree."""
     kept = [
         flag

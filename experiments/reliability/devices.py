@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,9 +50,9 @@ SETTINGS = {
 }
 
 
-def make_config(method: str, steps: int):
+def make_config(method: str, steps: int) -> Any:
     """The small run: the digits, an MLP with a hidden layer of 32, batches of 64."""
-    c = base.get_config()
+    c: Any = base.get_config()
     c.dataset, c.model, c.method = "digits", "mlp", method
     c.model_options.hidden = (32,)
     c.batch_size, c.microbatches, c.learning_rate = 64, 8, 3e-3

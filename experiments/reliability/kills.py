@@ -80,7 +80,7 @@ class Run:
             if time.monotonic() > limit:
                 self.process.kill()
                 raise TimeoutError(f"{self.workdir} does not go on:\n{self.text}")
-            time.sleep(0.0005)
+            time.sleep(0.002)
         return True
 
 
