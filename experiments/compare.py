@@ -46,7 +46,7 @@ MODEL = flags.DEFINE_string("model", "mlp", "a model of experiments/models")
 STEPS = flags.DEFINE_integer("steps", None, "training steps; default: those of the config")
 HEADLINE = flags.DEFINE_list(
     "headline",
-    ["static", "set", "rigl", "magnitude", "top_kast", "st3"],
+    ["static", "set", "rigl", "magnitude", "granet", "top_kast", "st3"],
     "methods of the small plot and table",
 )
 OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/compare")
@@ -122,16 +122,15 @@ def configure(config, data: datasets.Dataset, method: str, setting: str | None):
 
 
 def _divisible(config, data) -> str:
-    """The kernels whose groups divide: of the inputs, and with two views of the outputs too."""
+    """The kernels whose inputs and outputs the groups divide: the same ones for one view and for two."""
     kind = make_structure(config.options.structure)
     plain = config.copy_and_resolve_references()
     plain.method, plain.options = "dense", {}
     params = jax.eval_shape(make_task(plain, data).init).params
-    ways = (-2, -1) if config.method in TWO_VIEW else (-2,)
     paths = [
         path_name(path)
         for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
-        if is_kernel(path_name(path), x) and not any(x.shape[axis] % kind.m for axis in ways)
+        if is_kernel(path_name(path), x) and not any(x.shape[axis] % kind.m for axis in (-2, -1))
     ]
     return f"^({'|'.join(map(re.escape, paths))})$"
 
