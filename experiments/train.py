@@ -240,8 +240,8 @@ def make_task(
         model = nnx.merge(graphdef, params, stats)
         model.train() if train else model.eval()
         logits = model(x)
-        stats: Any = nnx.split(model, nnx.Param, ...)[2]
-        return logits, nnx.to_pure_dict(stats)
+        new_stats: Any = nnx.split(model, nnx.Param, ...)[2]
+        return logits, nnx.to_pure_dict(new_stats)
 
     def losses(logits, labels):
         logits = logits.astype(jnp.float32)
