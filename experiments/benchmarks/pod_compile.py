@@ -72,15 +72,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sr_ste_2:4": ("sr_ste", {"structure": "2:4"}),
     "jaxpruner": ("dense", {}),  # its update is put around the same optimizer, see `make_task`
 }
-TOKENS, VOCABULARY = 2048, 32_768
-PER_CHIP = {"resnet50": 16, "transformer_1b": 2}  # images; sequences
+TOKENS = {"transformer_1b": (2048, 32_768), "transformer_small": (64, 256)}  # and vocabulary
+PER_CHIP = {"resnet50": 16, "transformer_1b": 2, "transformer_small": 2}  # images; sequences
 CASES = [
     Case(model, method, topology, strategy)
     for topology in ("v5e:16x16", "v5p:4x4x4")
     for model in ("transformer_1b", "resnet50")
     for strategy in ("fsdp", "pmap")
     for method in METHODS
-] + [Case("transformer_1b", method, "v5e:4x4", "fsdp") for method in METHODS]
+] + [
+    Case(model, method, topology, "fsdp")
+    for model, topology in (("transformer_1b", "v5e:4x4"), ("transformer_small", "v5e:2x2"))
+    for method in METHODS
+]
 
 
 class Wire(NamedTuple):
@@ -97,17 +101,19 @@ HBM = {"v5e": 16e9, "v5p": 95e9}
 
 def configure(case: Case):
     """The config of a case and its data set, of which only shapes are used."""
-    config = {"resnet50": imagenet_resnet50, "transformer_1b": transformer_1b}[
-        case.model
-    ].get_config()
+    source = imagenet_resnet50 if case.model == "resnet50" else transformer_1b
+    config = source.get_config()
+    if case.model == "transformer_small":
+        config.model_options.update(dim=256, depth=2, heads=2)
     config.method, options = METHODS[case.method]
     config.options.update(options)
     config.parallel = case.parallel
     config.batch_size = PER_CHIP[case.model] * math.prod(_torus(case.topology))
     shape, classes = (224, 224, 3), 1000
-    if case.model == "transformer_1b":
-        shape, classes = (TOKENS,), VOCABULARY
-    text = len(shape) == 1
+    text = case.model in TOKENS
+    if text:
+        length, classes = TOKENS[case.model]
+        shape = (length,)
     return config, Dataset(case.model, {}, lambda record, rng: dict(record), shape, classes, text)
 
 
@@ -389,6 +395,7 @@ def _line(method: str, row: dict[str, Any], dense: dict[str, Any]) -> str:
         return f"| {method} | {row['error']} | {state} |" + " |" * 8
     m, ms = row["memory"], milliseconds(row, "ordinary")
     base = milliseconds(dense, "ordinary") if "memory" in dense else math.nan
+    ratio = "" if math.isnan(base) else f"{ms / base:.3f}"
     more, wire = added(row)
     names = {
         way: {k: v["count"] for k, v in row[way]["collectives"].items()}
@@ -400,7 +407,7 @@ def _line(method: str, row: dict[str, Any], dense: dict[str, Any]) -> str:
     bytes_ = sum(v["bytes"] for v in row["ordinary"]["collectives"].values())
     return (
         f"| {method} | {m['argument'] / 1e9:.2f} + {m['temp'] / 1e9:.2f} = {m['total'] / 1e9:.2f} "
-        f"| {state} | {row['flops'] / 1e12:.2f} | {ms:.1f} | {ms / base:.3f} "
+        f"| {state} | {row['flops'] / 1e12:.2f} | {ms:.1f} | {ratio} "
         f"| {more:.2f} + {wire:.2f} | {(more + wire) / EVERY / ms:.2%} "
         f"| {sum(names['ordinary'].values())}, {bytes_ / 1e9:.2f} GB | {listed(extra)} "
         f"| {_short(row['update']['largest_collective_of_update'])} |"
