@@ -16,7 +16,7 @@ from jaxsparse.nn.nm_linear import NMLinear
 
 BLOCKS = ((512, 512), (256, 256), (128, 128), (64, 64), (32, 32), (16, 16))
 BLOCKS_PAY_BELOW = 0.7  # density; above, the dense product is about as fast
-SHARED_FROM = 32  # outputs with one N:M pattern from which it pays on CPU
+SHARED_FROM = 32  # outputs with one N:M pattern from which 1:4 pays on CPU
 CONDENSED_PAYS_BELOW = 0.15  # density of the fullest output, on CPU
 
 
@@ -54,10 +54,10 @@ def compact(
 
     An `nnx.Linear` becomes a `BlockSparseLinear` if its mask is a union of whole blocks (the
     largest of `blocks` that fits) and keeps less than 0.7 of them; an `NMLinear` if its mask keeps
-    at most 1 of 4 or 2 of 4 inputs, and (but for TPU) neighbouring outputs share the choice; for a
-    CPU a `CondensedLinear` if it keeps less than 0.15 of every output's inputs, wherever they are
-    (faster in serving; training it on costs what the dense layer does). What is left is as it was,
-    with its zeros, and the report says why.
+    at most 1 of 4 inputs and 32 or more neighbouring outputs share the choice, or for a TPU at most
+    2 of 4 inputs; for a CPU a `CondensedLinear` if it keeps less than 0.15 of every output's inputs,
+    wherever they are (faster in serving; training it on costs what the dense layer does). What is
+    left is as it was, with its zeros, and the report says why.
 
     Args:
       model: a Flax NNX module, as trained.
@@ -131,10 +131,11 @@ def _sparse_layer(linear: nnx.Linear, mask: np.ndarray, blocks, platform: str):
         if mask.shape[0] % m or _most_of_a_group(mask, m) > n:
             continue
         share = 1 if platform == "tpu" else _shared_outputs(mask)
-        if platform == "tpu" or share >= SHARED_FROM:
+        if platform == "tpu" or (share >= SHARED_FROM and 4 * n <= m):
             name = f"{n}:{m}" + (f" shared by {share} outputs" if share > 1 else "")
             return NMLinear.from_dense(linear, kept, n=n, m=m, share=share), name
-        why = f"{n}:{m}, but element by element, which is not faster on {platform}"
+        how = "element by element" if share < SHARED_FROM else f"{share} outputs alike"
+        why = f"{n}:{m}, but {how}, which is not faster on {platform}"
         break
     fan_in = int(mask.sum(0).max(initial=0))
     if platform == "cpu" and fan_in < CONDENSED_PAYS_BELOW * mask.shape[0]:

@@ -9,7 +9,10 @@ from flax import nnx
 
 import jaxsparse
 from jaxsparse.nn import BlockSparseLinear, CondensedLinear, NMLinear, compact
+from jaxsparse.nn.compact import _sparse_layer
 from jaxsparse.structures import NM, Block, FanIn
+
+WHY_NOT = "2:4, but 32 outputs alike, which is not faster on cpu"
 
 
 class MLP(nnx.Module):
@@ -99,6 +102,16 @@ def test_unstructured_masks_are_left_on_tpu_and_the_report_says_why():
     assert masked and not any(r.replaced for r in report)
     assert all("no structure that pays" in r.why for r in masked)
     assert str(masked[0]).startswith("first: left as Linear (its mask has no structure that pays;")
+
+
+@pytest.mark.parametrize("n, replaced", [(1, True), (2, False)])
+def test_patterns_that_outputs_share_pay_on_cpu_from_one_in_four(n, replaced):
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    mask = np.tile(np.arange(64)[:, None] % 4 < n, (1, 64))
+    mask[:, 32:] = np.roll(mask[:, 32:], 1, 0)
+    layer, why = _sparse_layer(model, mask, [], "cpu")
+    assert isinstance(layer, NMLinear) == replaced
+    assert why == ("1:4 shared by 32 outputs" if replaced else WHY_NOT)
 
 
 def test_few_inputs_of_every_output_are_condensed_on_cpu():
