@@ -184,7 +184,7 @@ FULL = [
     ((1, 2, 2, 1000, 64, 256, 256, 128, "bfloat16", 0, "causal", "packed"), WHOLE),
     ((2, 1, 1, 1024, 256, 128, 128, 256, "float32", 0, "per batch"), WHOLE),
     ((1, 2, 2, 1024, 128, 128, 256, 256, "bfloat16", 0, "softcap"), WHOLE),
-    ((1, 2, 1, 2048, 128, 64, 128, 128, "bfloat16", 1, "causal", "packed"), FETCHED),
+    ((1, 2, 2, 2048, 128, 64, 128, 128, "bfloat16", 1, "causal", "packed"), FETCHED),
     ((1, 1, 1, 2048, 256, 256, 128, 128, "float32", 1, "softcap"), FETCHED),
     # 8 heads with their own lists: of full rows, and of 16 blocks of 128 per row
     ((1, 8, 8, 131072, 128, 128, 256, 256, "bfloat16", 0, "causal"), EITHER),
