@@ -1,6 +1,7 @@
 """Any inner optimizer, and any optax wrapper around a method."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,23 @@ def test_rigl_runs_with_any_inner_optimizer_and_stays_exact(name):
         if x.shape[1:] == ps["bias"].shape[1:]:
             assert np.array_equal(x[2], x[1]), f"slots of the bias in {path} moved"
     assert np.array_equal(ps["bias"][2], ps["bias"][1]), "dense leaves stand still"
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_a_compiled_step_copies_neither_weights_nor_slots(method):
+    """Of a donated state only masks are copied: an update is rare, a copy would be paid every step."""
+    tx = jaxsparse.make(method, optax.adamw(1e-3), sparsity=0.9, total_steps=1000)
+    params = {"kernel": jax.ShapeDtypeStruct((96, 160), jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1), compiler_options=QUICK)
+    text = step.lower(params, state, params).compile().as_text()
+    found = re.findall(r"= (\w+)\[96,160\]\S* copy\(", text)
+    assert "f32[96,160]" in text and not {t for t in found if t != "pred"}, found
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])
