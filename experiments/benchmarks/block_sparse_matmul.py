@@ -306,7 +306,7 @@ def _tpu_tables(results: dict) -> list[str]:
         "",
     ]
     cases = [(*json.loads(key), r) for key, r in results["tpu"].items()]
-    for topology in dict.fromkeys(case[0] for case in cases):
+    for topology in sorted({case[0] for case in cases}):
         here = [case[1:] for case in cases if case[0] == topology]
         dense = {kw["size"]: r["cycles"] for name, kw, r in here if name == "tpu_dense"}
         products, decode = [], []

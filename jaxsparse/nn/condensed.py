@@ -16,7 +16,7 @@ class CondensedLinear(SparseLinear):
 
     Made from a trained layer, by `from_dense` or `jaxsparse.compact`: outputs that are switched off
     store nothing, the others as many weights as the fullest of them. On CPU the forward product is
-    faster than dense from about 85 % sparsity; gradients cost what dense ones do.
+    faster than dense from about 90 % sparsity; gradients cost what dense ones do.
 
     Args:
       weight: W.

@@ -14,8 +14,8 @@ class NMLinear(SparseLinear):
     r"""$y = x W + b$ with at most N nonzeros in every M consecutive rows of W `[in, out]`.
 
     The stored values are parameters, their places are not. What is gained, and where, is said in
-    `pallas_kernels.nm_matmul`: memory everywhere; time in decoding on TPU, and on CPU if `share`
-    (32 or more) outputs have one pattern; the element-wise form runs dense on CPU.
+    `pallas_kernels.nm_matmul`: memory everywhere; time in decoding on TPU, and with 1:4 on CPU if
+    `share` (32 or more) outputs have one pattern; the element-wise form runs dense on CPU.
 
     Args:
       in_features: size of the last axis of x; a multiple of M.

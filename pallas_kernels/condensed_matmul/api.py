@@ -23,7 +23,7 @@ def condensed_matmul(
 ) -> Array:
     """The product `y = x w` with an unstructured w, or one of constant fan-in.
 
-    What a user gets: on CPU the forward product is faster than dense from about 85 % sparsity (and
+    What a user gets: on CPU the forward product is faster than dense from about 90 % sparsity (and
     runs dense below); gradients are computed from dense products, exact but not faster. On TPU and
     GPU it runs dense: what is saved there is memory.
 

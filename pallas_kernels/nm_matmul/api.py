@@ -26,8 +26,8 @@ def nm_matmul(
 
     What a user gets: on TPU, decoding (up to 64 rows of bfloat16 x) reads 0.56 of the dense bytes
     for 2:4 and 0.28 for 1:4; larger products run dense, as there are no sparse matrix units. On
-    CPU, a pattern shared by 32 or more outputs (`share`) is faster than dense; the element-wise
-    form is not on any CPU and runs dense.
+    CPU, with a pattern shared by 32 or more outputs (`share`), 1:4 is faster than dense, and 2:4 is
+    on one core but not on several; the element-wise form is not on any CPU and runs dense.
 
     Args:
       x: `[..., in]`.
