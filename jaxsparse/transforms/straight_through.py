@@ -140,7 +140,7 @@ def straight_through(
         aux = state.aux if learner is None else learner.update(before, plan, extra)
         found = rule(Step(state.count, views(plan, zs, gs, masks), new_inner, aux))
         # NaN ranks nowhere: were the masks to follow it, it would vanish from p. They stay, and it
-        # shows.
+        # shows. One pass over z looks for it; thresholds have no ranking that could tell.
         bad = broken([], zs)
         found = found._replace(masks=[jnp.where(bad, *pair) for pair in zip(masks, found.masks)])
         none = [None] * len(zs)

@@ -40,9 +40,7 @@ def test_state_keeps_structure_shapes_and_dtypes(subject):
     testing.check_state_is_stable(subject)
 
 
-def test_extra_arguments_reach_the_inner_optimizer(name, subject):
-    if jaxsparse.METHODS[name].needs_momentum:
-        pytest.skip("the check's inner optimizer has no momentum")
+def test_extra_arguments_reach_the_inner_optimizer(subject):
     testing.check_extra_args(subject)
 
 
