@@ -331,7 +331,7 @@ def _tpu_tables(results: dict) -> list[str]:
         lines += [f"### {topology.split(':')[0]}", ""]
         lines += _rows(f"{title} | per tile | compile s", "lrrlrrrrrrr", products)
         if decode:
-            chip = next(c for c in CHIPS.values() if c["gen"] == topology.split(":")[0])
+            chip: Any = next(c for c in CHIPS.values() if c["gen"] == topology.split(":")[0])
             bound = 2 * SIZE**2 / (chip["cores"] * chip["hbm"]) * chip["clock"]
             lines += [f"Decoding, 16 rows of x, w `[{SIZE}, {SIZE}]`. Reading the dense w takes "]
             lines[-1] += f"{bound / 1e3:.1f} k cycles at least:"
