@@ -123,7 +123,7 @@ def configure(config, data: datasets.Dataset, method: str, setting: str | None):
 
 def _divisible(config, data) -> str:
     """The kernels whose inputs and outputs the groups divide: the same ones for one view and for two."""
-    kind = make_structure(config.options.structure)
+    kind: Any = make_structure(config.options.structure)
     plain = config.copy_and_resolve_references()
     plain.method, plain.options = "dense", {}
     params = jax.eval_shape(make_task(plain, data).init).params

@@ -284,8 +284,8 @@ def folded_decay(model: nnx.Module) -> Array:
     """
     total = jnp.zeros(())
     for _, module in nnx.iter_modules(model):
-        linear = isinstance(module, SparseFactorized) and module.between is None
-        if linear or isinstance(module, SparseDoped):
+        bent = isinstance(module, SparseFactorized) and module.between is not None
+        if isinstance(module, SparseFactorized | SparseDoped) and not bent:
             u = module.down.kernel[...].reshape(module.fan_in, -1)
             v = module.up.kernel[...].reshape(-1, module.fan_out)
             # Two r x r matrices instead of the folded one.

@@ -14,7 +14,7 @@ FACTS = {"dataset": "digits", "model": "mlp", "steps": 40, "batch_size": 32, "se
          "parameters": 1}  # fmt: skip
 
 
-def point(method, accuracy, asked=0.8, setting=None, **other):
+def point(method, accuracy, asked: float | None = 0.8, setting=None, **other):
     return {
         "method": method, "setting": setting, "asked": asked, "sparsity": asked or 0.5,
         "accuracy": accuracy, "deviation": 0.01, "forward_flops": 0.2, "seconds": 1.0, **other,
