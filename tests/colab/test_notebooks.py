@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom, as a reader runs it, and is stored without outputs."""
 
+import ast
+import json
 import os
 import pathlib
 import re
@@ -59,10 +61,27 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
             assert set(found) <= {address}, path.name
 
 
+def test_the_cycles_in_a_notebook_are_those_of_the_documentation():
+    stored = json.loads((ROOT / "docs" / "kernels" / "block_sparse_matmul.json").read_text())["tpu"]
+    found = {(0, 0.0): {}, **{(b, s): {} for b in (128, 256, 512) for s in (0.5, 0.75, 0.9)}}
+    for key, result in stored.items():
+        topology, name, options = json.loads(key)
+        case = options.get("block", 0), options.get("sparsity", 0.0)
+        plain = set(options) <= {"block", "sparsity"} or options == {"size": 4096}
+        if name in ("tpu_dense", "tpu_block_sparse") and plain and case in found:
+            found[case][topology.split(":")[0]] = round(result["cycles"] / 1e3)
+    cells = read(ROOT / "colab" / "structured_and_fast.ipynb").cells
+    (cell,) = (c for c in cells if c.source.startswith("CYCLES = "))
+    table = ast.literal_eval(ast.parse(cell.source).body[0].value)
+    for generation, layers in table.items():
+        for name, cycles in layers.items():
+            for sparsity, value in cycles.items():
+                case = (int(name.split()[-1]), sparsity) if sparsity else (0, 0.0)
+                assert value == found[case][generation], (generation, name, sparsity)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_only_public_names_are_used(path):
-    import ast
-
     for cell in read(path).cells:
         if cell.cell_type != "code" or "%pip" in cell.source:
             continue
