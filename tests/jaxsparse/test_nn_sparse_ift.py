@@ -112,6 +112,7 @@ def test_rigl_makes_the_doped_layer_sparse_where_it_should_be():
     assert int(masks["sparse"]["kernel"].sum()) == 64
 
 
+@pytest.mark.slow
 def test_decay_of_the_folded_product_is_that_of_the_matrix_it_stands_for():
     class Net(nnx.Module):
         def __init__(self, rngs):
