@@ -74,7 +74,11 @@ def curves(
     """
     figure, axes = _figure()
     if log:
+        from matplotlib.ticker import LogFormatter
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1, and 1.6, not powers of ten
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     for i, (label, (x, y)) in enumerate(series.items()):
         few = "o" if len(x) <= 30 else None
         axes.plot(x, y, label=label, marker=few, markersize=3.5, **_style(i))
