@@ -99,10 +99,10 @@ WIRES = {"v5e": Wire(4.5e10), "v5p": Wire(9e10)}
 HBM = {"v5e": 16e9, "v5p": 95e9}
 
 
-def configure(case: Case):
+def configure(case: Case) -> tuple[Any, Dataset]:
     """The config of a case and its data set, of which only shapes are used."""
     source = imagenet_resnet50 if case.model == "resnet50" else transformer_1b
-    config = source.get_config()
+    config: Any = source.get_config()
     if case.model == "transformer_small":
         config.model_options.update(dim=256, depth=2, heads=2)
     config.method, options = METHODS[case.method]
