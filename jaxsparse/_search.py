@@ -178,7 +178,8 @@ def _totals_apart(flags, minima, *, axes):
     """Sums and minima are what sharded arrays are reduced by in one exchange, those of many arrays
     together; of a reduction of several operands each would be gathered."""
     counts = [(jnp.sum(f, axis=axes, dtype=jnp.int32, keepdims=True),) for f in flags]
-    return counts, [jnp.min(x, axis=axes, keepdims=True) for x in minima]
+    most = jnp.uint32(2**32 - 1)  # of nothing
+    return counts, [jnp.min(x, axis=axes, keepdims=True, initial=most) for x in minima]
 
 
 def _totals_in_one(flags, minima, *, axes, wide):

@@ -21,6 +21,7 @@ sorts, and its FLOPs count the body of a loop once.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -33,19 +34,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from experiments import parallel, train
 from experiments.benchmarks import jaxpruner, tpu_static
 from experiments.configs import imagenet_resnet50, transformer_1b
 from experiments.datasets import Dataset
 
-ONLY = flags.DEFINE_string("only", "", "Regular expression on the names of cases.")
-LIST = flags.DEFINE_boolean("list", False, "Print the names of the cases.")
-TABLE = flags.DEFINE_boolean("table", False, "Print the tables of what is saved.")
-OUT = flags.DEFINE_string("out", "docs/results/pod_compile.json", "Where figures are kept.")
-KEEP = flags.DEFINE_string("keep", None, "A directory for the text of the programs.")
-PASSES = flags.DEFINE_integer("passes", 6, "Rounds of a loop of the search (it has two).")
 EVERY = 100
 
 
@@ -306,8 +300,14 @@ def _on_wire(op: str, size: int, wire: Wire, torus: list[int]) -> float:
     return rounds * (size * (n - 1) / n / speed + wire.hop * sum(t // 2 for t in torus))
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Compiles a case; `error` is set if the compiler refuses it."""
+def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> dict[str, Any]:
+    """Compiles a case; `error` is set if the compiler refuses it.
+
+    Args:
+      case: what to compile.
+      passes: rounds of a loop of the search, which has two.
+      keep: a directory for the text of the program.
+    """
     start = time.process_time()
     config, data = configure(case)
     devices = devices_of(case.topology)
@@ -341,13 +341,11 @@ def measure(case: Case) -> dict[str, Any]:
     out["memory"] = parts | {"total": total, "of": HBM[generation]}
     out["flops"] = cost.get("flops")
     out["clock"] = clock
-    text, given = program.as_text(), flags.FLAGS.is_parsed()
-    if given and KEEP.value:
-        directory = pathlib.Path(KEEP.value)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{case}.hlo".replace("/", "_")).write_text(text)
-    out |= steps_of(text, PASSES.value if given else 6,
-                    WIRES[generation], _torus(case.topology))  # fmt: skip
+    text = program.as_text()
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{case}.hlo".replace("/", "_")).write_text(text)
+    out |= steps_of(text, passes, WIRES[generation], _torus(case.topology))
     return out | {"cpu_seconds": round(time.process_time() - start)}
 
 
@@ -422,26 +420,36 @@ def _short(size: float) -> str:
     return f"{size:.3g} GB"
 
 
-def main(argv):
-    del argv
-    path = pathlib.Path(OUT.value)
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    if TABLE.value:
+def main(argv: list[str] | None = None):
+    """Measures the cases asked for that are not there yet, or prints the tables of those that are."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", help="regular expression on the names of cases")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is saved")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("docs/results/pod_compile.json"),
+        help="where figures are kept",
+    )  # fmt: skip
+    parser.add_argument("--keep", type=pathlib.Path, help="a directory for the texts of programs")
+    parser.add_argument("--passes", type=int, default=6, help="rounds of a loop of the search")
+    args = parser.parse_args(argv)
+    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if args.table:
         print(tables(rows))
         return
     for case in CASES:
-        if not re.search(ONLY.value, str(case)):
+        if not re.search(args.only, str(case)):
             continue
-        if LIST.value:
+        if args.list:
             print(case)
             continue
         if str(case) in rows:
             continue
-        row = rows[str(case)] = measure(case)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        row = rows[str(case)] = measure(case, args.passes, args.keep)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

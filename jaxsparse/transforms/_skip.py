@@ -80,7 +80,8 @@ def _run(closed: ClosedJaxpr, args, olds, choose) -> list[Array]:
         piece = []
 
     read = lambda v: jnp.asarray(values[v] if is_var(v) else v.val)
-    return [read(v) if v in early else choose(old, read(v)) for v, old in zip(jaxpr.outvars, olds)]
+    done = lambda v: is_var(v) and v in early
+    return [read(v) if done(v) else choose(old, read(v)) for v, old in zip(jaxpr.outvars, olds)]
 
 
 def _held(inner, state, params) -> list[bool]:

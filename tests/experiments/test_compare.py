@@ -25,7 +25,7 @@ def point(method, accuracy, asked: float | None = 0.8, setting=None, **other):
 def small(config):
     config.options.update_every = None
     config.options.begin_step = None
-    config.steps, config.warmup_steps = 120, 5
+    config.steps, config.warmup_steps = 300, 5
     return config
 
 
@@ -34,7 +34,8 @@ def test_a_grid_is_trained_saved_and_not_trained_again(small):
     points = compare.compare(small, ["dense", "static"], [0.5, 0.8], [0, 1], save=saved.append)
     assert [(p["method"], p["asked"]) for p in points] == [("dense", None), ("static", 0.5), ("static", 0.8)]  # fmt: skip
     assert len(saved) == 2
-    assert [round(p["sparsity"], 3) for p in points] == [0.0, 0.5, 0.8]
+    # Zeros are rounded down in each layer.
+    assert [p["sparsity"] for p in points] == pytest.approx([0.0, 0.5, 0.8], abs=2e-3)
     assert all(len(p["accuracies"]) == 2 and p["accuracy"] > 0.3 for p in points)
     assert points[1]["forward_flops"] == pytest.approx(0.5, abs=0.01)
     again = compare.compare(small, ["dense", "static"], [0.5, 0.8], [0, 1], done=points)

@@ -178,7 +178,7 @@ def product(x, w, implementation, out_dtype=None):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
 def test_nan_in_a_row_of_x_stays_in_that_row(implementation):
-    x, w, _ = problem((20,), (256, 384), (128, 128), "empty columns", jnp.float32, capacity=6)
+    x, w, _ = problem((20,), (256, 768), (128, 128), "empty columns", jnp.float32, capacity=6)
     y, clean = (product(a, w, implementation) for a in (x.at[3].set(jnp.nan), x))
     rows = np.arange(20) != 3
     np.testing.assert_array_equal(y[rows], clean[rows])
