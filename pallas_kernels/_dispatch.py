@@ -80,16 +80,20 @@ def varying_axes(*trees: Any) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
-def vary_alike(*trees: Any, like: Any = ()) -> Any:
-    """The same values, typed as varying over all axes over which any of them, or of `like`, does.
-
-    Inside `shard_map` a loop wants its carry, and a kernel its operands, to be of one such type.
-    """
-    axes = varying_axes(trees, like)
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """The same values, typed as varying over at least these axes."""
 
     def one(x: jax.Array) -> jax.Array:
         missing = tuple(axes - varying_axes(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
-    alike = jax.tree.map(one, trees)
+    return jax.tree.map(one, tree)
+
+
+def vary_alike(*trees: Any, like: Any = ()) -> Any:
+    """The same values, typed as varying over all axes over which any of them, or of `like`, does.
+
+    Inside `shard_map` a loop wants its carry, and a kernel its operands, to be of one such type.
+    """
+    alike = vary(trees, varying_axes(trees, like))
     return alike if len(alike) > 1 else alike[0]

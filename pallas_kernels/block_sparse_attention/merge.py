@@ -1,12 +1,10 @@
-"""What partial results and devices share: merging by LSE, and values that vary over a mesh."""
+"""Partial results of attention merge by their LSE."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -42,19 +40,3 @@ def merge_attention(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]
     terms = [(w / safe)[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weights, parts)]
     out = functools.reduce(jnp.add, terms).astype(parts[0][0].dtype)
     return out, jnp.where(some, top + jnp.log(safe), -jnp.inf)
-
-
-def varying_axes(*trees: Any) -> frozenset[str]:
-    """The axes of a `shard_map` mesh over which any of these values varies."""
-    leaves = jax.tree.leaves(trees)
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
-
-
-def vary(tree: Any, axes: frozenset[str]) -> Any:
-    """The same values, typed as varying over at least these axes."""
-
-    def one(x: Array) -> Array:
-        missing = tuple(axes - varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)

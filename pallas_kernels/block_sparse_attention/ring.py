@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels._dispatch import vary, varying_axes
 from pallas_kernels.block_sparse_attention import api
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import BlockMask
-from pallas_kernels.block_sparse_attention.merge import merge_attention, vary, varying_axes
+from pallas_kernels.block_sparse_attention.merge import merge_attention
 
 
 def ring_block_sparse_attention(

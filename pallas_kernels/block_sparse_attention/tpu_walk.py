@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._dispatch import target_platform
+from pallas_kernels._dispatch import target_platform, vary, varying_axes
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.lists import (
     CODE_BITS,
@@ -29,7 +29,6 @@ from pallas_kernels.block_sparse_attention.lists import (
     RULE_MASK,
     SEGMENTS,
 )
-from pallas_kernels.block_sparse_attention.merge import vary, varying_axes
 from pallas_kernels.block_sparse_attention.rules import Rule
 from pallas_kernels.block_sparse_attention.xla import MASKED, pad_to
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels._dispatch import vary, varying_axes
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS, CODE_MASK, visible
-from pallas_kernels.block_sparse_attention.merge import vary, varying_axes
 
 Carry = tuple[Array, Array, Array]
 
