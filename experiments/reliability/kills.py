@@ -9,7 +9,8 @@ one, until there were enough kills. Counted are
 - lost checkpoints: one that was complete before the kill, but the run went on from an older one;
 - runs whose final parameters, optimizer state or evaluations differ in a single bit from those of a run that
   was never stopped.
-Exits with 1 if any of the three is not zero.
+Exits with 1 if any of the three is not zero. --out is written after each run, and the same command goes on from
+it: what is there is not done again.
 """
 
 import json
@@ -36,7 +37,7 @@ EVERY = flags.DEFINE_integer("every", 20, "steps between checkpoints")
 METHOD = flags.DEFINE_string("method", "rigl", "the method")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the moments")
 OUT = flags.DEFINE_string("out", "", "JSON file of the results")
-LONGEST = 1.0  # seconds of training before a kill, at most
+LONGEST = 3.0  # seconds between its first word and a kill, at most: compilation is part of it
 TIMEOUT = 300.0
 
 
@@ -110,73 +111,100 @@ def interrupt(run: Run, number: int, during_save: bool, rng: random.Random) -> d
     }  # fmt: skip
 
 
+def clean(record: dict) -> bool:
+    """Whether a kill left behind what it should: SIGTERM a run that stopped by itself with 0. Once all
+    steps are saved nobody listens for it, and it ends the process at once."""
+    done = STEPS.value in record["complete_before"]
+    return record["code"] in (0, -signal.SIGKILL, -signal.SIGTERM if done else 0)
+
+
+def one_run(workdir: pathlib.Path, done: int, reference: pathlib.Path) -> dict[str, list]:
+    """Starts a run again and again until it ends, and kills it while kills are due; what was counted.
+
+    Args:
+      workdir: of the run; removed if nothing went wrong.
+      done: how many kills there were before.
+      reference: working directory of the run that was never stopped.
+    """
+    found: dict[str, list] = {"each": [], "failed": [], "lost": [], "unequal": []}
+    newest, code = 0, None
+    while code is None:
+        run, record = Run(workdir), None
+        number = done + len(found["each"])
+        if number < KILLS.value:
+            moment = random.Random(f"{SEED.value} {number}")
+            signal_ = (signal.SIGKILL, signal.SIGTERM)[number % 2]
+            record = interrupt(run, signal_, number % 4 >= 2, moment)
+        if record is None:
+            code = run.process.wait(TIMEOUT)  # done, or failed
+        started = run.resumed_at
+        if started is None or code or (record and not clean(record)):
+            found["failed"].append({"workdir": str(workdir), "output": run.text[-2000:]})
+            return found
+        if started < newest:
+            found["lost"].append({"workdir": str(workdir), "expected": newest, "started": started})
+        if record is not None:
+            found["each"].append(record)
+            newest = max([*record["complete_after"], 0])
+            if gone := set(record["complete_before"][-1:]) - set(record["complete_after"]):
+                found["lost"].append({"workdir": str(workdir), "vanished": gone.pop()})
+            print(f"{number + 1}: {json.dumps(record)}", flush=True)
+    different = runs.differences(runs.final_arrays(reference), runs.final_arrays(workdir))
+    if different or runs.evaluations(workdir) != runs.evaluations(reference):
+        found["unequal"].append({"workdir": str(workdir), "arrays": different})
+    else:
+        shutil.rmtree(workdir)
+    return found
+
+
+def summary(found: dict) -> dict[str, int]:
+    """The counts of everything so far."""
+    count = lambda key, value: sum(kill[key] == value for kill in found["each"])
+    return {
+        "kills": len(found["each"]),
+        "SIGKILL": count("signal", "SIGKILL"),
+        "SIGTERM": count("signal", "SIGTERM"),
+        "while a checkpoint was being written": count("while_writing", True),
+        "runs": found["runs"],
+        "failed to resume": len(found["failed"]),
+        "lost checkpoints": len(found["lost"]),
+        "final state not bitwise equal": len(found["unequal"]),
+    }
+
+
 def main(argv):
     absl_logging.set_verbosity(absl_logging.WARNING)
-    root = pathlib.Path(WORKDIR.value)
+    root, out = pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value) if OUT.value else None
+    settings = {
+        "method": METHOD.value,
+        "steps": STEPS.value,
+        "every": EVERY.value,
+        "seed": SEED.value,
+    }
+    found = {"settings": settings, "runs": 0, "each": [], "failed": [], "lost": [], "unequal": []}
+    if out and out.exists():
+        found = json.loads(out.read_text())
+        if found.get("settings") != settings:
+            sys.exit(f"{out} is of {found.get('settings')}, not {settings}: give another --out")
+        found.pop("results")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     # Programs are compiled once, not at every start.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((root / "cache").absolute()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    rng = random.Random(SEED.value)
 
     reference = Run(root / "reference")
     if reference.process.wait(TIMEOUT):
         sys.exit(f"the uninterrupted run failed:\n{reference.text}")
-    arrays, lines = runs.final_arrays(reference.workdir), runs.evaluations(reference.workdir)
-
-    kills, failed, lost, unequal, finished = [], [], [], [], 0
-    while len(kills) < KILLS.value:
-        workdir = root / f"run{finished}"
-        newest, code = 0, None
-        while code is None:
-            run = Run(workdir)
-            due = len(kills) < KILLS.value
-            record = None
-            if due:
-                number = (signal.SIGKILL, signal.SIGTERM)[len(kills) % 2]
-                record = interrupt(run, number, len(kills) % 4 >= 2, rng)
-            if record is None:
-                code = run.process.wait(TIMEOUT)  # done, or failed
-            started = run.resumed_at
-            if started is None or code or (record and record["code"] not in (0, -signal.SIGKILL)):
-                failed.append({"workdir": str(workdir), "output": run.text[-2000:]})
-            if started is not None and started < newest:
-                lost.append({"workdir": str(workdir), "expected": newest, "started": started})
-            if record is not None:
-                kills.append(record | {"run": finished})
-                newest = max([*record["complete_after"], 0])
-                if set(record["complete_before"][-1:]) - set(record["complete_after"]):
-                    lost.append(
-                        {"workdir": str(workdir), "vanished": record["complete_before"][-1]}
-                    )
-                print(f"{len(kills)}: {json.dumps(record)}", flush=True)
-            if failed:
-                break
-        if failed:
-            break
-        different = runs.differences(arrays, runs.final_arrays(workdir))
-        if different or runs.evaluations(workdir) != lines:
-            unequal.append({"workdir": str(workdir), "arrays": different})
-        finished += 1
-        shutil.rmtree(workdir)
-
-    count = lambda key, value: sum(kill[key] == value for kill in kills)
-    results = {
-        "kills": len(kills),
-        "SIGKILL": count("signal", "SIGKILL"),
-        "SIGTERM": count("signal", "SIGTERM"),
-        "while a checkpoint was being written": count("while_writing", True),
-        "runs": finished,
-        "failed to resume": len(failed),
-        "lost checkpoints": len(lost),
-        "final state not bitwise equal": len(unequal),
-    }
+    while len(found["each"]) < KILLS.value and not found["failed"]:
+        more = one_run(root / f"run{found['runs']}", len(found["each"]), reference.workdir)
+        found = {**found, **{key: found[key] + more[key] for key in more}}
+        found["runs"] += 1
+        if out:
+            out.write_text(json.dumps({"results": summary(found), **found}, indent=1) + "\n")
+    results = summary(found)
     print(json.dumps(results, indent=2))
-    if OUT.value:
-        details = {"results": results, "failed": failed, "lost": lost, "unequal": unequal}
-        pathlib.Path(OUT.value).write_text(json.dumps(details | {"each": kills}, indent=1) + "\n")
-    sys.exit(1 if failed or lost or unequal else 0)
+    sys.exit(1 if found["failed"] or found["lost"] or found["unequal"] else 0)
 
 
 if __name__ == "__main__":
