@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jaxsparse import allocations, masking, schedules, scores, selection, structures, targets
 from jaxsparse._version import __version__
-from jaxsparse.initial import minimum_threshold, rescale_fan_in, score_ratios
+from jaxsparse.initial import minimum_threshold, preserve_flow, rescale_fan_in, score_ratios
 from jaxsparse.masking import apply_masks, get_masks, get_raw_params
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
 from jaxsparse.methods import __all__ as _methods
@@ -36,6 +36,7 @@ __all__ = [
     "get_raw_params",
     "masking",
     "minimum_threshold",
+    "preserve_flow",
     "prune",
     "rescale_fan_in",
     "schedules",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import masking, plan, scores
+from jaxsparse import masking, plan, scores, selection
 from jaxsparse.allocations import Explicit, Global
 
 
@@ -97,6 +97,37 @@ def minimum_threshold(
     for i in order[: int(math.floor(wanted + 1e-9) - zeros.sum())]:
         zeros[i] += zeros[i] < most[i] * sizes[i]
     return _explicit({leaf.path: float(z / n) for leaf, z, n in zip(made.leaves, zeros, sizes)})
+
+
+def preserve_flow(masks, *, seed: int = 0):
+    r"""Masks in which no neuron has lost all inputs or all outputs: where one has, a connection at
+    random is added (Gadhikar et al., Why random pruning is all we need to start sparse, 2023).
+
+    Of a kernel `[..., in, out]` every output gets an input, then every input an output; positions of
+    a convolution count together. At most in + out weights are added to a kernel: ask for so many less.
+
+    Args:
+      masks: a tree of masks (`get_masks(opt_state)`), `None` at dense leaves, which stay.
+      seed: of the positions that are added.
+
+    >>> m = preserve_flow({"kernel": jnp.array([[True, True, False], [False, False, False]])})
+    >>> m["kernel"].any(axis=0).tolist(), m["kernel"].any(axis=1).tolist(), int(m["kernel"].sum())
+    ([True, True, True], [True, True], 4)
+    """
+    leaves, treedef = jax.tree.flatten(masks, is_leaf=masking.is_mask)
+
+    def one(i, m):
+        m = masking.unpack(m)
+        if getattr(m, "ndim", 0) < 2:
+            return m
+        for side in (-1, -2):
+            axes = tuple(a for a in range(m.ndim) if a != m.ndim + side)
+            alone = ~jnp.any(m, axis=axes, keepdims=True)
+            u = selection.position_hash(m.shape, seed + 2 * i + (side == -1))
+            m |= alone & (u == jnp.max(u, axis=axes, keepdims=True))  # hashes are distinct
+        return m
+
+    return treedef.unflatten([one(i, m) for i, m in enumerate(leaves)])
 
 
 def rescale_fan_in(params, masks, *, per: str = "output"):

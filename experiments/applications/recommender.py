@@ -92,11 +92,9 @@ def train(
 
     def swap(carry, i):
         params, masks, total = carry
-        rows = zip(plan.leaves, masks, plan.take(params), plan.take(total))
-        new = [
-            transforms.swap(leaf, m, jnp.abs(w), jnp.abs(g), fraction(i), salt=leaf.salt(seed, i))
-            for leaf, m, w, g in rows
-        ]
+        sizes = [[jnp.abs(x) for x in plan.take(tree)] for tree in (params, total)]
+        salts = [leaf.salt(seed, i) for leaf in plan.leaves]
+        new = transforms.swap(plan.leaves, masks, *sizes, fraction(i), salts=salts)
         return keep(params, new), new, jax.tree.map(jnp.zeros_like, total)
 
     def step(carry, i):

@@ -4,7 +4,7 @@ from jaxsparse.methods import _recipe as recipe  # noqa: F401 - for recipes of y
 from jaxsparse.methods._registry import METHODS, Method, make
 from jaxsparse.methods._registry import register as register
 from jaxsparse.methods.ac_dc import ac_dc
-from jaxsparse.methods.app import app
+from jaxsparse.methods.app import app, cumulative_error
 from jaxsparse.methods.autosparse import autosparse
 from jaxsparse.methods.bdwp import bdwp
 from jaxsparse.methods.bi_mask import bi_mask
@@ -29,7 +29,7 @@ from jaxsparse.methods.pruning import (
     saliency,
 )
 from jaxsparse.methods.rigl import rigl
-from jaxsparse.methods.sap import pq_index, sap
+from jaxsparse.methods.sap import gini_index, pq_index, sap
 from jaxsparse.methods.sdgf import sdgf, sdgf_stages
 from jaxsparse.methods.set import set_
 from jaxsparse.methods.slope import slope
@@ -50,11 +50,13 @@ __all__ = [
     "autosparse",
     "bdwp",
     "bi_mask",
+    "cumulative_error",
     "deep_r",
     "dense",
     "dsr",
     "dst_ee",
     "exploration_rate",
+    "gini_index",
     "global_magnitude",
     "granet",
     "gsm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,16 @@ from jaxsparse._counts import is_concrete
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 from jaxsparse.transforms import keep_best, masked
+
+
+def cumulative_error(errors: Iterable[float]) -> float:
+    """The anytime metric of APP: the sum of the test errors after each megabatch. It is smaller for
+    a learner that is good early.
+
+    >>> cumulative_error([0.5, 0.25, 0.125])
+    0.875
+    """
+    return float(sum(errors))
 
 
 @register(

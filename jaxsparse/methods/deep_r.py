@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import masking, selection
+from jaxsparse import plan as plans
 from jaxsparse._counts import is_concrete
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, masked, refill
+from jaxsparse.transforms import Step, apportion, by_layer, by_leaf, masked, refill
 from jaxsparse.transforms._common import broken
 
 
@@ -27,6 +28,7 @@ def deep_r(
     *,
     l1: Any = 1e-5,
     noise: Any = 1e-5,
+    scope: Literal["layer", "global"] = "layer",
     allocation: Any = "erk",
     targets: Any = None,
     seed: Any = 0,
@@ -46,18 +48,23 @@ def deep_r(
       sparsity: the fraction of zeros in [0, 1).
       l1: $\alpha$, which drives connections towards their death.
       noise: c as in the authors' code; the theory has $c = \sqrt{2T/\eta}$ at temperature T.
+      scope: "layer": a connection is replaced in its layer. "global": the number of connections of
+        the network is fixed; where one is replaced is drawn, each layer with its part of the
+        budget at the start.
       allocation, targets, seed, pack_masks: see the guide of options.
 
     The signs are those of the parameters given to `init` (seeded where these are 0), kept as one bit
     per weight; the state of a weight that dies starts anew. The soft variant, in which dormant
-    weights walk at random, and the one that shares the budget over layers are not offered.
+    weights walk at random and no number of connections can be asked for, is not offered.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.deep_r(optax.sgd(0.05), sparsity=0.9)
 
     Raises:
-      ValueError: a sparsity out of range, a negative `l1` or `noise`.
+      ValueError: a sparsity out of range, a negative `l1` or `noise`, another `scope`.
     """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope={scope!r}: use 'layer' or 'global'")
     if is_concrete(l1, noise) and (l1 < 0 or noise < 0):
         raise ValueError(f"l1={l1}, noise={noise}: must not be negative")
     sparsity = recipe.sparsity_of(sparsity, None)
@@ -86,24 +93,43 @@ def deep_r(
             out.append(jnp.where(v.m, g, jnp.zeros((), g.dtype)))
         return out
 
+    budget = recipe.shape_rule(allocation)
+
+    def spread(step: Step, lost, alive):
+        """As many new connections as were lost, over all layers: exact, and on average in proportion
+        to their budgets."""
+        shares = by_layer(plans.unit_budgets(step.leaves, budget, sparsity)).astype(jnp.float32)
+        total, start = jnp.sum(lost), jax.random.uniform(draw(step.views[0], step.count, 3))
+        ends = jnp.floor(total * jnp.cumsum(shares) / jnp.sum(shares) + start).astype(jnp.int32)
+        drawn = jnp.diff(jnp.minimum(ends, total).at[-1].set(total), prepend=0)
+        sizes = by_layer([jnp.full(x.shape[: x.lead], x.layer_size) for x in step.leaves])
+        free = sizes - alive
+        fit = jnp.minimum(drawn, free)
+        return fit + apportion(total - jnp.sum(fit), shares, free - fit)
+
     def settle(step: Step):
-        masks, weights = [], []
-        calm = ~broken([], [v.w for v in step.views])
-        for v, sign in zip(step.views, signs_of(step)):
-            axes = tuple(range(v.leaf.lead, v.w.ndim))
-            alive = v.m & ~((v.w * sign <= 0) & calm)
-            lost = selection.count(v.m, axis=axes) - selection.count(alive, axis=axes)
-            salt = v.leaf.salt(seed, step.count)
-            mask = refill(v.leaf, alive, lost, jnp.zeros_like(v.w), salt=salt)
-            tiny = max(1e-12, float(jnp.finfo(v.w.dtype).tiny))
-            masks.append(mask)
-            weights.append(jnp.where(alive, v.w, sign * jnp.asarray(tiny, v.w.dtype)))
-        return masks, weights
+        views, signs = step.views, signs_of(step)
+        calm = ~broken([], [v.w for v in views])
+        counts = lambda ms: [
+            selection.count(m, axis=tuple(range(v.leaf.lead, m.ndim))) for v, m in zip(views, ms)
+        ]
+        alive = [v.m & ~((v.w * sign <= 0) & calm) for v, sign in zip(views, signs)]
+        left = counts(alive)
+        lost = [n - k for n, k in zip(counts(step.masks), left)]
+        if scope == "global":
+            lost = by_leaf(step.leaves, spread(step, by_layer(lost), by_layer(left)))
+        masks = refill(
+            step.leaves, alive, lost, [jnp.zeros_like(v.w) for v in views],
+            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+        )  # fmt: skip
+        newborn = lambda w: jnp.asarray(max(1e-12, float(jnp.finfo(w.dtype).tiny)), w.dtype)
+        rows = zip(views, alive, signs)
+        return masks, [jnp.where(a, v.w, sign * newborn(v.w)) for v, a, sign in rows]
 
     return masked(
         inner,
         recipe.plan_for(targets, None),
-        recipe.random_masks(recipe.shape_rule(allocation), sparsity, seed),
+        recipe.random_masks(budget, sparsity, seed),
         inner_sees=seen,
         settle=settle,
         restarts=True,

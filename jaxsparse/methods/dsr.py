@@ -75,25 +75,21 @@ def dsr(
     )
 
     def rule(step: Step):
-        height, keep, ones, stay, room = step.aux, [], [], [], []
-        for v in step.views:
-            axes = tuple(range(v.leaf.lead, v.w.ndim))
-            size = jnp.abs(v.w).astype(jnp.float32)
-            best = selection.topk_mask(size, 1, where=v.m, axis=axes)
-            keep.append(v.m & ((size >= height) | best))
-            ones.append(selection.count(v.m, axis=axes))
-            stay.append(selection.count(keep[-1], axis=axes))
-            room.append(jnp.full(v.leaf.shape[: v.leaf.lead], v.leaf.layer_size))
-        n, left, sizes = by_layer(ones), by_layer(stay), by_layer(room)
+        height, leaves, held = step.aux, step.leaves, step.masks
+        axes = [tuple(range(leaf.lead, len(leaf.shape))) for leaf in leaves]
+        counts = lambda ms: by_layer([selection.count(m, axis=a) for m, a in zip(ms, axes)])
+        width = [jnp.abs(v.w).astype(jnp.float32) for v in step.views]
+        best = selection.topk_masks(width, [1] * len(leaves), where=held, axes=axes)
+        keep = [m & ((x >= height) | b) for m, x, b in zip(held, width, best)]
+        n, left = counts(held), counts(keep)
+        sizes = by_layer([jnp.full(leaf.shape[: leaf.lead], leaf.layer_size) for leaf in leaves])
         pruned = jnp.sum(n - left)
         free = jnp.where(jnp.sum(sizes - n) >= pruned, sizes - n, sizes - left)
-        grown = by_leaf(step.leaves, apportion(pruned, left.astype(jnp.float32), free))
-        masks = [
-            refill(
-                v.leaf, m, k, (~v.m).astype(jnp.float32), salt=v.leaf.salt(seed, step.count)
-            )
-            for v, m, k in zip(step.views, keep, grown)
-        ]  # fmt: skip
+        grown = by_leaf(leaves, apportion(pruned, left.astype(jnp.float32), free))
+        masks = refill(
+            leaves, keep, grown, [(~m).astype(jnp.float32) for m in held],
+            salts=[leaf.salt(seed, step.count) for leaf in leaves],
+        )  # fmt: skip
         wanted = drop_fraction * jnp.sum(n).astype(jnp.float32)
         factor = jnp.where(pruned > 1.1 * wanted, 0.5, jnp.where(pruned < 0.9 * wanted, 2.0, 1.0))
         return masks, height * factor

@@ -74,13 +74,17 @@ def dst_ee(
 
     def rule(step: Step):
         f, log_t = fraction(step.count), jnp.log(jnp.maximum(step.count, 1).astype(jnp.float32))
-        masks = []
-        for v, tried in zip(step.views, step.aux):
+
+        def worth(v, tried):
             size = jnp.abs(v.g).astype(jnp.float32)
             mean = jnp.mean(size, axis=tuple(range(v.leaf.lead, size.ndim)), keepdims=True)
-            bonus = exploration * mean * log_t / (tried + epsilon)
-            salt = v.leaf.salt(seed, step.count)
-            masks.append(swap(v.leaf, v.m, jnp.abs(v.w), size + bonus, f, salt=salt))
+            return size + exploration * mean * log_t / (tried + epsilon)
+
+        masks = swap(
+            step.leaves, step.masks, [jnp.abs(v.w) for v in step.views],
+            [worth(v, tried) for v, tried in zip(step.views, step.aux)], f,
+            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+        )  # fmt: skip
         return masks, [n + m for n, m in zip(step.aux, masks)]
 
     return masked(

@@ -94,14 +94,11 @@ def granet(
             step.leaves, [jnp.abs(v.w) for v in step.views], budget, sparsity,
             fraction=ramp(step.count), where=step.masks,
         )  # fmt: skip
-        f = fraction(step.count)
-        return [
-            swap(
-                v.leaf, m, scores.magnitude(v.w), scores.gradient(v.w, v.g), f,
-                salt=v.leaf.salt(seed, step.count),
-            )
-            for v, m in zip(step.views, pruned)
-        ]  # fmt: skip
+        return swap(
+            step.leaves, pruned, [scores.magnitude(v.w) for v in step.views],
+            [scores.gradient(v.w, v.g) for v in step.views], fraction(step.count),
+            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+        )  # fmt: skip
 
     return masked(
         inner,

@@ -56,12 +56,15 @@ def _itop(
     fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
 
     def rule(step: Step):
-        f, masks = fraction(step.count), []
-        for v, fired in zip(step.views, step.aux.masks):
-            grow = scores.gradient(v.w, v.g) if by_gradient else scores.random(v.w)
-            grow = (~fired.unpack()).astype(jnp.float32) if unfired else grow
-            salt = v.leaf.salt(seed, step.count)
-            masks.append(swap(v.leaf, v.m, jnp.abs(v.w), grow, f, salt=salt))
+        if unfired:
+            grow = [(~fired.unpack()).astype(jnp.float32) for fired in step.aux.masks]
+        else:
+            worth = scores.gradient if by_gradient else scores.random
+            grow = [worth(v.w, v.g) for v in step.views]
+        masks = swap(
+            step.leaves, step.masks, [jnp.abs(v.w) for v in step.views], grow,
+            fraction(step.count), salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+        )  # fmt: skip
         both = [masking.pack(f.unpack() | m) for f, m in zip(step.aux.masks, masks)]
         return masks, Fired(both)
 

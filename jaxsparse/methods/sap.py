@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -47,6 +48,24 @@ def pq_index(
     a = (jnp.sum(x**p, axis=axis) / d) ** (1 / p)
     b = (jnp.sum(x**q, axis=axis) / d) ** (1 / q)
     return jnp.where(b > 0, jnp.clip(1.0 - a / jnp.where(b > 0, b, 1.0), 0.0, 1.0), 0.0)
+
+
+def gini_index(w: Any) -> float:
+    r"""The Gini index of the magnitudes, an index of sparsity in [0, 1):
+
+    $$\frac{\sum_i (2i - n - 1)\, |w|_{(i)}}{n \sum_i |w|_i}, \qquad |w|_{(1)} \le |w|_{(2)} \le \dots$$
+
+    0 for equal magnitudes, $1 - k/n$ for k equal ones among n, like `pq_index` (p = 1/2, q = 1). It
+    needs all weights in order, so it is computed on the host, in float64. (Hurley & Rickard, Comparing
+    measures of sparsity, 2009.)
+
+    >>> gini_index(jnp.array([1.0, 2.0, 3.0, 4.0])), gini_index(jnp.array([0.0, 5.0, 0.0, 0.0]))
+    (0.25, 0.75)
+    """
+    size = np.sort(np.abs(np.asarray(w, np.float64)).ravel())
+    n, total = size.size, size.sum()
+    ranks = 2.0 * np.arange(1, n + 1) - n - 1
+    return float(ranks @ size / (n * total)) if total > 0 else 0.0
 
 
 def _check_pq(p, q):

@@ -15,11 +15,14 @@ from jaxsparse.methods.mdgf import REFERENCE, check_pattern, largest
 from jaxsparse.structures import NM
 from jaxsparse.transforms import Projection, Step, straight_through
 
+Stages = Literal["stepwise", "geometric", "densify"]
 
-def sdgf_stages(structure: NM, stages: Literal["stepwise", "geometric"] = "stepwise") -> list[NM]:
-    """The patterns of SdGf, from the densest to `structure`.
 
-    Stepwise: M-1:M, then M/2:M, M/4:M, ... N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M.
+def sdgf_stages(structure: NM, stages: Stages = "stepwise") -> list[NM]:
+    """The patterns of SdGf, the last of which is `structure`.
+
+    Stepwise: M-1:M, then M/2:M, M/4:M, ... N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M. Densify:
+    N:8M, N:4M, N:2M, N:M, which starts sparser than it ends.
 
     >>> [(s.n, s.m) for s in sdgf_stages(NM(1, 8))]
     [(7, 8), (4, 8), (2, 8), (1, 8)]
@@ -31,10 +34,11 @@ def sdgf_stages(structure: NM, stages: Literal["stepwise", "geometric"] = "stepw
     """
     pattern = check_pattern(structure)
     make = lambda n, m: NM(n, m, pattern.axis, pattern.strided)
-    if stages == "geometric":
-        return [make(pattern.n * 2**i, pattern.m * 2**i) for i in (3, 2, 1, 0)]
+    if stages in ("geometric", "densify"):
+        many = lambda i: 2**i if stages == "geometric" else 1
+        return [make(pattern.n * many(i), pattern.m * 2**i) for i in (3, 2, 1, 0)]
     if stages != "stepwise":
-        raise ValueError(f"stages={stages!r}: use 'stepwise' or 'geometric'")
+        raise ValueError(f"stages={stages!r}: use 'stepwise', 'geometric' or 'densify'")
     halvings, rest = divmod(pattern.m, pattern.n)
     if rest or halvings & (halvings - 1):
         raise ValueError(
@@ -51,7 +55,7 @@ def sdgf_stages(structure: NM, stages: Literal["stepwise", "geometric"] = "stepw
     keeps_raw=True,
     dynamics="projected",
     structures="NM",
-    dense_phase="dense before begin_step, denser than the structure before its last stage",
+    dense_phase="dense before begin_step, another pattern than the structure before its last stage",
     starts_dense=True,
     gradients="all",
 )
@@ -59,7 +63,7 @@ def sdgf(
     inner: optax.GradientTransformation,
     *,
     total_steps: Any,
-    stages: Literal["stepwise", "geometric"] = "stepwise",
+    stages: Stages = "stepwise",
     begin_step: Any = None,
     end_step: Any = None,
     structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
@@ -77,7 +81,8 @@ def sdgf(
       inner: the optimizer of z.
       total_steps: the length of the run, in steps.
       stages: "stepwise": groups of M throughout, halving what stays; "geometric": groups of 8M, 4M,
-        2M, M at one sparsity.
+        2M, M at one sparsity; "densify": N in groups of 8M, 4M, 2M, M (both in the authors' code,
+        as "fine" and "densify").
       begin_step, end_step: 0 and 75 % of the run; dense before.
       structure, targets, pack_masks: as `mdgf`.
       raw_dtype: the dtype of z; see `magnitude_ste`.

@@ -15,9 +15,9 @@ from jaxsparse.methods._registry import register
 from jaxsparse.transforms import Step, View, drop_and_grow, masked, refill
 
 
-def _swap_by_sign(v: View, fraction, salt: Array) -> Array:
-    """Drops the fraction closest to zero of the positive and of the negative units, and those that
-    are zero; grows as many at random."""
+def _kept_by_sign(v: View, fraction) -> tuple[Array, Array]:
+    """The units without the fraction closest to zero of the positive and of the negative ones, and
+    without those that are zero; and the number that is missing."""
     kind, lead = v.leaf.structure, v.leaf.lead
     axes = kind.axes(v.leaf.shape, lead)
     units = structures.unit_mask(kind, v.m, lead)
@@ -26,8 +26,7 @@ def _swap_by_sign(v: View, fraction, salt: Array) -> Array:
     for side in (units & (value > 0), units & (value < 0)):
         n = selection.count(side, axis=axes)
         keep |= selection.topk_mask(size, n - scale_count(n, fraction), where=side, axis=axes)
-    grown = selection.count(units, axis=axes) - selection.count(keep, axis=axes)
-    return refill(v.leaf, keep, grown, scores.random(v.w), salt=salt)
+    return keep, selection.count(units, axis=axes) - selection.count(keep, axis=axes)
 
 
 @register(
@@ -75,7 +74,11 @@ def set_(
 
     def by_sign(step: Step):
         f = fraction(step.count)
-        return [_swap_by_sign(v, f, v.leaf.salt(seed, step.count)) for v in step.views]
+        keep, missing = zip(*[_kept_by_sign(v, f) for v in step.views])
+        return refill(
+            step.leaves, keep, missing, [scores.random(v.w) for v in step.views],
+            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+        )  # fmt: skip
 
     by_magnitude = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)
     return masked(

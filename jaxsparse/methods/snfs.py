@@ -103,14 +103,12 @@ def snfs(
         caps = jnp.floor(0.99 * room.astype(jnp.float32)).astype(jnp.int32)
         caps = jnp.where(jnp.sum(caps) < jnp.sum(dropped), room, caps)  # nearly dense networks
         grown = by_leaf(step.leaves, apportion(jnp.sum(dropped), share, caps))
-        keep = [
-            selection.topk_mask(jnp.abs(v.w), k, where=v.m, axis=a)
-            for v, k, a in zip(step.views, by_leaf(step.leaves, n - dropped), axes)
-        ]
-        return [
-            refill(v.leaf, m, k, x, salt=v.leaf.salt(seed, step.count))
-            for v, m, k, x in zip(step.views, keep, grown, wanted)
-        ]
+        keep = selection.topk_masks(
+            [jnp.abs(v.w) for v in step.views], by_leaf(step.leaves, n - dropped),
+            where=step.masks, axes=axes,
+        )  # fmt: skip
+        salts = [leaf.salt(seed, step.count) for leaf in step.leaves]
+        return refill(step.leaves, keep, grown, wanted, salts=salts)
 
     return masked(
         inner,

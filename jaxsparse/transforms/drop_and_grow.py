@@ -32,7 +32,7 @@ def drop_and_grow(
     """
 
     def rule(step: Step):
-        return swap_all(
+        return swap(
             step.leaves,
             step.masks,
             [drop(v.w, v.g) for v in step.views],
@@ -45,7 +45,7 @@ def drop_and_grow(
     return rule
 
 
-def swap_all(
+def swap(
     leaves: Sequence[Leaf], masks: Sequence[Array], drop_scores: Sequence[Array],
     grow_scores: Sequence[Array], fraction, *, drop_ties: str = "position", salts: Sequence[Any],
 ) -> list[Array]:  # fmt: skip
@@ -62,14 +62,15 @@ def swap_all(
         seeds=salts,
         axes=axes,
     )
-    return refill_all(leaves, keep, swapped, grow_scores, salts=salts)
+    return refill(leaves, keep, swapped, grow_scores, salts=salts)
 
 
-def refill_all(
+def refill(
     leaves: Sequence[Leaf], keep: Sequence[Array], numbers: Sequence, grow_scores: Sequence[Array],
     *, salts: Sequence[Any],
 ) -> list[Array]:  # fmt: skip
-    """The masks of all leaves, see `refill`."""
+    """The masks of all leaves with the units `keep` and, in each slice, the `number` (int32, one per
+    slice or for all) units of highest score among the others; equal scores by a seeded hash."""
     grown = selection.topk_masks(
         [leaf.structure.pool(x, leaf.lead) for leaf, x in zip(leaves, grow_scores)],
         numbers,
@@ -80,21 +81,3 @@ def refill_all(
     )
     rows = zip(leaves, keep, grown)
     return [leaf.structure.expand(k | g, leaf.shape, leaf.lead) for leaf, k, g in rows]
-
-
-def swap(
-    leaf: Leaf, mask: Array, drop_score: Array, grow_score: Array, fraction, *,
-    drop_ties: str = "position", salt: Any = 0,
-) -> Array:  # fmt: skip
-    """The new mask of one leaf, see `drop_and_grow`."""
-    (new,) = swap_all(
-        [leaf], [mask], [drop_score], [grow_score], fraction, drop_ties=drop_ties, salts=[salt]
-    )
-    return new
-
-
-def refill(leaf: Leaf, keep: Array, number, score: Array, *, salt: Any = 0) -> Array:
-    """The mask of one leaf with the units `keep` and, in each slice, the `number` (int32, one per
-    slice or for all) units of highest `score` among the others; equal scores by a seeded hash."""
-    (new,) = refill_all([leaf], [keep], [number], [score], salts=[salt])
-    return new

@@ -223,8 +223,8 @@ def test_set_grows_uniformly_over_the_empty_positions():
     w = jnp.where(mask, 1.0 + jnp.arange(16.0).reshape(16, 1), 0.0)
 
     def grown(seed):
-        salt = leaf.salt(seed, 3)
-        return swap(leaf, mask, w, jnp.zeros_like(w), 0.25, salt=salt)[:, 0]
+        (new,) = swap([leaf], [mask], [w], [jnp.zeros_like(w)], 0.25, salts=[leaf.salt(seed, 3)])
+        return new[:, 0]
 
     masks = np.asarray(jax.jit(jax.vmap(grown))(jnp.arange(2000)))
     assert masks.sum(1).tolist() == [4] * 2000

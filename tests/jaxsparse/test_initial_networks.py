@@ -126,6 +126,29 @@ def test_weights_rescaled_to_their_fan_in_keep_the_variance_of_activations():
         jaxsparse.rescale_fan_in(w, m, per="input")
 
 
+def test_flow_is_preserved_by_as_few_connections_as_are_missing():
+    alone = jnp.zeros((3, 4), bool).at[0, 0].set(True).at[0, 1].set(True)
+    conv = jnp.zeros((3, 3, 2, 5), bool).at[1, 1, 0, :4].set(True)
+    whole = jnp.eye(4, dtype=bool)
+    given = {"a": alone, "b": None, "conv": conv, "whole": whole, "bias": jnp.zeros(3, bool)}
+    new = jax.jit(lambda masks: jaxsparse.preserve_flow(masks, seed=1))(given)
+    assert new["b"] is None and not new["bias"].any() and (new["whole"] == whole).all()
+    for key in ("a", "conv"):
+        m, old = np.asarray(new[key]), np.asarray(given[key])
+        assert (m | old == m).all(), "nothing is removed"
+        flat = m.reshape(-1, *m.shape[-2:]).any(axis=0)
+        assert flat.any(axis=0).all() and flat.any(axis=1).all()
+    # a: outputs 2 and 3 get an input each, and these or two more serve the inputs 1 and 2
+    assert 4 <= new["a"].sum() <= 6 and 5 <= new["conv"].sum() <= 6
+    one = lambda seed: jaxsparse.preserve_flow({"a": alone}, seed=seed)["a"] & ~alone
+    added = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(30)))
+    assert added.any(axis=0).sum() >= 8, "anywhere, not at the first free position"
+    tx = jaxsparse.static(SGD, masks=new)
+    params = {"a": matrix((3, 4)), "b": jnp.ones(2), "conv": matrix((3, 3, 2, 5)),
+              "whole": matrix((4, 4)), "bias": jnp.ones(3)}  # fmt: skip
+    assert (masks(tx.init(params))["a"] == np.asarray(new["a"])).all()
+
+
 def test_pruning_inside_a_fixed_random_mask_is_a_composition():
     fixed = jaxsparse.static(optax.sgd(0.1), 0.5, allocation="uniform")
     tx = jaxsparse.magnitude(fixed, 0.9, total_steps=10, update_every=2, end_step=6)
@@ -158,6 +181,26 @@ def test_lamp_in_rounds_leaves_the_same_fraction_each_time_and_one_weight_per_la
     assert abs(int(now["a"].sum()) - int(now["b"].sum())) <= 4, "scale does not matter"
     with pytest.raises(ValueError, match="rounds=0"):
         jaxsparse.lamp(SGD, 0.5, total_steps=9, rounds=0)
+
+
+@pytest.mark.parametrize("k, n", [(1, 4), (2, 4), (1, 100), (7, 7)])
+def test_gini_and_pq_index_of_k_equal_weights_among_n_are_the_part_that_is_zero(k, n):
+    w = jnp.where(jnp.arange(n) < k, -3.0, 0.0)
+    np.testing.assert_allclose(jaxsparse.gini_index(w), 1 - k / n, atol=1e-12)
+    np.testing.assert_allclose(jaxsparse.pq_index(w), 1 - k / n, atol=1e-6)
+
+
+def test_gini_index_is_the_mean_difference_over_twice_the_mean():
+    w = np.asarray(matrix((9, 7)), np.float64)
+    size = np.abs(w).ravel()
+    pairs = np.abs(size[:, None] - size[None, :]).mean()
+    np.testing.assert_allclose(jaxsparse.gini_index(w), pairs / (2 * size.mean()), rtol=1e-12)
+    np.testing.assert_allclose(jaxsparse.gini_index(5 * w), jaxsparse.gini_index([w, w]))
+    assert jaxsparse.gini_index(jnp.zeros(3)) == 0.0
+
+
+def test_the_anytime_metric_of_app_is_the_sum_of_errors():
+    assert jaxsparse.cumulative_error(e / 8 for e in (4, 2, 2, 1)) == 9 / 8
 
 
 def test_pq_index_goldens():

@@ -300,10 +300,10 @@ def test_granet_follows_the_cubic_curve_and_goes_on_regrowing():
 
 def test_mest_is_set_with_its_own_fraction_and_reads_no_gradient_of_pruned_weights():
     shared = dict(total_steps=12, update_every=2, allocation="uniform", end_step=10)
-    mest = jaxsparse.mest(SGD, 0.8, mutation=constant(0.04), gradient_weight=0.0, **shared)
+    mest = jaxsparse.mest(SGD, 0.8, mutation=constant(0.2), gradient_weight=0.0, **shared)
     set_ = jaxsparse.set_(SGD, 0.8, drop_fraction=constant(0.2), **shared)
     assert all((a == b).all() for a, b in zip(run(mest, 9)[0], run(set_, 9)[0]))
-    mest = jaxsparse.mest(SGD, 0.8, mutation=(0.1, 0.0), gradient_weight=1.0, **shared)
+    mest = jaxsparse.mest(SGD, 0.8, mutation=(0.5, 0.0), gradient_weight=1.0, **shared)
     step, results = stepper(mest), []
     for hole in (0.0, jnp.nan):
         params, state = start(mest, {"kernel": matrix()})
@@ -314,9 +314,31 @@ def test_mest_is_set_with_its_own_fraction_and_reads_no_gradient_of_pruned_weigh
     np.testing.assert_array_equal(results[0], results[1])
 
 
+@pytest.mark.parametrize(
+    "sparsity, stay", [(0.9, (800, 900)), (0.95, (400, 450)), (0.98, (160, 180))]
+)
+def test_the_phases_of_mest_move_a_fifth_and_a_tenth_of_what_is_kept(sparsity, stay):
+    """The authors' tables of sparsities: 0.92, 0.91, 0.90 for 0.90, and 0.96, 0.955, 0.95 for 0.95."""
+    tx = jaxsparse.mest(
+        optax.sgd(0.0), sparsity, total_steps=10, update_every=1, begin_step=1, end_step=7
+    )
+    params, state = start(tx, {"kernel": matrix((100, 100))})
+    step, found = stepper(tx), []
+    for _ in range(7):
+        before = np.asarray(params["kernel"]) != 0
+        params, state = step(params, state, params)
+        found.append(int((before & masks(state)["kernel"]).sum()))
+        # What grew is 0 until a step moves it: give it a value, that the next update may count it.
+        params = {"kernel": jnp.where(masks(state)["kernel"], matrix((100, 100), len(found)), 0.0)}
+    kept = round(10_000 * (1 - sparsity))
+    regrown = kept // 20  # dropped ones that were drawn again
+    for t, least in ((1, stay[0]), (3, stay[1]), (5, kept)):
+        assert least <= found[t] <= min(least + regrown, kept), (t, found)
+
+
 def test_mest_scores_weights_by_magnitude_and_gradient():
     tx = jaxsparse.mest(
-        optax.sgd(0.0), 0.5, total_steps=9, update_every=1, mutation=constant(0.25),
+        optax.sgd(0.0), 0.5, total_steps=9, update_every=1, mutation=constant(0.5),
         gradient_weight=10.0,
     )  # fmt: skip
     params, state = start(tx, {"kernel": matrix((2, 2))})
@@ -418,6 +440,31 @@ def test_without_gradient_and_noise_connections_shrink_linearly_and_die():
         assert (masks(state)["kernel"] == m).all()
     params, state = step(params, state, {"kernel": jnp.zeros((4, 4))})
     assert np.abs(params["kernel"]).max() <= 1e-12 and masks(state)["kernel"].sum() == 8
+
+
+def test_with_one_budget_connections_move_between_layers_in_proportion_to_their_budgets():
+    shapes = {"large": (30, 20), "small": (10, 20)}  # 300 and 100 connections
+    params = {k: jnp.abs(matrix(s)) + 1e-3 for k, s in shapes.items()}
+    tx = jaxsparse.deep_r(
+        optax.sgd(1.0), 0.5, l1=0.0, noise=0.0, scope="global", allocation="uniform"
+    )
+    params, state = start(tx, params)
+    counts = lambda state: [int(masks(state)[k].sum()) for k in shapes]
+    assert counts(state) == [300, 100]
+    step, moved = stepper(tx), [100]
+    for _ in range(40):  # one connection of "large" dies per step
+        w = np.asarray(params["large"])
+        kill = np.where(w == w.max(), np.float32(1e3), np.float32(0))
+        params, state = step(params, state, {"large": kill, "small": jnp.zeros((10, 20))})
+        moved.append(counts(state)[1])
+        assert sum(counts(state)) == 400
+    assert 4 <= moved[-1] - 100 <= 17, "about a quarter of 40 were born in small"
+    # All of "small" die at once: three quarters of the new ones are drawn in "large".
+    grads = {"large": jnp.zeros((30, 20)), "small": jnp.full((10, 20), 10.0)}
+    _, state = step(params, state, grads)
+    assert abs(counts(state)[1] - moved[-1] / 4) <= 1 and sum(counts(state)) == 400
+    with pytest.raises(ValueError, match="scope='net'"):
+        jaxsparse.deep_r(SGD, 0.5, scope="net")
 
 
 # SET

@@ -200,6 +200,29 @@ def test_shrinking_to_zero_is_iterative_hard_thresholding_and_the_cut_is_exact()
         jaxsparse.iss_p(SGD, 0.9, total_steps=8, shrink=1.5)
 
 
+def test_the_l2_penalty_of_the_smallest_weights_grows_to_its_limit_and_is_kept():
+    w = jnp.array([[4.0, -3.0], [2.0, -1.0]])
+    tx = jaxsparse.iss_p(
+        optax.sgd(0.1), 0.5, total_steps=20, penalty="l2", limit=0.4, update_every=2, end_step=8
+    )
+    up = {"kernel": jnp.zeros((2, 2)).at[1, 1].set(40.0)}  # the last weight comes to -5
+
+    def grads(t, _):
+        return up if t == 3 else {"kernel": jnp.zeros((2, 2))}
+
+    found, state = train(tx, {"kernel": w}, 10, grads)
+    # Steps 0 to 1: lambda = 0.1 for the two smallest, and the gradient lambda w; then 0.2.
+    np.testing.assert_allclose(found[0][0], [[4, -3], [1.98, -0.99]], rtol=1e-6)
+    np.testing.assert_allclose(found[2][0][1, 0], 2.0 * 0.99**2 * 0.98, rtol=1e-6)
+    # Counted at steps 0, 2, 4, 6: -1 is among the smallest twice, and then the -3.
+    np.testing.assert_allclose(state.aux[0], [[0.0, 0.2], [0.4, 0.2]], rtol=1e-6)
+    assert [int(m.sum()) for _, m in found] == [4] * 8 + [2] * 2
+    assert (found[9][1] == [[True, False], [False, True]]).all()
+    for bad, text in (({"penalty": "l1"}, "penalty='l1'"), ({"limit": -1}, "limit=-1")):
+        with pytest.raises(ValueError, match=text):
+            jaxsparse.iss_p(SGD, 0.9, total_steps=8, **bad)
+
+
 # HyperSparse
 
 
@@ -297,6 +320,9 @@ def test_stages_of_structure_decay():
     assert pairs(NM(2, 16)) == [(15, 16), (8, 16), (4, 16), (2, 16)]
     assert pairs(NM(2, 4)) == [(3, 4), (2, 4)]
     assert pairs(NM(1, 8), "geometric") == [(8, 64), (4, 32), (2, 16), (1, 8)]
+    assert pairs(NM(1, 8), "densify") == [(1, 64), (1, 32), (1, 16), (1, 8)]
+    with pytest.raises(ValueError, match="stages='fine'"):
+        jaxsparse.sdgf_stages(NM(1, 8), "fine")
     with pytest.raises(ValueError, match="n times a power of 2"):
         jaxsparse.sdgf_stages(NM(2, 6))
 
@@ -306,6 +332,12 @@ def test_sdgf_tightens_in_equal_stages():
     found, _ = train(tx, {"kernel": matrix((16, 4))}, 12)
     per_group = [np.unique(m.reshape(2, 8, 4).sum(axis=1)).tolist() for _, m in found]
     assert per_group == [[8]] * 2 + [[7]] * 2 + [[4]] * 2 + [[2]] * 2 + [[1]] * 4
+    tx = jaxsparse.sdgf(
+        SGD, total_steps=9, begin_step=0, end_step=8, structure=NM(1, 2), stages="densify"
+    )
+    found, _ = train(tx, {"kernel": matrix((16, 4))}, 9)
+    per_output = [np.unique(m.sum(axis=0)).tolist() for _, m in found]
+    assert per_output == [[1]] * 2 + [[2]] * 2 + [[4]] * 2 + [[8]] * 3
     tx = jaxsparse.sdgf(SGD, total_steps=12, structure=NM(1, 2), stages="geometric")
     with pytest.raises(ValueError, match="m=16 does not divide"):
         tx.init({"kernel": matrix((8, 4))})
