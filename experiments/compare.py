@@ -2,6 +2,7 @@
 
   python -m experiments.compare --methods=rigl,set,st3 --sparsities=0.8,0.9,0.95,0.98 --seeds=3
   python -m experiments.compare --dataset=digits --model=cnn
+  python -m experiments.compare --methods=dsr --sparsities=0.98 --options=allocation=erk,threshold=0.03
 
 Made to be quick: the data set lies on the device, a method compiles once, all its seeds and sparsities
 train at once (`vmap`), and a run is one `scan`. Results are saved after each method: the same command
@@ -18,7 +19,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +45,12 @@ FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "the first of the seeds", low
 DATASET = flags.DEFINE_string("dataset", "mnist1d", "a small data set of experiments/datasets")
 MODEL = flags.DEFINE_string("model", "mlp", "a model of experiments/models")
 STEPS = flags.DEFINE_integer("steps", None, "training steps; default: those of the config")
+OPTIONS = flags.DEFINE_list(
+    "options",
+    [],
+    "options of these methods that are not their defaults: allocation=erk,drop_fraction=0.2; a field of "
+    "the config by config.cycles=2. Such points have a row of their own",
+)
 HEADLINE = flags.DEFINE_list(
     "headline",
     ["static", "set", "rigl", "magnitude", "granet", "top_kast", "st3"],
@@ -107,11 +114,17 @@ def sweep(method: str, sparsities: Sequence[float]) -> list[tuple[str | None, li
     return [(None, list(sparsities) if jaxsparse.METHODS[method].controls_sparsity else [None])]
 
 
-def configure(config, data: datasets.Dataset, method: str, setting: str | None):
-    """The config of a method: its needs, its setting, and N:M where groups divide."""
+def configure(
+    config, data: datasets.Dataset, method: str, setting: str | None,
+    changed: Mapping[str, Any] | None = None,
+):  # fmt: skip
+    """The config of a method: its needs, its setting, what is `changed`, and N:M where groups divide."""
     config = config.copy_and_resolve_references()
     config.method = method
     fields = NEEDS.get(method, {}) | (SETTINGS[method][setting] if setting else {})
+    for name, value in (changed or {}).items():
+        own = name.removeprefix("config.")
+        fields[own if own != name else f"options.{name}"] = value
     with config.unlocked():
         config.update_from_flattened_dict(fields)
         if method in TWO_VIEW:
@@ -192,28 +205,35 @@ def make_run(config, data: datasets.Dataset, splits: dict[str, dict[str, jax.Arr
 def compare(
     config, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], *,
     done: Sequence[dict] = (), save: Callable[[list[dict]], Any] = lambda points: None,
+    changed: Mapping[str, Any] | None = None, command: str = "",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Trains the grid; returns the points as they are written to the JSON file.
 
     `done` are points of an earlier run that are not to be repeated; `save` is called with all points
-    after each method. A method that cannot be trained so has a point with the reason.
+    after each method; `changed` are options that are not the methods' defaults (dense has none);
+    `command` is noted in each new point. A method that cannot be trained so has a point with the
+    reason.
     """
     data = datasets.load(config.dataset, data_dir=config.data_dir)
     splits = {split: on_device(data, split) for split in ("train", "test")}
     points = list(done)
     known = {(p["method"], p["setting"], p["asked"]) for p in points}
     for method in methods:
+        own = {} if method == "dense" else dict(changed or {})
         for setting, asked in sweep(method, sparsities):
-            left = [s for s in asked if (method, setting, s) not in known]
+            label = " ".join([setting or "", *(f"{k}={v}" for k, v in own.items())]).strip() or None
+            left = [s for s in asked if (method, label, s) not in known]
             if not left:
                 continue
             started = time.monotonic()
             try:
-                new = _points(configure(config, data, method, setting), data, splits, left, seeds)
+                now = configure(config, data, method, setting, own)
+                new = _points(now, data, splits, left, seeds)
             except ValueError as error:
                 new = [{"asked": s, "error": str(error)} for s in left]
             seconds = (time.monotonic() - started) / len(left)
-            new = [{"method": method, "setting": setting, **p, "seconds": seconds} for p in new]
+            told = {"seconds": seconds, "command": command}
+            new = [{"method": method, "setting": label, **p, **told} for p in new]
             for point in new:
                 print(_line(point), flush=True)
             points += new
@@ -263,8 +283,14 @@ def _masked_leaves(state) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(masks)[0]]
 
 
+def _name(point) -> str:
+    """The row of a point: its method, and options that are not its defaults."""
+    changed = point["setting"] if point["asked"] is not None else None
+    return f"{point['method']} {changed or ''}".strip()
+
+
 def _line(point) -> str:
-    name = f"{point['method']:>17} {point['setting'] or point['asked'] or '-'!s:>5}: "
+    name = f"{_name(point):>17} {point['asked'] or point['setting'] or '-'!s:>5}: "
     if "error" in point:
         return name + point["error"]
     return (
@@ -274,8 +300,7 @@ def _line(point) -> str:
 
 
 def write(
-    facts: dict[str, Any], points: list[dict], out: pathlib.Path, command: str,
-    headline: Sequence[str] = (),
+    facts: dict[str, Any], points: list[dict], out: pathlib.Path, headline: Sequence[str] = ()
 ) -> list[pathlib.Path]:  # fmt: skip
     """Writes two plots, the table and the points; returns their paths."""
     name = f"compare_{facts['dataset']}_{facts['model']}"
@@ -286,14 +311,14 @@ def write(
     series: dict[str, list] = {}
     for point in sound:
         if point["method"] != "dense":
-            series.setdefault(point["method"], []).append(point)
+            series.setdefault(_name(point), []).append(point)
     level = dense["accuracy"] if dense else None
     title = f"{facts['dataset']}, {facts['model']}, {len(facts['seeds'])} seeds"
     nm = {m: p for m, p in series.items() if m in SETTINGS and SETTINGS[m] is _NM}
     panels = {
         family: {
             m: p for m, p in series.items()
-            if m not in nm and jaxsparse.METHODS[m].dynamics in kinds
+            if m not in nm and jaxsparse.METHODS[p[0]["method"]].dynamics in kinds
         }
         for family, kinds in FAMILIES.items()
     } | {"N:M patterns": nm}  # fmt: skip
@@ -301,7 +326,7 @@ def write(
     plots.accuracy_panels(panels, dense=level, title=title).savefig(paths[0])
     small = {m: series[m] for m in headline if m in series}
     plots.accuracy_over_sparsity(small, dense=level, title=title).savefig(paths[1])
-    paths[2].write_text(_page(facts, points, series, small, dense, command, paths))
+    paths[2].write_text(_page(facts, points, series, small, dense, paths))
     save_points(facts, points, paths[3])
     return paths
 
@@ -349,7 +374,7 @@ def _by_sparsity(series) -> str:
     )
 
 
-def _page(facts, points, series, headline, dense, command, paths):
+def _page(facts, points, series, headline, dense, paths):
     controlled = {m: ps for m, ps in series.items() if ps[0]["asked"] is not None}
     own = {m: ps for m, ps in series.items() if ps[0]["asked"] is None}
     parts = [
@@ -358,7 +383,7 @@ def _page(facts, points, series, headline, dense, command, paths):
         f"{facts['steps']} steps of {facts['batch_size']} examples, {facts['parameters']:,} "
         "parameters. Every method has its default options and the same optimizer, schedule and data, "
         "but for what `experiments/compare.py` lists in `NEEDS`.",
-        f"```\n{command}\n```",
+        report.commands_block(points),
         f"![Accuracy over sparsity]({paths[0].name})",
     ]
     if dense:
@@ -420,6 +445,7 @@ def main(argv):
             "dataset": config.dataset, "model": config.model, "steps": config.steps,
             "batch_size": config.batch_size, "seeds": seeds, "parameters": _size(config),
         }  # fmt: skip
+        changed = report.read_options(OPTIONS.value)
         out = pathlib.Path(OUT.value or "runs/compare")
         path = out / f"compare_{config.dataset}_{config.model}.json"
         done = load_points(facts, path)
@@ -428,9 +454,9 @@ def main(argv):
     points = compare(
         config, methods, sparsities, seeds, done=done,
         save=lambda points: save_points(facts, points, path),
+        changed=changed, command=" ".join(["python -m experiments.compare", *argv_without_paths()]),
     )  # fmt: skip
-    command = " ".join(["python -m experiments.compare", *(a for a in argv_without_paths())])
-    paths = write(facts, points, out, command, HEADLINE.value)
+    paths = write(facts, points, out, HEADLINE.value)
     print("wrote " + ", ".join(map(str, paths)))
 
 
@@ -442,7 +468,7 @@ def _size(config) -> int:
 
 def argv_without_paths() -> list[str]:
     """The arguments that decide the result."""
-    return [a for a in sys.argv[1:] if not a.startswith(("--out", "--data_dir"))]
+    return [a for a in sys.argv[1:] if not a.startswith(("--out", "--data_dir", "--headline"))]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What a run leaves for its report: `jaxsparse.analysis.report` makes the page of it."""
 
+import ast
 import json
 import pathlib
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,33 @@ def pattern_numbers(counts) -> dict[str, object]:
         "churn": sum(born.values()) / max(1, sum(kept.values())),
         "layer_churn": {name: born[name] / max(1, kept[name]) for name in kept},
     }
+
+
+def read_options(texts: Iterable[str]) -> dict[str, Any]:
+    """`name=value` texts, values as Python literals where they are ones.
+
+    >>> read_options(["allocation=erk", "soft=False", "threshold=0.03"])
+    {'allocation': 'erk', 'soft': False, 'threshold': 0.03}
+
+    Raises:
+      ValueError: a text without a name or a value.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"options: {text!r} is not of the form name=value")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[name] = value
+    return options
+
+
+def commands_block(points: Iterable[dict]) -> str:
+    """The commands that trained these points, in order, as a block of a page."""
+    commands = dict.fromkeys(p["command"] for p in points if p.get("command"))
+    return "```\n" + "\n".join(commands) + "\n```"
 
 
 def forward_flops(task, data, state) -> dict[str, int]:

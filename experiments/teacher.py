@@ -16,10 +16,11 @@ be asked for a sparsity appear at the one they reach.
 import argparse
 import inspect
 import json
+import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ import optax
 from jax import Array
 
 import jaxsparse
+from experiments import report
 from jaxsparse import nn, selection
 from jaxsparse.analysis import plots
 from jaxsparse.analysis.page import markdown_table
@@ -100,8 +102,9 @@ def options_of(name: str, *, sparsity: float, steps: int, seed: Any) -> dict[str
     return {k: v for k, v in known.items() if k in method.options}
 
 
-def make_run(name: str, *, width: int, density: float, steps: int):
-    """The function `seed -> numbers` that trains one student of one teacher."""
+def make_run(name: str, *, width: int, density: float, steps: int, **options):
+    """The function `seed -> numbers` that trains one student of one teacher, with `options` that are
+    not the method's defaults."""
 
     def run(seed):
         key = jax.random.key(seed)
@@ -110,7 +113,7 @@ def make_run(name: str, *, width: int, density: float, steps: int):
         schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
         inner = optax.adam(schedule)
         given = options_of(name, sparsity=1 - density, steps=steps, seed=seed)
-        tx = jaxsparse.make(name, inner, **given)
+        tx = jaxsparse.make(name, inner, **given | options)
         state = tx.init(params)
         if jaxsparse.masking.find_states(state):
             params = jaxsparse.apply_masks(params, state)
@@ -147,23 +150,29 @@ def make_run(name: str, *, width: int, density: float, steps: int):
 def study(
     methods: list[str], *, seeds: int, width: int, density: float, steps: int,
     done: list[dict] | None = None, save: Callable[[list[dict]], Any] = lambda rows: None,
+    options: Mapping[str, Any] | None = None, command: str = "",
 ) -> list[dict]:  # fmt: skip
     """One row of numbers per method, a list of `seeds` each, best loss first. `done` are rows of an
-    earlier study that are not to be repeated; `save` is called with all rows after each method. A
+    earlier study that are not to be repeated; `save` is called with all rows after each method;
+    `options` are not the methods' defaults (dense has none); `command` is noted in each new row. A
     method that cannot have this sparsity gets a row with the reason."""
     rows = list(done or [])
-    for name in methods:
+    for method in methods:
+        own = {} if method == "dense" else dict(options or {})
+        name = " ".join([method, *(f"{k}={v}" for k, v in own.items())])
         if any(row["method"] == name for row in rows):
             continue
         started = time.monotonic()
-        run = jax.jit(jax.vmap(make_run(name, width=width, density=density, steps=steps)))
+        one = make_run(method, width=width, density=density, steps=steps, **own)
+        run = jax.jit(jax.vmap(one))
         try:
             numbers = jax.device_get(run(jnp.arange(seeds)))
         except ValueError as error:
-            rows.append({"method": name, "error": str(error)})
+            rows.append({"method": name, "error": str(error), "command": command})
             print(f"{name:>20}: {error}", flush=True)
         else:
-            rows.append({"method": name, **{k: np.asarray(v).tolist() for k, v in numbers.items()}})
+            found = {k: np.asarray(v).tolist() for k, v in numbers.items()}
+            rows.append({"method": name, **found, "command": command})
             print(
                 f"{name:>20}: loss {np.mean(numbers['loss']):.4f}, F1 {np.mean(numbers['f1']):.3f}, "
                 f"sparsity {np.mean(numbers['sparsity']):.4f}, {time.monotonic() - started:.1f} s",
@@ -178,7 +187,8 @@ def figure(rows: list[dict], title: str):
     """Loss over F1, one point per method with the range over seeds."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(7.5, 5), layout="constrained", dpi=110, facecolor="white")
+    columns = math.ceil(len(rows) / 20)  # of the legend
+    fig = Figure(figsize=(6.0 + 1.8 * columns, 5), layout="constrained", dpi=110, facecolor="white")
     axes = fig.add_subplot(facecolor="white")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, color="0.5")
@@ -196,13 +206,14 @@ def figure(rows: list[dict], title: str):
     axes.set_xlabel("F1 of the recovered support")
     axes.set_ylabel("test loss / loss of the identity")
     axes.set_title(title)
-    fig.legend(loc="outside right upper", fontsize=8, frameon=False)
+    fig.legend(loc="outside right upper", fontsize=8, frameon=False, ncols=columns)
     return fig
 
 
-def write(rows: list[dict], out: pathlib.Path, command: str, facts: dict[str, Any]) -> None:
+def write(rows: list[dict], out: pathlib.Path, facts: dict[str, Any]) -> None:
     """Writes `teacher.md` and `teacher.png`."""
     out.mkdir(parents=True, exist_ok=True)
+    commands = report.commands_block(rows)
     failed = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
     title = f"A planted teacher with {facts['density']:.0%} nonzero weights"
@@ -220,7 +231,7 @@ def write(rows: list[dict], out: pathlib.Path, command: str, facts: dict[str, An
     )  # fmt: skip
     text = (
         f"# {title}: loss and recovered support\n\n"
-        f"```\n{command}\n```\n\n"
+        f"{commands}\n\n"
         f"{facts['seeds']} teachers, one student each per method; mean and standard deviation. "
         f"{LAYERS} residual layers of {facts['width']} x {facts['width']} weights, {facts['steps']} "
         f"steps of {BATCH} fresh examples, Adam at {LEARNING_RATE} with cosine decay, the methods' "
@@ -246,6 +257,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--density", type=float, default=0.02, help="nonzero weights of the teacher"
     )
+    parser.add_argument(
+        "--options", default="", help="not the methods' defaults: soft=False,rescale=False"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/teacher"))
     args = parser.parse_args(argv)
     names = list(jaxsparse.METHODS) if args.methods == "all" else args.methods.split(",")
@@ -257,6 +271,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if not 0 < args.density <= 1:
         raise ValueError(f"density={args.density}: must be in (0, 1]")
+    args.changed = report.read_options(filter(None, args.options.split(",")))
     args.names = ["dense", *(m for m in names if m != "dense")]
     return args
 
@@ -274,9 +289,10 @@ def main(argv: list[str] | None = None) -> None:
         saved.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = study(args.names, done=done, save=save, **facts)
     given = [a for a in (argv or sys.argv[1:]) if not a.startswith("--out")]
-    write(rows, args.out, " ".join(["python -m experiments.teacher", *given]), facts)
+    command = " ".join(["python -m experiments.teacher", *given])
+    rows = study(args.names, done=done, save=save, options=args.changed, command=command, **facts)
+    write(rows, args.out, facts)
     print(f"wrote {args.out / 'teacher.md'} and teacher.png")
 
 

@@ -228,8 +228,10 @@ def test_rigl_finds_the_support_of_the_teacher_and_static_masks_do_not(tmp_path)
     assert rows[0]["method"] == "rigl"
     assert min(by_name["rigl"]["f1"]) > 0.4 and max(by_name["static"]["f1"]) < 0.2
     np.testing.assert_allclose(by_name["rigl"]["sparsity"], 0.95, atol=1e-6)
-    teacher.write(rows, tmp_path, "python -m experiments.teacher", facts)
-    assert "| rigl |" in (tmp_path / "teacher.md").read_text()
+    rows = [row | {"command": f"with {row['method']}"} for row in rows]
+    teacher.write(rows, tmp_path, facts)
+    page = (tmp_path / "teacher.md").read_text()
+    assert "| rigl |" in page and all(f"with {row['method']}\n" in page for row in rows)
     assert (tmp_path / "teacher.png").stat().st_size > 10_000
 
 

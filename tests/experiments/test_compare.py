@@ -85,19 +85,38 @@ def test_every_method_is_swept_over_sparsities_or_settings():
 
 def test_the_page_has_a_table_by_sparsity_and_names_what_is_missing(tmp_path):
     points = [
-        point("dense", 0.9, None), point("static", 0.5), point("static", 0.4, 0.9),
-        point("rigl", 0.7), point("rigl", 0.6, 0.9, sparsity=0.87),
+        point("dense", 0.9, None, command="first"), point("static", 0.5, command="first"),
+        point("static", 0.4, 0.9, command="second"), point("rigl", 0.7, command="first"),
+        point("rigl", 0.6, 0.9, sparsity=0.87),
         point("sr_ste", 0.8, None, "2:4"),
         {"method": "slope", "setting": "1:8", "asked": None, "error": "no", "seconds": 0.1},
     ]  # fmt: skip
-    paths = compare.write(FACTS, points, tmp_path, "python -m experiments.compare", ["rigl"])
+    paths = compare.write(FACTS, points, tmp_path, ["rigl"])
     page = paths[2].read_text()
     assert page.index("| rigl |") < page.index("| static |"), "best first at the highest sparsity"
     assert "Dense: 90.0 ± 1.0" in page and "| 70.0 ± 1.0 | 60.0 ± 1.0 |" in page
+    assert "```\nfirst\nsecond\n```" in page, "each command once, in order"
     assert "sr_ste 2:4" in page and "rigl at 90%: 87.00%" in page
     assert "Without a result: slope (no)." in page
     assert all(p.stat().st_size > 10_000 for p in paths[:2])
     assert compare.load_points(FACTS, paths[3]) == points
+
+
+def test_options_that_are_not_the_defaults_have_a_row_of_their_own(small):
+    points = compare.compare(
+        small, ["dense", "static"], [0.5], [0], done=[point("dense", 0.9, None), point("static", 0.5, 0.5)],
+        changed={"allocation": "uniform", "config.warmup_steps": 9}, command="this",
+    )  # fmt: skip
+    new = points[-1]
+    assert len(points) == 3 and new["command"] == "this"
+    assert compare._name(new) == "static allocation=uniform config.warmup_steps=9"
+    data = datasets.load("digits", data_dir=small.data_dir)
+    config = compare.configure(
+        small, data, "static", None, {"allocation": "erk", "config.cycles": 2}
+    )
+    assert config.options.allocation == "erk" and config.cycles == 2 and small.cycles == 1
+    with pytest.raises(ValueError, match="'erk' is not of the form"):
+        compare.report.read_options(["allocation=uniform", "erk"])
 
 
 def test_points_of_another_run_are_not_mixed_in(tmp_path):
