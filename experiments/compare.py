@@ -44,6 +44,11 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "networks per point, trained together",
 FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "the first of the seeds", lower_bound=0)
 DATASET = flags.DEFINE_string("dataset", "mnist1d", "a small data set of experiments/datasets")
 MODEL = flags.DEFINE_string("model", "mlp", "a model of experiments/models")
+MODEL_OPTIONS = flags.DEFINE_multi_string(
+    "model_option",
+    [],
+    "an argument of the model that is not that of the config: features=(25,25,25)",
+)
 STEPS = flags.DEFINE_integer("steps", None, "training steps; default: those of the config")
 OPTIONS = flags.DEFINE_list(
     "options",
@@ -145,6 +150,8 @@ def _divisible(config, data) -> str:
         for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
         if is_kernel(path_name(path), x) and not any(x.shape[axis] % kind.m for axis in (-2, -1))
     ]
+    if not paths:
+        raise ValueError(f"groups of {kind.m} divide both sides of no kernel")
     return f"^({'|'.join(map(re.escape, paths))})$"
 
 
@@ -431,6 +438,8 @@ def main(argv):
     try:
         config = make_config(DATASET.value, MODEL.value)
         config.data_dir = DATA_DIR.value
+        with config.model_options.unlocked():
+            config.model_options.update(report.read_options(MODEL_OPTIONS.value))
         config.steps = STEPS.value or config.steps
         names = list(jaxsparse.METHODS) if METHODS.value == ["all"] else METHODS.value
         methods = ["dense", *(m for m in names if m != "dense")]

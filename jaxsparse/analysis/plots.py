@@ -221,7 +221,7 @@ def _draw_accuracy(axes: Axes, results, dense: float | None, title: str) -> None
     axes.invert_xaxis()
     few = sorted({round(d, 3) for d in densities})
     usual = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
-    apart = len(few) <= 4 and all(b > 1.2 * a for a, b in zip(few, few[1:]))
+    apart = len(few) <= 4 and all(b > 1.4 * a for a, b in zip(few, few[1:]))
     ticks = few if few and apart else [t for t in usual if _covers(densities, t)]
     axes.set_xticks(ticks, [f"{100 * (1 - t):g} %" for t in ticks])
     axes.set_xticks([], minor=True)
