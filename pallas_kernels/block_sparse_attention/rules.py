@@ -35,10 +35,11 @@ class Window:
         if self.low is None and self.high is None:
             return Everything()(q, k)
         if self.high is None:
-            return q - k >= self.low
+            return q >= k + self.low
         if self.low is None:
-            return q - k <= self.high
-        return (q - k >= self.low) & (q - k <= self.high)
+            return q <= k + self.high
+        # Unsigned: one comparison for both ends.
+        return (q - (k + self.low)).astype("uint32") < max(0, self.high - self.low + 1)
 
     def classify(self, q0: Array, q1: Array, k0: Array, k1: Array) -> tuple[Array, Array]:
         smallest, largest = q0 - k1, q1 - k0
@@ -115,9 +116,13 @@ Rule = Everything | Window | Keys | Stride | And | Or
 
 
 def both(a: Rule, b: Rule) -> Rule:
-    """a and b, without writing the same rule twice."""
+    """a and b, without writing the same rule twice; two windows are one."""
     if a == b or isinstance(b, Everything):
         return a
+    if isinstance(a, Window) and isinstance(b, Window):
+        lows = [x for x in (a.low, b.low) if x is not None]
+        highs = [x for x in (a.high, b.high) if x is not None]
+        return Window(max(lows, default=None), min(highs, default=None))
     return b if isinstance(a, Everything) else And(a, b)
 
 

@@ -82,25 +82,27 @@ def _forward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed, 
         """Scores of a chunk of row r."""
         r, p = chunk
         s = plan.dot(block_of(q, jnp.minimum(r, plan.outer - 1), bq), take(0), NT)
-        scores[...] = plan.cap(s) + plan.bias(lists.chunk(r, p)[1])
+        scores[...] = lists.hide(plan.cap(s), r, p)
 
     def accumulate(chunk, take, scores, weights_of):
         """Online softmax: the chunk's weights against the row's maximum so far."""
-        row = pl.ds(pl.multiple_of(jnp.minimum(chunk[0], plan.outer) * bq, bq), bq)
-        s, old = scores[...], highest[row, :]
+        r, p = chunk
+        row = pl.ds(pl.multiple_of(jnp.minimum(r, plan.outer) * bq, bq), bq)
+        # What the scratch holds before the first chunk of a row is anything.
+        fresh = p == lists.start(r)
+        s, old = scores[...], jnp.where(fresh, FLOOR, highest[row, :])
         new = jnp.maximum(old, jnp.max(s, 1, keepdims=True))
         highest[row, :] = new
         weights = jnp.exp2((s - _lanes(new, s.shape[1])) * plan.exponent)
         shrink = jnp.exp2((old - new) * plan.exponent)
         parts = [weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES)]
-        total[row, :] = total[row, :] * shrink + functools.reduce(jnp.add, parts)
+        before = jnp.where(fresh, 0.0, total[row, :]) * shrink
+        total[row, :] = before + functools.reduce(jnp.add, parts)
         weights_of[...] = weights.astype(weights_of.dtype)
         product = plan.dot(weights_of[...], take(1))
-        acc[row, :] = acc[row, :] * _lanes(shrink, acc.shape[1]) + product
+        before = jnp.where(fresh, 0.0, acc[row, :]) * _lanes(shrink, acc.shape[1])
+        acc[row, :] = before + product
 
-    highest[...] = jnp.full_like(highest, FLOOR)
-    total[...] = jnp.zeros_like(total)
-    acc[...] = jnp.zeros_like(acc)
     walk(plan, lists, source, inputs["segments"], multiply, accumulate, packed, even, odd)
 
     eye = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) == lax.broadcasted_iota(
@@ -109,9 +111,10 @@ def _forward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed, 
 
     def finish(i, _):
         at = pl.ds(pl.multiple_of(i * bq, bq), bq)
-        sums = jnp.sum(total[at, :], 1, keepdims=True)
+        seen = lists.start(i + 1) > lists.start(i)
+        sums = jnp.where(seen, jnp.sum(total[at, :], 1, keepdims=True), 0.0)
         safe = jnp.where(sums > 0, sums, 1.0)
-        out[0, at, :] = (acc[at, :] * (1 / safe)).astype(out.dtype)
+        out[0, at, :] = jnp.where(seen, acc[at, :] * (1 / safe), 0.0).astype(out.dtype)
         logs = highest[at, :] * (plan.exponent / LOG2E) + jnp.log(safe)
         logs = jnp.where(sums > 0, logs, -jnp.inf)
         # A column becomes a row: keep the diagonal, sum over sublanes.
@@ -204,7 +207,7 @@ def _backward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed,
         by columns, so that what belongs to a query is a row of numbers."""
         c = jnp.minimum(chunk[0], plan.outer - 1)
         s = plan.dot(block_of(k, c, bk), take(0), NT)
-        scores[...] = plan.cap(s) + plan.bias(lists.chunk(*chunk)[1])
+        scores[...] = lists.hide(plan.cap(s), *chunk)
         products[...] = plan.dot(block_of(v, c, bk), take(1), NT)
 
     def accumulate(chunk, take, scores, products, weights, slopes):

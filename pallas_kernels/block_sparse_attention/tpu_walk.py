@@ -29,17 +29,18 @@ from pallas_kernels.block_sparse_attention.lists import (
     RULE_MASK,
     SEGMENTS,
 )
-from pallas_kernels.block_sparse_attention.rules import Rule
+from pallas_kernels.block_sparse_attention.rules import Rule, Window
 from pallas_kernels.block_sparse_attention.xla import MASKED, pad_to
 
 LANES = 128
 LOG2E = math.log2(math.e)
+FAR = 1 << 30  # beyond any position
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b
 # Sizes found with the compiler's static schedule on v5e: inner positions per chunk and outer
 # positions per step of the walk, forward and backward.
-CHUNK, STEP = 512, 256
-BACKWARD_CHUNK, BACKWARD_STEP = 256, 256
+CHUNK, STEP = 512, 512
+BACKWARD_CHUNK, BACKWARD_STEP = 256, 1024
 # Outer positions per grid step; their float32 accumulators stay in VMEM.
 TILE = 4096
 # Words of SMEM. Lists of all heads are prefetched if they fit, else streamed tile by tile.
@@ -112,11 +113,13 @@ class Plan:
     def cap(self, s: Array) -> Array:
         return s if self.softcap is None else jnp.tanh(s * (self.scale / self.softcap))
 
-    def bias(self, codes: list[Any]) -> Array:
-        """0 for the blocks of a chunk, MASKED for absent ones behind the end of its row."""
-        parts = [jnp.where(c == 0, MASKED, 0.0) for c in codes]
-        rows = [jnp.full((1, self.inner_block), x, jnp.float32) for x in parts]
-        return jnp.concatenate(rows, 1)
+    @property
+    def window(self) -> Window | None:
+        """The rule, if it is a window and all that partial blocks ask for: cheap enough forward to be
+        looked at in every block, which is better than a branch per step."""
+        only = len(self.rules) == 1 and not (self.backward or self.segments or self.ragged)
+        rule = self.rules[0] if only else None
+        return rule if isinstance(rule, Window) and rule.low is not None else None
 
 
 def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
@@ -193,6 +196,37 @@ class Lists:
         raw = [self.entry(p + g) for g in range(self.plan.group)]
         codes = [jnp.where(p + g < end, e & CODE_MASK, 0) for g, e in enumerate(raw)]
         return [e >> CODE_BITS for e in raw], codes
+
+    def hide(self, s: Array, r: Any, p: Any) -> Array:
+        """Scores of a chunk without those of absent blocks, behind the end of its row, and those
+        that the plan's window hides."""
+        plan, n = self.plan, self.plan.inner_block
+        indices, codes = self.chunk(r, p)
+        join = lambda rows: jnp.concatenate(rows, 1)
+        if plan.window is None:
+            if plan.group * plan.width == 1:
+                return s  # only blocks that are there are accumulated
+            parts = [jnp.where(c == 0, MASKED, 0.0) for c in codes]
+            return s + join([jnp.full((1, n), x, jnp.float32) for x in parts])
+
+        low, high = plan.window.low, plan.window.high
+        q = lax.broadcasted_iota(jnp.int32, s.shape, 0)
+        k = lax.broadcasted_iota(jnp.int32, (1, n), 1)
+        q0 = self.offsets[self.list * 2] + (self.first + r) * plan.outer_block
+        k0 = self.offsets[self.list * 2 + 1] - q0
+
+        first = k0 + low  # Queries from there on see key 0.
+        absent = [jnp.where(c == FULL, -FAR, FAR) for c in codes]
+        starts = [jnp.where(c > FULL, i * n + first, x) for i, c, x in zip(indices, codes, absent)]
+        start = join([k + x for x in starts])
+        if high is None:
+            seen = q >= start
+        else:  # Unsigned: one comparison for both ends.
+            span = max(0, high - low + 1)
+            sizes = [jnp.where(c > FULL, span, 2 * FAR - 1) for c in codes]
+            size = join([jnp.full((1, n), x, jnp.uint32) for x in sizes])
+            seen = (q - start).astype(jnp.uint32) < size
+        return jnp.where(seen, s, MASKED)
 
     def next(self, r: Any, p: Any) -> tuple[Any, Any]:
         """The chunk after; beyond the last one all are empty."""
@@ -322,39 +356,49 @@ def walk(
     into one set of scratch references, the vector unit works on the other.
     """
 
-    def scores(chunks, state, targets):
-        for w, (chunk, refs) in enumerate(zip(chunks, targets)):
-            multiply(chunk, lambda n, c=chunk, w=w: source.take(n, c, state, w), *refs)
+    def score(w, chunk, state, refs):
+        multiply(chunk, lambda n: source.take(n, chunk, state, w), *refs)
+
+    def finish(w, chunk, state, refs):
+        accumulate(chunk, lambda n: source.take(n, chunk, state, w), *refs, *packed[w])
 
     def step(carry, now, later):
-        first, state = carry
+        first, _, state = carry
         chunks = lists.ahead(first, 2 * plan.width)
         coming = chunks[plan.width : -1]
         ahead = source.advance(state, coming)
-        scores(coming, ahead, later)
-        for w, (chunk, refs) in enumerate(zip(chunks, now)):
-            take = lambda n, c=chunk, w=w: source.take(n, c, state, w)
-            accumulate(chunk, take, *refs, *packed[w])
+        # Which order overlaps best was found with the compiler's schedule.
+        for w in range(plan.width):
+            score(w, coming[w], ahead, later[w])
+            if not plan.backward:
+                finish(w, chunks[w], state, now[w])
+        for w in range(plan.width if plan.backward else 0):
+            finish(w, chunks[w], state, now[w])
         _hide_partial(plan, lists, segments, coming, later)
-        return chunks[plan.width], ahead
+        return chunks[plan.width], chunks[-1], ahead
 
-    start = lists.filled(0), lists.start(0)
-    chunks = lists.ahead(start, plan.width - 1)
-    state = source.begin(chunks)
-    scores(chunks, state, even)
-    _hide_partial(plan, lists, segments, chunks, even)
-    lax.while_loop(
-        lambda carry: carry[0][0] < plan.outer,
+    chunks = lists.ahead((lists.filled(0), lists.start(0)), plan.width)
+    state = source.begin(chunks[:-1])
+    for w in range(plan.width):
+        score(w, chunks[w], state, even[w])
+    _hide_partial(plan, lists, segments, chunks[:-1], even)
+    first, _, state = lax.while_loop(
+        lambda carry: carry[1][0] < plan.outer,
         lambda carry: step(step(carry, even, odd), odd, even),
-        (start, state),
+        (chunks[0], chunks[-1], state),
     )
+
+    @pl.when(first[0] < plan.outer)
+    def _last():  # of an odd number of steps
+        for w, chunk in enumerate(lists.ahead(first, plan.width - 1)):
+            finish(w, chunk, state, even[w])
 
 
 def _hide_partial(
     plan: Plan, lists: Lists, segments: list[Any], chunks: list[Any], targets: list[Any]
 ) -> None:
     """Overwrite what partial blocks of freshly multiplied chunks must not show."""
-    if not plan.rules and not plan.segments:
+    if plan.window or not (plan.rules or plan.segments):
         return
     listed = [lists.chunk(*chunk) for chunk in chunks]
     partial = [code > FULL for _, codes in listed for code in codes]
@@ -441,11 +485,11 @@ def call(
     starts = starts.reshape(plan.lists, -1)
     n, tiles = plan.tiles * plan.outer, plan.lists * plan.tiles
     starts = jnp.pad(starts, ((0, 0), (0, n + 1 - starts.shape[-1])), mode="edge")
-    filled = jnp.where(starts[:, 1:] > starts[:, :-1], jnp.arange(n), n)
-    filled = pad_to(lax.cummin(filled, axis=1, reverse=True), 1, n + 1, n)
-    first = jnp.arange(plan.tiles)[:, None] * plan.outer
-    of_tile = first + jnp.arange(plan.outer + 1)
-    starts, filled = starts[:, of_tile], jnp.minimum(filled[:, of_tile] - first, plan.outer)
+    of_rows = starts[:, :n].reshape(plan.lists, plan.tiles, plan.outer)
+    starts = jnp.concatenate([of_rows, starts[:, plan.outer :: plan.outer, None]], -1)
+    row = jnp.arange(plan.outer)
+    later = (starts[..., 1:] > of_rows)[..., None, :] & (row >= jnp.arange(plan.outer + 1)[:, None])
+    filled = jnp.min(jnp.where(later, row, plan.outer), -1)
     of_lists = []
     if plan.tiled_lists:
         # The part of the list that belongs to each tile, with starts relative to it.

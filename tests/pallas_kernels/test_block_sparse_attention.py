@@ -18,6 +18,11 @@ from pallas_kernels import (
 )
 
 SIZES = dict(block_q=8, block_kv=8)
+# Tests compile much and run little.
+quick = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+)
 
 
 def random_qkv(seed, batch=1, heads=2, kv_heads=1, q_len=40, kv_len=48, dim=8, v_dim=8, dtype="f4"):
@@ -27,7 +32,7 @@ def random_qkv(seed, batch=1, heads=2, kv_heads=1, q_len=40, kv_len=48, dim=8, v
     return tuple(jnp.asarray(rng.normal(size=s).astype(jnp.dtype(dtype))) for s in shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "causal", "softcap", "scale"))
+@functools.partial(quick, static_argnames=("implementation", "causal", "softcap", "scale"))
 def results(implementation, q, k, v, mask, **options):
     """Output, LSE and the gradients of a random linear function of both."""
 
@@ -97,7 +102,7 @@ def cases(draw):
 
 def is_empty(q, k, mask, options):
     """Rows of `[batch, heads, q_len]` that see no key."""
-    seen = np.asarray(jax.jit(BlockMask.to_dense)(mask))
+    seen = np.asarray(quick(BlockMask.to_dense)(mask))
     seen = np.broadcast_to(seen, (q.shape[0], *seen.shape[1:]))
     if options["causal"]:
         seen = seen & (np.arange(q.shape[2])[:, None] >= np.arange(k.shape[2]))
@@ -157,7 +162,7 @@ def with_grads(f, *args):
         finite = jnp.where(jnp.isneginf(lse), 0.0, jnp.cos(lse))
         return jnp.sum(jnp.sin(out)) + jnp.sum(finite), result
 
-    return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args))
+    return jax.tree.leaves(quick(jax.grad(loss, (0, 1, 2), has_aux=True))(*args))
 
 
 def assert_close(got, want):
@@ -199,13 +204,12 @@ def test_vmap_with_a_shared_mask_or_shared_operands_changes_nothing(axes):
     mask = BlockMask.from_dense(np.random.default_rng(0).random((2, 5, 6)) < 0.5, **SIZES)
     ids = jnp.arange(40) // 17 * jnp.ones((2, 1), int), jnp.arange(48) // 17 * jnp.ones((2, 1), int)
 
-    @jax.jit
     def run(*qkv):
         return block_sparse_attention(*qkv, mask, segment_ids=ids, implementation="xla")
 
-    got = jax.jit(jax.vmap(run, axes))(*args)
+    got, once = quick(jax.vmap(run, axes))(*args), quick(run)
     for i in range(3):
-        want = run(*(x[i] if axis == 0 else x for x, axis in zip(args, axes)))
+        want = once(*(x[i] if axis == 0 else x for x, axis in zip(args, axes)))
         np.testing.assert_allclose(got[i], want, atol=1e-6)
 
 
@@ -290,8 +294,9 @@ def test_memory_grows_with_the_kept_blocks_not_with_the_square():
         )
         return run.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8192) < 4.5 * temporaries(2048)
-    assert temporaries(8192) < 8192 * 8192
+    most = temporaries(4096)
+    assert most < 4.5 * temporaries(1024)
+    assert most < 4096 * 4096
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The TPU kernels: interpreted against the definition, and compiled for real TPUs."""
 
+import functools
 import json
 import os
 import subprocess
@@ -16,6 +17,11 @@ from pallas_kernels.block_sparse_attention import reference, tpu, tpu_walk
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import within_segments
 
+# The interpreter's programs are large and run once.
+quick = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+)
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -47,21 +53,26 @@ def agree(
     qkv = [jnp.asarray(rng.normal(size=(batch, *s)), jnp.float32) for s in shapes]
     dout = jnp.asarray(rng.normal(size=(*qkv[0].shape[:3], v_dim)), jnp.float32)
 
-    (out, lse), pull = jax.vjp(
-        lambda *x: reference.forward(Inputs(*x, mask, segments, 0.3, softcap)), *qkv
-    )
-    dlse = jnp.where(jnp.isneginf(lse), 0.0, jnp.cos(lse))
-    if segments is not None:
-        mask = within_segments(mask, *segments)
-    inputs = Inputs(*qkv, mask, segments, 0.3, softcap)
+    @quick
+    def definition(dout, *qkv):
+        f = lambda *x: reference.forward(Inputs(*x, mask, segments, 0.3, softcap))
+        (out, lse), pull = jax.vjp(f, *qkv)
+        dlse = jnp.where(jnp.isneginf(lse), 0.0, jnp.cos(lse))
+        return out, lse, jnp.sum(dout * out, -1) - dlse, pull((dout, dlse))
+
+    out, lse, delta, grads = definition(dout, *qkv)
+    kernel_mask = mask if segments is None else within_segments(mask, *segments)
+    inputs = lambda qkv: Inputs(*qkv, kernel_mask, segments, 0.3, softcap)
     options = dict(fetch=fetch, interpret=interpret)
     got = {}
     if "forward" in passes:
-        got |= zip(NAMES[:2], tpu.forward(inputs, **options))
+        got |= zip(NAMES[:2], quick(lambda *x: tpu.forward(inputs(x), **options))(*qkv))
     if "backward" in passes:
-        delta = jnp.sum(dout * out, -1) - dlse
-        got |= zip(NAMES[2:], tpu.backward(inputs, lse, delta, dout, **options))
-    want = dict(zip(NAMES, (out, lse, *pull((dout, dlse)))))
+        run = quick(
+            lambda lse, delta, dout, *x: tpu.backward(inputs(x), lse, delta, dout, **options)
+        )
+        got |= zip(NAMES[2:], run(lse, delta, dout, *qkv))
+    want = dict(zip(NAMES, (out, lse, *grads)))
     for name, x in got.items():
         np.testing.assert_allclose(x, want[name], atol=3e-5, rtol=3e-5, err_msg=name)
 
@@ -70,6 +81,11 @@ def test_the_forward_kernel_equals_the_definition_with_an_empty_row_and_a_ragged
     shape = dict(q_len=256, kv_len=200, block_q=128, block_kv=128)
     keep = np.array([[[True, True], [False, False]], [[False, True], [True, False]]])
     agree(BlockMask.from_dense(keep, **shape), passes=["forward"])
+
+
+def test_the_forward_kernel_hides_what_a_window_does_not_show():
+    # One list has cut, full and absent blocks.
+    agree(BlockMask.local(384, window=300), passes=["forward"])
 
 
 def test_the_backward_kernel_equals_the_definition_with_an_empty_row_and_column():
@@ -85,6 +101,24 @@ def test_kernels_equal_the_definition_on_chosen_blocks_patterns_and_ragged_lengt
     keep[0], keep[1, 2] = False, False  # an empty head, an empty row
     mask = BlockMask.from_dense(keep, **shape) | BlockMask.local(window=40, **shape)
     agree(mask & BlockMask.causal(**shape), fetch=fetch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fetch", [False, True])
+def test_kernels_equal_the_definition_with_windows_some_chunks_at_a_time(monkeypatch, fetch):
+    for name in ("STEP", "BACKWARD_STEP"):
+        monkeypatch.setattr(tpu_walk, name, 256)
+    shape = dict(q_len=512, kv_len=640, block_q=128, block_kv=128)
+    keep = np.random.default_rng(0).random((2, 4, 5)) < 0.7
+    keep[0, 2] = False
+    for window in (
+        BlockMask.causal(offset=128, **shape),
+        BlockMask.local(window=(250, 40), **shape),
+        BlockMask.local(window=250, **shape) & BlockMask.causal(offset=-3, **shape),
+        BlockMask.local(window=9, **shape) & BlockMask.causal(offset=-20, **shape),  # nothing
+    ):
+        agree(window, fetch=fetch)
+        agree(BlockMask.from_dense(keep, **shape) & window, fetch=fetch)
 
 
 @pytest.mark.slow
