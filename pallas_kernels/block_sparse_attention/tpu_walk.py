@@ -114,12 +114,15 @@ class Plan:
         return s if self.softcap is None else jnp.tanh(s * (self.scale / self.softcap))
 
     @property
-    def window(self) -> Window | None:
-        """The rule, if it is a window and all that partial blocks ask for: cheap enough forward to be
+    def window(self) -> tuple[int, int | None] | None:
+        """Its bounds, if a window is all that partial blocks ask for: cheap enough forward to be
         looked at in every block, which is better than a branch per step."""
-        only = len(self.rules) == 1 and not (self.backward or self.segments or self.ragged)
-        rule = self.rules[0] if only else None
-        return rule if isinstance(rule, Window) and rule.low is not None else None
+        if len(self.rules) != 1 or self.backward or self.segments or self.ragged:
+            return None
+        rule = self.rules[0]
+        if not isinstance(rule, Window) or rule.low is None:
+            return None
+        return rule.low, rule.high
 
 
 def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
@@ -209,7 +212,7 @@ class Lists:
             parts = [jnp.where(c == 0, MASKED, 0.0) for c in codes]
             return s + join([jnp.full((1, n), x, jnp.float32) for x in parts])
 
-        low, high = plan.window.low, plan.window.high
+        low, high = plan.window
         q = lax.broadcasted_iota(jnp.int32, s.shape, 0)
         k = lax.broadcasted_iota(jnp.int32, (1, n), 1)
         q0 = self.offsets[self.list * 2] + (self.first + r) * plan.outer_block
@@ -398,7 +401,7 @@ def _hide_partial(
     plan: Plan, lists: Lists, segments: list[Any], chunks: list[Any], targets: list[Any]
 ) -> None:
     """Overwrite what partial blocks of freshly multiplied chunks must not show."""
-    if plan.window or not (plan.rules or plan.segments):
+    if plan.window is not None or not (plan.rules or plan.segments):
         return
     listed = [lists.chunk(*chunk) for chunk in chunks]
     partial = [code > FULL for _, codes in listed for code in codes]
