@@ -152,7 +152,7 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
         room=room,
         capacity=mask.capacity,
         group=group,
-        width=max(1, step // outer_block),
+        width=max(1, min(step // outer_block, mask.capacity)),
         outer_block=outer_block,
         inner_block=inner_block,
         kv_len=mask.kv_len,

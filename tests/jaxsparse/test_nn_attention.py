@@ -1,11 +1,13 @@
 """The attention layer: masks, gradients, Linen, and decoding against a cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contracts import QUICK
 from flax import nnx
 
 from jaxsparse.nn.attention import BlockSparseAttention, top_blocks
@@ -19,12 +21,14 @@ def layer(**options):
 
 
 X = jax.random.normal(jax.random.key(1), (2, 40, 16))
-run = nnx.jit(lambda model, x, mask=None: model(x, mask))
-prefill = nnx.jit(lambda model, x, cache: model.prefill(x, cache))
-decode = nnx.jit(lambda model, x, cache, n: model.decode(x, cache, num_blocks=n), static_argnums=3)
+# The layer holds no state that a call changes, so that plain jit will do.
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+run = quick(lambda model, x, mask=None: model(x, mask))
+prefill = quick(lambda model, x, cache: model.prefill(x, cache))
+decode = quick(lambda model, x, cache, n: model.decode(x, cache, num_blocks=n), static_argnums=3)
 
 
-@nnx.jit
+@quick
 def dense(model, x):
     q, k, v = (f(x) for f in (model.query, model.key, model.value))
     return model.out(jax.nn.dot_product_attention(q, k, v, is_causal=True))
@@ -53,7 +57,7 @@ def test_chosen_blocks_are_the_own_one_and_the_best_before():
 
 def test_gradients_reach_every_parameter_and_are_finite():
     model = layer(mask=top_blocks(2, **SIZES))
-    grads = nnx.jit(nnx.grad(lambda m, x: jnp.sum(m(x) ** 2)))(model, X)
+    grads = quick(nnx.grad(lambda m, x: jnp.sum(m(x) ** 2)))(model, X)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(g).all(), path
         # A bias of the keys shifts all scores of a query alike.

@@ -140,8 +140,8 @@ def test_the_reference_is_softmax_attention():
     mask = BlockMask.causal(16, block_q=8, block_kv=8)
     want = jax.nn.dot_product_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), is_causal=True)
     for implementation in ("reference", "xla"):
-        got = block_sparse_attention(q, k, v, mask, implementation=implementation)
-        np.testing.assert_allclose(got, jnp.swapaxes(want, 1, 2), atol=1e-5)
+        run = quick(functools.partial(block_sparse_attention, implementation=implementation))
+        np.testing.assert_allclose(run(q, k, v, mask), jnp.swapaxes(want, 1, 2), atol=1e-5)
 
 
 def test_bfloat16_stays_near_float32():
@@ -272,9 +272,10 @@ def test_decode_equals_attention_over_the_chosen_blocks_and_reads_no_others():
     poisoned = [jnp.where(unread, jnp.nan, x) for x in (k, v)]
     poisoned = [x.at[0, 0, :8].set(0.0) for x in poisoned]  # padding of an empty list
     poisoned = [jnp.where((jnp.arange(48) < 8)[:, None] & unread, 0.0, x) for x in poisoned]
-    got = block_sparse_decode(q[:, :, 0], *poisoned, mask, lengths)
+    got = quick(block_sparse_decode)(q[:, :, 0], *poisoned, mask, lengths)
     ids = jnp.zeros((2, 1), int), (jnp.arange(48) >= lengths[:, None]).astype(int)
-    want = block_sparse_attention(q, k, v, mask, segment_ids=ids, implementation="reference")
+    attend = functools.partial(block_sparse_attention, implementation="reference")
+    want = quick(attend)(q, k, v, mask, segment_ids=ids)
     np.testing.assert_allclose(got, want[:, :, 0], atol=1e-5)
     with pytest.raises(ValueError, match="decoding takes chosen blocks"):
         pattern = BlockMask.sinks(1, 48, num_keys=4, block_q=1, block_kv=8)
