@@ -246,6 +246,7 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("dense XLA *", "dense_xla", dict(length=4096)),
     ],
     "Causal, 8192 tokens": [
+        ("blocks 256 x 256", "ours", dict(kind="causal", blocks=(256, 256))),
         ("blocks 512 x 512", "ours", dict(kind="causal", blocks=(512, 512))),
         ("splash 1024/512", "splash", dict()),
         ("flash 1024", "flash", dict()),
