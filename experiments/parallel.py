@@ -9,6 +9,7 @@ that a run can go on under another strategy, or on another number of devices or 
 the same bits on any number of devices.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -114,13 +115,13 @@ class Pmap(Single):
 
 
 class Fsdp(Single):
-    """Sharded parameters through `jax.jit`: every large leaf of the parameters, and all leaves of the
-    optimizer state that belong to it, is split over the devices that split the batch. With
-    `config.tensor` > 1, so many devices also share each layer of a Transformer."""
+    """Sharded parameters through `jax.jit`: every leaf of the parameters, and all leaves of the
+    optimizer state that belong to it, is split over the devices that split the batch, or over as many
+    of them as divide one of its axes. With `config.tensor` > 1, so many devices also share each layer
+    of a Transformer."""
 
     # Which axis of a Transformer's kernel is split over `tensor`: outputs, then inputs (Megatron).
     TENSOR = {"query": -1, "key": -1, "value": -1, "up": -1, "out": -2, "down": -2, "head": -1}
-    SMALL = 1024  # leaves with fewer entries are replicated
 
     def __init__(self, config, devices=None):
         devices = np.asarray(jax.devices() if devices is None else devices)
@@ -134,6 +135,10 @@ class Fsdp(Single):
                 "add parts of one product in an order of their own"
             )
         self.mesh = Mesh(devices.reshape(-1, config.tensor), ("data", "tensor"))
+        # The same devices, their number in prime factors, of which an axis of a leaf takes some.
+        self.factors = _prime_factors(devices.size // config.tensor)
+        self.names = tuple(f"data{i}" for i in range(len(self.factors)))
+        self.parts = Mesh(devices.reshape(*self.factors, config.tensor), (*self.names, "tensor"))
         self.rows = NamedSharding(self.mesh, PartitionSpec("data"))
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.state_shardings: Any = None
@@ -152,7 +157,8 @@ class Fsdp(Single):
 
     def shardings(self, state: Any) -> Any:
         """A sharding for each leaf of a state (its shapes suffice)."""
-        leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
+        leaves = jax.tree_util.tree_flatten_with_path((state.params, state.stats))[0]
+        leaves = [(path[1:], x) for path, x in leaves]
         specs = {
             path_name(path): (x.shape, self.spec(path_name(path), x.shape)) for path, x in leaves
         }
@@ -164,7 +170,7 @@ class Fsdp(Single):
                 for tail in (parts[i:], parts[i:-1]):
                     shape, spec = specs.get("/".join(tail), ((), None))
                     if spec is not None and len(shape) == len(x.shape):
-                        return NamedSharding(self.mesh, self._fit(spec, x.shape))
+                        return NamedSharding(self.parts, self._fit(spec, x.shape))
             return self.whole
 
         return jax.tree_util.tree_map_with_path(of, state)
@@ -172,24 +178,41 @@ class Fsdp(Single):
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How a parameter is split. Only its two last axes are: axes before them are layers that a
         scan walks through, or the window of a convolution."""
-        if np.prod(shape) < self.SMALL:
-            return PartitionSpec()
-        axes: list[str | None] = [None] * len(shape)
+        axes: list[Any] = [None] * len(shape)
         name = next((p for p in reversed(path.split("/")) if p in self.TENSOR), None)
         if len(shape) >= 2 and name is not None:
             axes[self.TENSOR[name]] = "tensor"
-        axes = list(self._fit(PartitionSpec(*axes), shape))
+        axes = list(self._fit(axes, shape))
         free = [i for i in range(max(0, len(shape) - 2), len(shape)) if axes[i] is None]
-        size = self.mesh.shape["data"]
-        divisible = [i for i in free if shape[i] % size == 0]
-        if divisible:
-            axes[max(divisible, key=lambda i: shape[i])] = "data"
+        fits = {i: self._fit([self.names], shape[i : i + 1])[0] for i in free}
+        if fits:
+            # Two axes would always do, but XLA then takes half as long again for a convolution.
+            best = max(free, key=lambda i: (self._size(fits[i]), shape[i]))
+            axes[best] = fits[best]
         return PartitionSpec(*axes)
 
-    def _fit(self, spec, shape):
+    def _size(self, axis) -> int:
+        """Into how many parts an entry of a `PartitionSpec` splits."""
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return math.prod(self.parts.shape[name] for name in names)
+
+    def _fit(self, spec, shape) -> PartitionSpec:
         """Without the mesh axes that do not divide the shape."""
-        fits = lambda axis, n: axis is not None and n % self.mesh.shape[axis] == 0
-        return PartitionSpec(*(axis if fits(axis, n) else None for axis, n in zip(spec, shape)))
+
+        def fit(axis, n):
+            names, kept = (axis,) if isinstance(axis, str) else axis or (), ()
+            for name in names:
+                if n % self._size((*kept, name)) == 0:
+                    kept = (*kept, name)
+            return kept[0] if len(kept) == 1 else kept or None
+
+        return PartitionSpec(*(fit(axis, n) for axis, n in zip(spec, shape)))
+
+
+def _prime_factors(n: int) -> tuple[int, ...]:
+    """In ascending order; `()` for 1."""
+    factor = next((f for f in range(2, math.isqrt(n) + 1) if n % f == 0), n)
+    return () if n == 1 else (factor, *_prime_factors(n // factor))
 
 
 STRATEGIES = {"none": Single, "pmap": Pmap, "fsdp": Fsdp}
@@ -267,13 +290,33 @@ def mean_over_microbatches(
             return lax.optimization_barrier(fn(*lax.optimization_barrier((*fixed, piece))))
 
         total = _tree_sum(one, pieces, local)
+        joined, split = _joined(total)
         for bit in range(devices.bit_length() - 1):
             pairs = [(i, i ^ (1 << bit)) for i in range(devices)]
-            other = lax.ppermute(total, axis_name, pairs)
-            total = jax.tree.map(jnp.add, total, other)
-        return lax.optimization_barrier(jax.tree.map(lambda x: x / count, total))
+            other = lax.ppermute(joined, axis_name, pairs)
+            joined = jax.tree.map(jnp.add, joined, other)
+        return lax.optimization_barrier(jax.tree.map(lambda x: x / count, split(joined)))
 
     return mean
+
+
+def _joined(tree):
+    """All leaves of one type as one vector, and the way back: between hosts a message costs more than
+    what is in it."""
+    leaves, structure = jax.tree.flatten(tree)
+    dtypes = sorted({x.dtype for x in leaves}, key=str)
+    of = {d: [i for i, x in enumerate(leaves) if x.dtype == d] for d in dtypes}
+    vectors = [jnp.concatenate([leaves[i].ravel() for i in of[d]]) for d in dtypes]
+
+    def split(vectors):
+        out = list(leaves)
+        for d, vector in zip(dtypes, vectors):
+            ends = np.cumsum([leaves[i].size for i in of[d]])
+            for i, part in zip(of[d], jnp.split(vector, ends[:-1])):
+                out[i] = part.reshape(leaves[i].shape)
+        return jax.tree.unflatten(structure, out)
+
+    return vectors, split
 
 
 def _tree_sum(fn, pieces, count):

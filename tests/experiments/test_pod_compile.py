@@ -1,5 +1,7 @@
 """The figures of pod_compile: on a program written by hand, and on small meshes of TPUs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsparse
+from experiments import parallel, train
 from experiments.benchmarks import pod_compile
 from experiments.datasets import Dataset
 
@@ -117,3 +120,19 @@ def test_on_a_small_mesh_a_training_step_costs_what_the_dense_one_does(rows, met
     assert sum(of(sparse).values()) < 1.01 * sum(of(dense).values()) + 1000
     assert sparse["update"]["largest_collective_of_update"] < 10_000, "of leaves of 2 MB"
     assert np.isclose(sparse["share"], 1.0, rtol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet50", "transformer_1b"])
+def test_on_256_chips_the_state_of_each_is_its_share(devices, model):
+    case = pod_compile.Case(model, "rigl", "v5e:16x16", "fsdp")
+    config, data = pod_compile.configure(case)
+    strategy = parallel.Fsdp(config, pod_compile.devices_of(case.topology))
+    state = jax.eval_shape(train.make_task(config, data, mesh=strategy.mesh).init)
+    parts = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+        state,
+        strategy.shardings(state),
+    )
+    everything = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert sum(jax.tree.leaves(parts)) <= 1.05 * everything / 256

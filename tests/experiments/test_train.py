@@ -6,12 +6,15 @@ import pathlib
 import shutil
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from experiments import datasets, parallel, train
 from experiments.configs import base
+from experiments.datasets import Dataset
 from experiments.reliability import runs
 
 STEPS, EVERY = 24, 6
@@ -183,6 +186,87 @@ def test_a_run_goes_on_on_another_number_of_devices(whole, data_dir, tmp_path, n
     assert (
         runs.differences(masks(runs.final_arrays(whole)), masks(runs.final_arrays(workdir))) == {}
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard"),
+    [
+        ((16, 24), (16, 3)),  # the longer axis
+        ((12, 24), (12, 3)),  # the one that divides
+        ((3, 3, 4, 6), (3, 3, 1, 6)),  # as many devices as can
+        ((3, 3, 12, 20), (3, 3, 12, 5)),
+        ((8, 5, 3), (8, 5, 3)),  # only the last two
+        ((4,), (1,)),
+        ((7,), (7,)),
+        ((), ()),
+    ],
+)
+def test_a_leaf_is_split_along_that_of_its_last_two_axes_that_most_devices_divide(
+    data_dir, shape, shard
+):
+    strategy = parallel.Fsdp(make_config(data_dir, parallel="fsdp"))
+    spec = strategy.spec("conv/kernel", shape)
+    assert NamedSharding(strategy.parts, spec).shard_shape(shape) == shard
+
+
+def test_with_a_tensor_axis_a_leaf_is_split_over_both(data_dir):
+    strategy = parallel.Fsdp(make_config(data_dir, parallel="fsdp", tensor=2))
+    shard = lambda name, shape: NamedSharding(
+        strategy.parts, strategy.spec(f"layers/{name}/kernel", shape)
+    ).shard_shape(shape)
+    assert shard("up", (3, 16, 32)) == (3, 4, 16)
+    assert shard("down", (3, 32, 16)) == (3, 16, 4)
+    assert shard("down", (3, 32, 6)) == (3, 16, 3)
+
+
+DIGITS = Dataset("digits", {}, lambda record, rng: dict(record), (8, 8, 1), 10)
+
+
+def make_resnet(data_dir, **changes):
+    """The smallest residual network; its batch normalisation is what is looked at."""
+    changes |= {"model": "resnet", "model_options": {"depth": 8, "width": 4}}
+    c = make_config(data_dir)
+    c.model_options = {}
+    c.update(changes)
+    return c
+
+
+def test_statistics_and_all_that_belongs_to_a_parameter_are_split(data_dir):
+    config = make_resnet(data_dir, parallel="fsdp")
+    strategy = parallel.Fsdp(config)
+    state = jax.eval_shape(train.make_task(config, DIGITS, mesh=strategy.mesh).init)
+    shards = jax.tree.map(lambda x, s: s.shard_shape(x.shape), state, strategy.shardings(state))
+    shards = {
+        train.path_name(path): tuple(shard)
+        for path, shard in jax.tree_util.tree_leaves_with_path(
+            shards, is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+        )
+    }
+    kernels = [s for path, s in shards.items() if path.endswith("blocks/1/convs/1/kernel")]
+    assert len(kernels) == 4, "the parameter, its mask and two moments"
+    assert set(kernels) == {(3, 3, 1, 8)}
+    assert {s for path, s in shards.items() if path.endswith("blocks/1/norms/1/mean")} == {(1,)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [0, 8])
+def test_batches_are_normalised_as_a_whole_or_by_microbatch_on_any_devices(
+    data_dir, data, microbatches
+):
+    batch = next(iter(datasets.batches(data, 64, stop=1)))
+    parts = np.split(batch["x"], microbatches or 1)
+    for name in ("none", "pmap", "fsdp"):
+        config = make_resnet(data_dir, parallel=name, microbatches=microbatches, method="dense")
+        config.options = {}
+        strategy = parallel.create(config)
+        task = train.make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
+        if name == "none":
+            first = task.init()
+            each = [task.apply(first.params, first.stats, x, train=True)[1] for x in parts]
+            expected = jax.tree.map(lambda *x: np.mean(x, axis=0), *each)
+        state = strategy.init(task.init)
+        state, _ = strategy.compile(task.train_step)(state, strategy.put(batch))
+        chex.assert_trees_all_close(jax.device_get(state.stats), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_microbatches_are_added_in_one_order_on_any_number_of_devices():
