@@ -77,14 +77,13 @@ def wait(processes: Sequence[subprocess.Popen], timeout: float | None = None) ->
     """Waits for all; ends the rest when one fails, or after `timeout` seconds. Returns the code of the
     first that failed, or 0."""
     until = None if timeout is None else time.monotonic() + timeout
-    while any(p.poll() is None for p in processes):
-        failed = next((p.returncode for p in processes if p.returncode), None)
+    while None in (codes := [p.poll() for p in processes]):
         late = until is not None and time.monotonic() > until
-        if failed is not None or late:
+        if late or any(codes):
             end(processes)
-            return failed if failed is not None else signal.SIGALRM
+            return next((code for code in codes if code), signal.SIGALRM)
         time.sleep(0.05)
-    return next((p.returncode for p in processes if p.returncode), 0)
+    return next((code for code in codes if code), 0)
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:

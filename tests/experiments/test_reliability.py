@@ -1,12 +1,13 @@
 """Kills, several processes, and other numbers of devices, with real processes."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from experiments.launch import local
 
 
 def script(module, *arguments):
@@ -17,6 +18,15 @@ def script(module, *arguments):
     return done.stdout
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_launcher_ends_all_when_any_process_is_killed(dead):
+    code = "import os, signal, time; os.kill(os.getpid(), signal.SIGKILL) if {} else time.sleep(60)"
+    processes = [subprocess.Popen([sys.executable, "-c", code.format(i == dead)]) for i in range(2)]
+    assert local.wait(processes, timeout=30) == -signal.SIGKILL
+    assert all(process.returncode for process in processes)
+
+
+@pytest.mark.slow
 def test_killed_runs_go_on_and_end_with_the_same_bits(tmp_path):
     out = tmp_path / "kills.json"
     script(
@@ -30,6 +40,7 @@ def test_killed_runs_go_on_and_end_with_the_same_bits(tmp_path):
     assert results["final state not bitwise equal"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
 def test_two_processes_train_stop_and_go_on_as_one(tmp_path, strategy):
     said = script(
@@ -39,6 +50,7 @@ def test_two_processes_train_stop_and_go_on_as_one(tmp_path, strategy):
     assert "stopped: SIGTERM to process 1, exit code 0" in said
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_the_number_of_devices_and_processes(tmp_path):
     out = tmp_path / "devices.json"
     script(
