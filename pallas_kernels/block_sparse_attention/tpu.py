@@ -42,6 +42,7 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
     Resident,
     block_of,
     call,
+    fetching,
     make_plan,
     padded,
     rings,
@@ -387,7 +388,7 @@ def _inner_specs(
     if fetch is None:
         fetch = less or resident + rest > _room()
     if fetch:
-        return dataclasses.replace(plan, fetched=True), [pl.BlockSpec(memory_space=pl.ANY)] * 2
+        return fetching(plan), [pl.BlockSpec(memory_space=pl.ANY)] * 2
     buffers = pl.Buffered(2 if 2 * resident + rest <= _room() else 1)
     length = plan.inner * plan.inner_block
     index = lambda i, t, *_: (head(i), 0, 0)

@@ -37,8 +37,9 @@ LOG2E = math.log2(math.e)
 FAR = 1 << 30  # beyond any position
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b
-# Sizes found with the compiler's static schedule on v5e: inner positions per chunk and outer
-# positions per step of the walk, forward and backward.
+# Sizes found with the compiler's static schedule: inner positions per chunk and outer positions per
+# step of the walk, forward and backward. Forward steps are larger where matrix units are wider, if the
+# inner blocks need not be fetched.
 CHUNK, STEP = 512, 512
 BACKWARD_CHUNK, BACKWARD_STEP = 256, 1024
 # Outer positions per grid step; their float32 accumulators stay in VMEM.
@@ -128,7 +129,8 @@ class Plan:
 def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
     q, mask = inputs.q, inputs.mask
     mask_batch, mask_heads, n, inner = mask.codes.shape
-    outer_block, inner_block, chunk, step = mask.block_q, mask.block_kv, CHUNK, STEP
+    outer_block, inner_block = mask.block_q, mask.block_kv
+    chunk, step = CHUNK, STEP * _matrix_units_width() // LANES
     if backward:
         n, inner, outer_block, inner_block = inner, n, inner_block, outer_block
         chunk, step = BACKWARD_CHUNK, BACKWARD_STEP
@@ -163,6 +165,17 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
         softcap=inputs.softcap,
         precision=inputs.precision,
     )
+
+
+def fetching(plan: Plan) -> Plan:
+    """The plan with inner blocks from HBM."""
+    most = plan.width if plan.backward else max(1, STEP // plan.outer_block)
+    return dataclasses.replace(plan, fetched=True, width=min(plan.width, most))
+
+
+def _matrix_units_width() -> int:
+    """Of the device that this is compiled for; that of a v5e where there is none."""
+    return pltpu.get_tpu_info().mxu_column_size if target_platform() == "tpu" else LANES
 
 
 # -------------------------------------------------------------------- lists
