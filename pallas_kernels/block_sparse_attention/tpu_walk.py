@@ -501,10 +501,13 @@ def call(
     starts = starts.reshape(plan.lists, -1)
     n, tiles = plan.tiles * plan.outer, plan.lists * plan.tiles
     starts = jnp.pad(starts, ((0, 0), (0, n + 1 - starts.shape[-1])), mode="edge")
-    of_rows = starts[:, :n].reshape(plan.lists, plan.tiles, plan.outer)
-    starts = jnp.concatenate([of_rows, starts[:, plan.outer :: plan.outer, None]], -1)
+    if plan.tiles > 1:
+        of_rows = starts[:, :n].reshape(plan.lists, plan.tiles, plan.outer)
+        starts = jnp.concatenate([of_rows, starts[:, plan.outer :: plan.outer, None]], -1)
+    starts = starts.reshape(plan.lists, plan.tiles, plan.outer + 1)
     row = jnp.arange(plan.outer)
-    later = (starts[..., 1:] > of_rows)[..., None, :] & (row >= jnp.arange(plan.outer + 1)[:, None])
+    not_empty = (starts[..., 1:] > starts[..., :-1])[..., None, :]
+    later = not_empty & (row >= jnp.arange(plan.outer + 1)[:, None])
     filled = jnp.min(jnp.where(later, row, plan.outer), -1)
     of_lists = []
     if plan.tiled_lists:
