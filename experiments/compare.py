@@ -17,6 +17,7 @@ import importlib
 import json
 import pathlib
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -476,8 +477,9 @@ def _size(config) -> int:
 
 
 def argv_without_paths() -> list[str]:
-    """The arguments that decide the result."""
-    return [a for a in sys.argv[1:] if not a.startswith(("--out", "--data_dir", "--headline"))]
+    """The arguments that decide the result, quoted for a shell."""
+    other = ("--out", "--data_dir", "--headline")
+    return [shlex.quote(a) for a in sys.argv[1:] if not a.startswith(other)]
 
 
 if __name__ == "__main__":
