@@ -30,7 +30,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import BlockMask
 from pallas_kernels.block_sparse_attention.tpu_walk import (
-    AHEAD,
     LANES,
     LOG2E,
     NT,
@@ -45,6 +44,7 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
     fetching,
     make_plan,
     padded,
+    ring_bytes,
     rings,
     segment_arrays,
     vmem_bytes,
@@ -274,7 +274,8 @@ def backward(
         rest += plan.tile_positions * 2 * 4 * LANES
     # dQ's accumulator and output, LSE and delta, ids.
     own = padded(d) * (4 + 2 * size) + 128 + 64 * plan.segments
-    parts = -(-own * rows // max(1, _room() - rest - _ring_bytes(plan, of_query)))
+    ring = ring_bytes(fetching(plan, of_query), of_query)
+    parts = -(-own * rows // max(1, _room() - rest - ring))
     if (parts := min(parts, plan.inner)) > 1:
         return _backward_by_parts(inputs, parts, lse, delta, dout, fetch=fetch, interpret=interpret)
     less = plan.capacity <= plan.inner
@@ -366,10 +367,6 @@ def _room() -> int:
     return vmem_bytes() * 3 // 4
 
 
-def _ring_bytes(plan: Plan, of_position: int) -> int:
-    return (AHEAD + 1) * plan.width * plan.group * plan.inner_block * of_position
-
-
 def _inner_specs(
     plan: Plan,
     resident: int,
@@ -385,11 +382,12 @@ def _inner_specs(
     or once if there is no room beside `rest`, unless fetching is asked for, reads less, or is the
     only way.
     """
+    length = plan.inner * plan.inner_block
     if fetch is None:
         fetch = less or resident + rest > _room()
     if fetch:
-        return fetching(plan), [pl.BlockSpec(memory_space=pl.ANY)] * 2
+        plan = fetching(plan, resident // length)
+        return plan, [pl.BlockSpec(memory_space=pl.ANY)] * 2
     buffers = pl.Buffered(2 if 2 * resident + rest <= _room() else 1)
-    length = plan.inner * plan.inner_block
     index = lambda i, t, *_: (head(i), 0, 0)
     return plan, [pl.BlockSpec((1, length, n), index, pipeline_mode=buffers) for n in dims]

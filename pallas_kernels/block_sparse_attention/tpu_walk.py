@@ -46,8 +46,9 @@ BACKWARD_CHUNK, BACKWARD_STEP = 256, 1024
 TILE = 4096
 # Words of SMEM. Lists of all heads are prefetched if they fit, else streamed tile by tile.
 PREFETCHED_WORDS, STREAMED_WORDS = 180_000, 56_000
-# Fetched inner blocks arrive this many steps before they are multiplied.
-AHEAD = 3
+# Fetched inner blocks arrive this many steps before they are multiplied. Steps are smaller if the
+# blocks under way would take more VMEM than this.
+AHEAD, RING_BYTES = 3, 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +168,16 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
     )
 
 
-def fetching(plan: Plan) -> Plan:
-    """The plan with inner blocks from HBM."""
-    most = plan.width if plan.backward else max(1, STEP // plan.outer_block)
-    return dataclasses.replace(plan, fetched=True, width=min(plan.width, most))
+def fetching(plan: Plan, of_position: int) -> Plan:
+    """The plan with inner blocks from HBM, of whose positions each has so many bytes."""
+    most = plan.width if plan.backward else STEP // plan.outer_block
+    fit = RING_BYTES // ring_bytes(dataclasses.replace(plan, width=1), of_position)
+    return dataclasses.replace(plan, fetched=True, width=max(1, min(plan.width, most, fit)))
+
+
+def ring_bytes(plan: Plan, of_position: int) -> int:
+    """VMEM of fetched inner blocks."""
+    return (AHEAD + 1) * plan.width * plan.group * plan.inner_block * of_position
 
 
 def _matrix_units_width() -> int:
