@@ -437,7 +437,7 @@ def _page(facts, points, series, headline, dense, paths):
 def main(argv):
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
-        config = make_config(DATASET.value, MODEL.value)
+        config: Any = make_config(DATASET.value, MODEL.value)
         config.data_dir = DATA_DIR.value
         with config.model_options.unlocked():
             config.model_options.update(report.read_options(MODEL_OPTIONS.value))
