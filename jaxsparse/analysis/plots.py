@@ -219,10 +219,12 @@ def _draw_accuracy(axes: Axes, results, dense: float | None, title: str) -> None
         )
     axes.set_xscale("log")
     axes.invert_xaxis()
-    few = sorted({round(d, 3) for d in densities})
     usual = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
-    apart = len(few) <= 4 and all(b > 1.4 * a for a, b in zip(few, few[1:]))
-    ticks = few if few and apart else [t for t in usual if _covers(densities, t)]
+    ticks = [t for t in usual if _covers(densities, t)]
+    few = sorted({round(d, 3) for d in densities})
+    odd = any(all(abs(d / t - 1) > 0.05 for t in usual) for d in few)
+    if odd and len(few) <= 4 and all(b > 1.4 * a for a, b in zip(few, few[1:])):
+        ticks = few  # such as 75 % and 87.5 % of N:M patterns
     axes.set_xticks(ticks, [f"{100 * (1 - t):g} %" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set(title=title, xlabel="sparsity", ylabel="test accuracy")
