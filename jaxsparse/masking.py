@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 
 from jaxsparse.targets import path_name, select
 
@@ -47,30 +47,58 @@ class SparseState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedMask:
-    """A mask as one bit per weight: `bits` is uint8 `[..., ceil(length / 8)]`, the packed axis is
-    the last of the mask. The other axes stay, and with them their sharding."""
+    """A mask as one bit per weight: `bits` is uint8, of the shape of the mask but for the packed
+    axis, which has ceil(length / 8) bytes. The other axes stay, and with them their sharding.
+
+    Attributes:
+      bits: the bytes; the first of eight neighbours is the lowest bit.
+      length: the length of the packed axis in the mask.
+      axis: the packed axis, counted from the end.
+    """
 
     bits: Array
     length: int = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the mask."""
-        return (*self.bits.shape[:-1], self.length)
+        shape = list(self.bits.shape)
+        shape[self.axis] = self.length
+        return tuple(shape)
 
     def unpack(self) -> Array:
         """The boolean mask."""
-        return jnp.unpackbits(self.bits, axis=-1, count=self.length).astype(bool)
+        at = self.bits.ndim + self.axis
+        apart = (jnp.expand_dims(self.bits, at + 1) >> _places(at, self.axis)) & 1
+        whole = apart.reshape(*self.bits.shape[:at], -1, *self.bits.shape[at + 1 :])
+        return lax.slice_in_dim(whole, 0, self.length, axis=at) != 0
 
 
 def pack(mask: Array) -> PackedMask:
     """One bit per weight; `unpack` inverts it.
 
-    >>> p = pack(jnp.array([[True, False, True]]))
-    >>> p.bits.nbytes, p.unpack().tolist()
-    (1, [[True, False, True]])
+    Eight rows share their bytes, those of the last axis but one, wherever that wastes no more than
+    another axis: TPUs hold eight rows in a register. Eight neighbours of the last axis would make
+    XLA transpose the weights and the slots of the optimizer, at every step.
+
+    >>> p = pack(jnp.array([[True, False], [False, True]]))
+    >>> p.bits.tolist(), p.shape, p.unpack().tolist()
+    ([[1, 2]], (2, 2), [[True, False], [False, True]])
     """
-    return PackedMask(jnp.packbits(mask, axis=-1), mask.shape[-1])
+    axes = [*range(-2, -mask.ndim - 1, -1), -1]
+    axis = min(axes, key=lambda a: -(-mask.shape[a] // 8) * 8 / max(mask.shape[a], 1))
+    at, length = mask.ndim + axis, mask.shape[axis]
+    bytes_ = -(-length // 8)
+    rows = jnp.pad(mask, [(0, 8 * bytes_ - n if a == at else 0) for a, n in enumerate(mask.shape)])
+    apart = rows.reshape(*mask.shape[:at], bytes_, 8, *mask.shape[at + 1 :]).astype(jnp.uint8)
+    bits = jnp.sum(apart << _places(at, axis), axis=at + 1, dtype=jnp.uint8)
+    return PackedMask(bits, length, axis)
+
+
+def _places(at: int, axis: int) -> Array:
+    """0 to 7 along the axis after the packed one."""
+    return jnp.arange(8, dtype=jnp.uint8).reshape(*[1] * (at + 1), 8, *[1] * (-axis - 1))
 
 
 def unpack(mask):

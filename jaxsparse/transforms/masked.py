@@ -12,9 +12,11 @@ and the update returned is p' - p: exactly -p where a weight is pruned, exactly 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -129,7 +131,8 @@ def masked(
                 if restarts:
                     slots = restart(inner, slots, both, plan, params)
                 stay = plan.take(store_masks(plan, both, pack_masks)) if stay else stay
-                return plan.take(store_masks(plan, new, pack_masks)), new_aux, stay, slots
+                new = plan.take(store_masks(plan, new, pack_masks))
+                return made_after((stay, slots), new), new_aux, stay, slots
 
             # A weight that grows in a step that moves the others is told apart: it takes no step.
             stay = stored if restarts and not replaces_step else []
@@ -176,6 +179,23 @@ def masked(
         return plan.put(deltas, out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def made_after(first, masks: list):
+    """The masks, made after all of `first`: each depends on the largest entry of every array there,
+    in a way that changes nothing but that no compiler sees through.
+
+    A new mask then overwrites the old one. Without an order it may be made before the last reader
+    of the old one has run, and XLA copies every mask at every step, in the branch of the
+    conditional that hands them through.
+    """
+    is_number = lambda x: x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    tops = [jnp.max(x).astype(jnp.float32) for x in jax.tree.leaves(first) if is_number(x)]
+    never = [jnp.minimum(jnp.abs(x), 0.0) > 0.0 for x in tops]
+    if not never:
+        return masks
+    flag = functools.reduce(jnp.logical_or, never)
+    return jax.tree.map(lambda m: m ^ flag.astype(m.dtype), masks)
 
 
 def hidden(gs: Sequence[Array], masks: Sequence[Array]) -> list[Array]:

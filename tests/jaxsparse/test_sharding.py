@@ -122,9 +122,9 @@ def sharding_of(mesh):
     }
 
 
-def sharded_run(name, mesh, **options):
+def sharded_run(name, mesh, sharding=None, **options):
     tx = METHODS[name](inner(), **options)
-    p = jax.device_put(params(), sharding_of(mesh))
+    p = jax.device_put(params(), sharding or sharding_of(mesh))
     s = tx.init(p)
     batch = jax.device_put(data(), NamedSharding(mesh, P("x")))
     step = jax.jit(step_of(tx))
@@ -153,13 +153,15 @@ def test_jit_with_sharded_parameters(name, mesh):
         assert not wrong, f"{wrong} are not sharded like their weights after {t} steps"
 
 
-def test_packed_masks_keep_the_sharding_of_leading_axes(mesh):
-    step, states = sharded_run("rigl", mesh, pack_masks=True)
+def test_packed_masks_keep_the_sharding_of_the_other_axes(mesh):
+    split = lambda n: NamedSharding(mesh, P(None, "x") if n == 2 else P())
+    sharding = jax.tree.map(lambda x: split(x.ndim), params())
+    step, states = sharded_run("rigl", mesh, sharding, pack_masks=True)
     check("rigl", *states[-1])
     assert step._cache_size() == 1
     for t, (_, s) in enumerate(states):
         bits = s.masks["a"]["kernel"].bits
-        assert bits.shape == (16, 4)
+        assert bits.shape == (2, 32)
         assert bits.sharding.shard_shape(bits.shape) == (2, 4), f"after {t} steps"
 
 
@@ -178,3 +180,27 @@ def test_random_masks_are_the_same_on_any_number_of_devices(mesh):
     under_jit = masks_of(jax.jit(tx.init)(jax.device_put(params(), sharding_of(mesh))))
     same(one, many, "eager")
     same(one, under_jit, "under jit")
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "st3"])
+def test_shardings_that_are_part_of_types(name):
+    """A mesh whose axes are explicit, which is what `jax.make_mesh` makes."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = {"a": {"kernel": P(None, "x"), "bias": P("x")}, "b": {"kernel": P("x")}}
+    sharded = jax.device_put(params(), jax.tree.map(lambda s: NamedSharding(mesh, s), split))
+    tx = METHODS[name](inner())
+
+    @jax.jit
+    def step(p, s):
+        updates, s = tx.update(jax.tree.map(jnp.sin, p), s, p)
+        return optax.apply_updates(p, updates), s
+
+    found = []
+    for p in (params(), sharded):
+        s = tx.init(p)
+        for _ in range(STEPS):
+            p, s = step(p, s)
+        found.append(jax.device_get((p, masks_of(s))))
+    (p, m), (p_8, m_8) = found
+    same(m, m_8, "masks")
+    close(p, p_8, "weights", rtol=1e-4, atol=1e-5)
