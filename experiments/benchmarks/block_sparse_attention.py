@@ -380,8 +380,8 @@ def page(results: Results) -> str:
         "units need at least 64 cycles for it forward and 160 backward on v5e, half of that on v5p "
         "(two cores), a quarter on v6e. Cycles are the compiler's schedule of the kernels, with DMA "
         "also the waits of a model of the memory; nothing ran on a TPU. MB: what the kernels move "
-        "from and to HBM (on v5p one of the two cores, which has half of the heads). Dense XLA and "
-        "`jax.nn.dot_product_attention`: all their fusions.",
+        "from and to HBM (on v5p one of the two cores, which has half of the heads; splash's backward "
+        "kernels run on one core). Dense XLA and `jax.nn.dot_product_attention`: all their fusions.",
         "",
         "    python -m experiments.benchmarks.block_sparse_attention --tpu --out docs/kernels",
         "",
