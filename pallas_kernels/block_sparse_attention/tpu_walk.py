@@ -38,8 +38,8 @@ FAR = 1 << 30  # beyond any position
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b
 # Sizes found with the compiler's static schedule: inner positions per chunk and outer positions per
-# step of the walk, forward and backward. Forward steps are larger where matrix units are wider, if the
-# inner blocks need not be fetched.
+# step of the walk, forward and backward. Forward steps are larger where matrix units are wider, if
+# inner blocks need not be fetched and there are no segments, whose branches separate the steps.
 CHUNK, STEP = 512, 512
 BACKWARD_CHUNK, BACKWARD_STEP = 256, 1024
 # Outer positions per grid step; their float32 accumulators stay in VMEM.
@@ -131,7 +131,9 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
     q, mask = inputs.q, inputs.mask
     mask_batch, mask_heads, n, inner = mask.codes.shape
     outer_block, inner_block = mask.block_q, mask.block_kv
-    chunk, step = CHUNK, STEP * _matrix_units_width() // LANES
+    chunk, step = CHUNK, STEP
+    if inputs.segments is None:
+        step = step * _matrix_units_width() // LANES
     if backward:
         n, inner, outer_block, inner_block = inner, n, inner_block, outer_block
         chunk, step = BACKWARD_CHUNK, BACKWARD_STEP
