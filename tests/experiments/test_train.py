@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import signal
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -246,27 +245,6 @@ def test_statistics_and_all_that_belongs_to_a_parameter_are_split(data_dir):
     assert len(kernels) == 4, "the parameter, its mask and two moments"
     assert set(kernels) == {(3, 3, 1, 8)}
     assert {s for path, s in shards.items() if path.endswith("blocks/1/norms/1/mean")} == {(1,)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("microbatches", [0, 8])
-def test_batches_are_normalised_as_a_whole_or_by_microbatch_on_any_devices(
-    data_dir, data, microbatches
-):
-    batch = next(iter(datasets.batches(data, 64, stop=1)))
-    parts = np.split(batch["x"], microbatches or 1)
-    for name in ("none", "pmap", "fsdp"):
-        config = make_resnet(data_dir, parallel=name, microbatches=microbatches, method="dense")
-        config.options = {}
-        strategy = parallel.create(config)
-        task = train.make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
-        if name == "none":
-            first = task.init()
-            each = [task.apply(first.params, first.stats, x, train=True)[1] for x in parts]
-            expected = jax.tree.map(lambda *x: np.mean(x, axis=0), *each)
-        state = strategy.init(task.init)
-        state, _ = strategy.compile(task.train_step)(state, strategy.put(batch))
-        chex.assert_trees_all_close(jax.device_get(state.stats), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_microbatches_are_added_in_one_order_on_any_number_of_devices():
