@@ -92,9 +92,9 @@ def train(
 
     def swap(carry, i):
         params, masks, total = carry
-        sizes = [[jnp.abs(x) for x in plan.take(tree)] for tree in (params, total)]
+        weights, grads = ([jnp.abs(x) for x in plan.take(tree)] for tree in (params, total))
         salts = [leaf.salt(seed, i) for leaf in plan.leaves]
-        new = transforms.swap(plan.leaves, masks, *sizes, fraction(i), salts=salts)
+        new = transforms.swap(plan.leaves, masks, weights, grads, fraction(i), salts=salts)
         return keep(params, new), new, jax.tree.map(jnp.zeros_like, total)
 
     def step(carry, i):
