@@ -30,7 +30,7 @@ def training_memory(params, opt_state) -> dict[str, int]:
     >>> params = {"kernel": jnp.ones((100, 10))}
     >>> tx = jaxsparse.rigl(optax.adam(1e-3), sparsity=0.9, total_steps=1000, pack_masks=True)
     >>> training_memory(params, tx.init(params))
-    {'weights': 4000, 'masks': 200, 'raw weights': 0, 'method': 4, 'inner optimizer': 8004}
+    {'weights': 4000, 'masks': 130, 'raw weights': 0, 'method': 4, 'inner optimizer': 8004}
     """
     states = masking.find_states(opt_state)
     found = {

@@ -71,8 +71,8 @@ def iss_p(
     >>> tx = jaxsparse.iss_p(optax.adam(2e-4), 0.95, total_steps=1000)
 
     Raises:
-      ValueError: a sparsity or a step out of range, `shrink` not in [0, 1], a negative `limit`,
-        another `penalty`.
+      ValueError: a sparsity or a step out of range, `update_every` below 1, `shrink` not in [0, 1], a
+        negative `limit`, another `penalty`.
     """
     if penalty not in ("shrink", "l2"):
         raise ValueError(f"penalty={penalty!r}: use 'shrink' or 'l2'")
@@ -80,8 +80,7 @@ def iss_p(
         raise ValueError(f"limit={limit}: the largest L2 penalty must not be negative")
     if is_concrete(shrink) and not 0 <= shrink <= 1:
         raise ValueError(f"shrink={shrink}: the factor of the smallest weights must be in [0, 1]")
-    every = update_every if penalty == "l2" else 1
-    updates = schedules.window(total_steps, 0, end_step, every, fraction=0.17)
+    updates = schedules.window(total_steps, 0, end_step, update_every, fraction=0.17)
     best = keep_best(
         scores.magnitude, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
         seed=seed,
@@ -101,7 +100,7 @@ def iss_p(
     def grow(step: Step):
         """Dense masks and the penalties, until the last update cuts."""
         found, last = best(step), step.count >= updates.end
-        more = limit / jnp.maximum((updates.end - updates.begin) // every, 1)
+        more = limit / jnp.maximum((updates.end - updates.begin) // updates.every, 1)
         rows = zip(step.aux, found)
         grown = [old + jnp.where(m | last, 0.0, more).astype(old.dtype) for old, m in rows]
         return [m | ~last for m in found], grown
