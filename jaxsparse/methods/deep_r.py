@@ -120,7 +120,7 @@ def deep_r(
             lost = by_leaf(step.leaves, spread(step, by_layer(lost), by_layer(left)))
         masks = refill(
             step.leaves, alive, lost, [jnp.zeros_like(v.w) for v in views],
-            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            salts=step.salts(seed),
         )  # fmt: skip
         newborn = lambda w: jnp.asarray(max(1e-12, float(jnp.finfo(w.dtype).tiny)), w.dtype)
         rows = zip(views, alive, signs)

@@ -88,7 +88,7 @@ def dsr(
         grown = by_leaf(leaves, apportion(pruned, left.astype(jnp.float32), free))
         masks = refill(
             leaves, keep, grown, [(~m).astype(jnp.float32) for m in held],
-            salts=[leaf.salt(seed, step.count) for leaf in leaves],
+            salts=step.salts(seed),
         )  # fmt: skip
         wanted = drop_fraction * jnp.sum(n).astype(jnp.float32)
         factor = jnp.where(pruned > 1.1 * wanted, 0.5, jnp.where(pruned < 0.9 * wanted, 2.0, 1.0))

@@ -83,7 +83,7 @@ def dst_ee(
         masks = swap(
             step.leaves, step.masks, [jnp.abs(v.w) for v in step.views],
             [worth(v, tried) for v, tried in zip(step.views, step.aux)], f,
-            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            salts=step.salts(seed),
         )  # fmt: skip
         return masks, [n + m for n, m in zip(step.aux, masks)]
 

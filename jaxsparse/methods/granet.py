@@ -97,7 +97,7 @@ def granet(
         return swap(
             step.leaves, pruned, [scores.magnitude(v.w) for v in step.views],
             [scores.gradient(v.w, v.g) for v in step.views], fraction(step.count),
-            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            salts=step.salts(seed),
         )  # fmt: skip
 
     return masked(

@@ -63,7 +63,7 @@ def _itop(
             grow = [worth(v.w, v.g) for v in step.views]
         masks = swap(
             step.leaves, step.masks, [jnp.abs(v.w) for v in step.views], grow,
-            fraction(step.count), salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            fraction(step.count), salts=step.salts(seed),
         )  # fmt: skip
         both = [masking.pack(f.unpack() | m) for f, m in zip(step.aux.masks, masks)]
         return masks, Fired(both)

@@ -88,7 +88,7 @@ def _mest(
         missing = [n - selection.count(k, axis=a) for n, k, a in zip(high, keep, axes)]
         return refill(
             step.leaves, keep, missing, [jnp.zeros_like(v.w) for v in views],
-            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            salts=step.salts(seed),
         )  # fmt: skip
 
     start = (

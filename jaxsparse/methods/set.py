@@ -77,7 +77,7 @@ def set_(
         keep, missing = zip(*[_kept_by_sign(v, f) for v in step.views])
         return refill(
             step.leaves, keep, missing, [scores.random(v.w) for v in step.views],
-            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            salts=step.salts(seed),
         )  # fmt: skip
 
     by_magnitude = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)

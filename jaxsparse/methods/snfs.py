@@ -107,8 +107,7 @@ def snfs(
             [jnp.abs(v.w) for v in step.views], by_leaf(step.leaves, n - dropped),
             where=step.masks, axes=axes,
         )  # fmt: skip
-        salts = [leaf.salt(seed, step.count) for leaf in step.leaves]
-        return refill(step.leaves, keep, grown, wanted, salts=salts)
+        return refill(step.leaves, keep, grown, wanted, salts=step.salts(seed))
 
     return masked(
         inner,

@@ -50,6 +50,10 @@ class Step:
         """The masks so far."""
         return [v.m for v in self.views]
 
+    def salts(self, seed: Any) -> list[Array]:
+        """One seed per leaf, of this step."""
+        return [leaf.salt(seed, self.count) for leaf in self.leaves]
+
 
 PlanFor = Callable[[Any], Plan]
 

@@ -39,7 +39,7 @@ def drop_and_grow(
             [grow(v.w, v.g) for v in step.views],
             fraction(step.count),
             drop_ties=scores.ties(drop),
-            salts=[leaf.salt(seed, step.count) for leaf in step.leaves],
+            salts=step.salts(seed),
         )
 
     return rule
