@@ -6,6 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Threads of XLA's pool: on few cores, devices that wait for each other can hold all of them.
+os.environ.setdefault("NPROC", "32")
 
 from hypothesis import HealthCheck, settings
 

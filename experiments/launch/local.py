@@ -70,7 +70,9 @@ def environment(devices: int) -> dict[str, str]:
     flags_ = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
     root = str(pathlib.Path(__file__).parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_, "PYTHONPATH": path}
+    set_ = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_, "PYTHONPATH": path}
+    # Threads of XLA's pool: on few cores, devices that wait for each other can hold all of them.
+    return {"NPROC": str(4 * devices)} | os.environ | set_
 
 
 def wait(processes: Sequence[subprocess.Popen], timeout: float | None = None) -> int:

@@ -103,7 +103,7 @@ def test_the_notebook_runs_from_top_to_bottom(path, tmp_path):
     from nbclient import NotebookClient
 
     # The reader's environment: no eight virtual devices, unless the notebook asks for them.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     environment["JAX_PLATFORMS"] = "cpu"
     notebook = read(path)
     client = NotebookClient(
