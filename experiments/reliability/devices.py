@@ -6,7 +6,7 @@ Trains a small MLP on the digits with `--config.microbatches=8`, by the training
 strategies: on one device, under pmap and with sharded parameters (fsdp) on 8 virtual CPU devices, and
 under pmap on 2 processes with 4 devices each, joined through Gloo. Compares all masks, parameters and
 optimizer states with those of the one device, bit by bit. Exits with 1 if a mask differs. What
-is in --results already is not trained again, and a setting that is not there is left out of the comparison.
+is in --results already is not trained again: a run that was stopped goes on.
 
 On CPU this sets --xla_cpu_max_isa=AVX, which has no fused multiply-add: whether XLA fuses a product with
 the sum after it, and rounds once instead of twice, depends on the program around.
@@ -103,28 +103,42 @@ def child(setting: str, methods: list[str]) -> None:
             arrays = {
                 f"{kind}:{path}": x for kind, part in parts.items() for path, x in part.items()
             }
-            np.savez(_file(setting, method), **arrays)  # pyright: ignore[reportArgumentType]
+            path = _file(setting, method)
+            with path.with_suffix(".part").open("wb") as out:  # whole, or not there
+                np.savez(out, **arrays)  # pyright: ignore[reportArgumentType]
+            path.with_suffix(".part").rename(path)
             print(f"{setting}: {method}, {time.monotonic() - started:.1f} s", flush=True)
         jax.clear_caches()
 
 
 def _file(setting, method):
-    return pathlib.Path(RESULTS.value) / f"{setting.replace(' ', '_')}-{method}.npz"
+    return pathlib.Path(RESULTS.value) / f"{setting.replace(' ', '_')}-{method}-{STEPS.value}.npz"
 
 
 def compare(methods: list[str], settings: list[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """By method and setting: entries of masks and of the whole state that differ from one device's."""
+    """By method and setting: entries of masks and of the whole state that differ from one device's, and
+    the largest difference of a number of the state."""
     results = {}
     for method in methods:
         reference = dict(np.load(_file("1 device", method)))
         for setting in settings:
             if not _file(setting, method).exists():
                 continue
-            unequal = runs.differences(reference, dict(np.load(_file(setting, method))))
+            other = dict(np.load(_file(setting, method)))
+            unequal = runs.differences(reference, other)
             results.setdefault(method, {})[setting] = {
                 "mask entries": sum(x.size for p, x in reference.items() if p.startswith("mask")),
                 "masks differ": sum(n for p, n in unequal.items() if p.startswith("mask")),
+                "state entries": sum(x.size for p, x in reference.items() if p.startswith("state")),
                 "state differs": sum(n for p, n in unequal.items() if p.startswith("state")),
+                "largest difference": max(
+                    (
+                        float(np.max(np.abs(reference[p].astype(float) - other[p].astype(float))))
+                        for p in unequal
+                        if p.startswith("state")
+                    ),
+                    default=0.0,
+                ),
             }
     return results
 
