@@ -38,35 +38,41 @@ def visible(codes: Array, rules: Sequence[Rule], q: Array, k: Array) -> Array:
     return seen
 
 
-def compact(codes: Array | np.ndarray, capacity: int) -> tuple[Any, Any]:
-    """Starts `[b, h, n + 1]` and entries `[b, h, capacity]` of the kept blocks, in row order.
+def compact(codes: Array | np.ndarray, capacity: int) -> tuple[Any, Any, Any]:
+    """Starts `[b, h, n + 1]` and entries `[b, h, capacity]` of the kept blocks in row order, as many
+    as fit, and which blocks come before those that do not.
 
     One sort of integers: on a TPU a tenth of the cost of a scatter. In numpy for numpy codes.
     """
     xp = module_of(codes)
     b, h, n, m = codes.shape
     counts = xp.sum(codes != DROPPED, -1, dtype=np.int32)
-    starts = xp.pad(xp.cumsum(counts, -1, dtype=np.int32), ((0, 0), (0, 0), (1, 0)))
+    starts = xp.cumsum(xp.pad(counts, ((0, 0), (0, 0), (1, 0))), -1, dtype=np.int32)
     flat = codes.reshape(b, h, n * m).astype(np.int32)
     keys = xp.where(flat != DROPPED, xp.arange(n * m, dtype=np.int32) << CODE_BITS | flat, _PADDING)
-    keys = xp.sort(keys, -1)[..., :capacity]
-    entries = (keys >> CODE_BITS) % m << CODE_BITS | keys & CODE_MASK
-    return starts, xp.where(keys == _PADDING, 0, entries).astype(np.int32)
+    # A stable sort would carry positions along, twice the work.
+    ordered = np.sort(keys, -1) if xp is np else lax.sort(keys, is_stable=False)
+    first = ordered[..., :capacity]
+    entries = (first >> CODE_BITS) % m << CODE_BITS | first & CODE_MASK
+    entries = xp.where(first == _PADDING, 0, entries).astype(np.int32)
+    fits = keys < ordered[..., capacity:][..., :1] if capacity < n * m else keys < _PADDING
+    return starts, entries, fits.reshape(codes.shape)
 
 
 def best(scores: Array, k: Array) -> Array:
     """The k largest of each row as booleans; ties to the lower index, never -inf or NaN."""
     eligible = scores > -jnp.inf
-    scores = jnp.where(eligible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)  # -0 equals 0
     k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
     n = scores.shape[-1]
     if n <= PAIRWISE:
-        # All rows of all heads along the last axis: full lanes, and no sum across them.
+        # All rows of all heads along the last axis: full lanes, and no sum across them. What is not
+        # eligible comes before nothing that is.
         across = jnp.moveaxis(scores, -1, 0).reshape(n, -1)
         mine, other = across[:, None], across[None]
         earlier = (np.arange(n)[:, None] > np.arange(n))[..., None]
         rank = jnp.sum(jnp.where(earlier, other >= mine, other > mine), 1, dtype=jnp.int32)
         return (jnp.moveaxis(rank.reshape(n, *scores.shape[:-1]), 0, -1) < k) & eligible
+    scores = jnp.where(eligible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)  # -0 equals 0
     bits = lax.bitcast_convert_type(scores, jnp.uint32)
     # Unsigned integers in the order of the floats.
     order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

@@ -127,23 +127,8 @@ class BlockMask:
           ValueError: if shapes, sizes or the capacity do not fit, or (concrete masks only) if the
             capacity overflows.
         """
-        if keep.dtype != np.bool_ or not 2 <= keep.ndim <= 4:
-            raise ValueError(
-                f"keep has dtype {keep.dtype} and shape {tuple(keep.shape)}; it must be bool "
-                "[q_blocks, kv_blocks], [heads, q_blocks, kv_blocks] or with a leading batch"
-            )
-        nq, nk = (int(n) for n in keep.shape[-2:])
-        q_len = nq * block_q if q_len is None else q_len
-        kv_len = nk * block_kv if kv_len is None else kv_len
-        _check_sizes(q_len, kv_len, block_q, block_kv)
-        if (_blocks(q_len, block_q), _blocks(kv_len, block_kv)) != (nq, nk):
-            raise ValueError(
-                f"keep has {nq} x {nk} blocks of {block_q} x {block_kv}, which do not cover q_len="
-                f"{q_len} and kv_len={kv_len}: expected "
-                f"{_blocks(q_len, block_q)} x {_blocks(kv_len, block_kv)}"
-            )
-        codes = keep.reshape((1,) * (4 - keep.ndim) + keep.shape).astype(np.int8)
-        return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (), None)
+        sizes = (block_q, block_kv, q_len, kv_len)
+        return _chosen(keep, *sizes, capacity, fits=capacity is None)
 
     @classmethod
     def from_scores(
@@ -179,22 +164,17 @@ class BlockMask:
                 f"scores has dtype {scores.dtype} and shape {tuple(scores.shape)}; it must be "
                 "floating point with 2 to 4 axes, [..., q_blocks, kv_blocks]"
             )
-        if isinstance(num_blocks, int):
-            if num_blocks < 0:
-                raise ValueError(f"num_blocks={num_blocks} must not be negative")
-            nq, nk = scores.shape[-2:]
-            capacity = nq * max(1, min(num_blocks, nk)) if capacity is None else capacity
+        if isinstance(num_blocks, int) and num_blocks < 0:
+            raise ValueError(f"num_blocks={num_blocks} must not be negative")
         scores = lax.stop_gradient(scores).astype(jnp.float32)
         if forced is not None:
             scores = jnp.where(forced, jnp.inf, scores)
-        return cls.from_dense(
-            best(scores, jnp.asarray(num_blocks, jnp.int32)),
-            block_q=block_q,
-            block_kv=block_kv,
-            q_len=q_len,
-            kv_len=kv_len,
-            capacity=capacity,
-        )
+        fits = capacity is None
+        if fits and isinstance(num_blocks, int):
+            nq, nk = scores.shape[-2:]
+            capacity = nq * max(1, min(num_blocks, nk))
+        keep = best(scores, jnp.asarray(num_blocks, jnp.int32))
+        return _chosen(keep, block_q, block_kv, q_len, kv_len, capacity, fits=fits)
 
     @classmethod
     def from_indices(
@@ -482,6 +462,37 @@ def _check_sizes(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
         )
 
 
+def _chosen(
+    keep: Array | np.ndarray,
+    block_q: int,
+    block_kv: int,
+    q_len: int | None,
+    kv_len: int | None,
+    capacity: int | None,
+    *,
+    fits: bool,
+) -> BlockMask:
+    """`BlockMask.from_dense`; `fits` says that the blocks cannot be more than the capacity."""
+    if keep.dtype != np.bool_ or not 2 <= keep.ndim <= 4:
+        raise ValueError(
+            f"keep has dtype {keep.dtype} and shape {tuple(keep.shape)}; it must be bool "
+            "[q_blocks, kv_blocks], [heads, q_blocks, kv_blocks] or with a leading batch"
+        )
+    nq, nk = (int(n) for n in keep.shape[-2:])
+    q_len = nq * block_q if q_len is None else q_len
+    kv_len = nk * block_kv if kv_len is None else kv_len
+    _check_sizes(q_len, kv_len, block_q, block_kv)
+    if (_blocks(q_len, block_q), _blocks(kv_len, block_kv)) != (nq, nk):
+        raise ValueError(
+            f"keep has {nq} x {nk} blocks of {block_q} x {block_kv}, which do not cover q_len="
+            f"{q_len} and kv_len={kv_len}: expected "
+            f"{_blocks(q_len, block_q)} x {_blocks(kv_len, block_kv)}"
+        )
+    codes = keep.reshape((1,) * (4 - keep.ndim) + keep.shape).astype(np.int8)
+    sizes = (q_len, kv_len, block_q, block_kv)
+    return _build(codes, capacity, *sizes, (), None, fits=fits)
+
+
 def _pattern(rule: Rule, q_len: int, kv_len: int | None, block_q: int, block_kv: int) -> BlockMask:
     kv_len = q_len if kv_len is None else kv_len
     _check_sizes(q_len, kv_len, block_q, block_kv)
@@ -503,8 +514,10 @@ def _build(
     block_kv: int,
     rules: tuple[Rule, ...],
     pattern: Rule | None,
+    *,
+    fits: bool = True,
 ) -> BlockMask:
-    """The mask of these codes, with at most `capacity` blocks per head."""
+    """The mask of these codes, with at most `capacity` blocks per head; `fits`: there are no more."""
     xp = module_of(codes)
     b, h, nq, nk = codes.shape
     if kv_len % block_kv:
@@ -514,26 +527,25 @@ def _build(
         cut = FULL + 1 + rules.index(Everything())
         is_last = np.arange(nk) == nk - 1
         codes = xp.where(is_last & (codes == FULL), cut, codes).astype(np.int8)
-    dropped = xp.zeros((b, h), np.int32)
+    blocks: int = nq * nk
     if capacity is None:
-        capacity = nq * nk
+        capacity = blocks
     elif capacity < 1:
         raise ValueError(f"capacity={capacity} must be at least 1")
-    elif capacity < nq * nk:
-        keep = codes != DROPPED
-        rank = xp.cumsum(keep.reshape(b, h, -1), -1, dtype=np.int32).reshape(keep.shape)
-        dropped = xp.maximum(rank[..., -1, -1] - capacity, 0)
+    capacity = min(capacity, blocks)
+    dropped, offsets = np.zeros((b, h), np.int32), np.zeros((b, h, 2), np.int32)
+    if not fits:
+        total = xp.sum(codes != DROPPED, (2, 3), dtype=np.int32)
+        dropped = xp.maximum(total - capacity, 0)
         if _concrete(dropped) and (worst := int(dropped.max())):
             raise ValueError(
                 f"capacity={capacity} is too small: {worst} blocks of one head do not fit; give "
                 f"at least {capacity + worst}"
             )
-        codes = xp.where(rank > capacity, DROPPED, codes).astype(np.int8)
-    arrays = _lists(codes, min(capacity, nq * nk))
-    arrays |= dict(dropped=dropped, offsets=xp.zeros((b, h, 2), np.int32))
-    if xp is np:
-        with jax.ensure_compile_time_eval():  # a pattern is concrete, inside `jit` too
-            arrays = jax.tree.map(jnp.asarray, arrays)
+    arrays: dict[str, Any] = _lists(codes, capacity, fits)
+    arrays |= dict(dropped=dropped, offsets=offsets)
+    with jax.ensure_compile_time_eval():  # what is known stays concrete, inside `jit` too
+        arrays = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in arrays.items()}
     return BlockMask(
         **arrays,
         q_len=q_len,
@@ -545,10 +557,14 @@ def _build(
     )
 
 
-def _lists(codes: Any, capacity: int) -> dict[str, Any]:
-    """The fields that follow from the codes."""
-    row_starts, row_entries = compact(codes, capacity)
-    col_starts, col_entries = compact(codes.swapaxes(2, 3), capacity)
+def _lists(codes: Any, capacity: int, fits: bool = True) -> dict[str, Any]:
+    """The fields that follow from the codes; without those blocks that do not fit."""
+    row_starts, row_entries, listed = compact(codes, capacity)
+    if not fits:
+        xp = module_of(codes)
+        row_starts = xp.minimum(row_starts, capacity)
+        codes = xp.where(listed, codes, DROPPED).astype(np.int8)
+    col_starts, col_entries, _ = compact(codes.swapaxes(2, 3), capacity)
     return dict(
         codes=codes,
         row_starts=row_starts,
