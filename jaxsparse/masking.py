@@ -27,7 +27,8 @@ class SparseState(NamedTuple):
 
     Attributes:
       count: int32 scalar, updates done.
-      masks: tree of masks; bool, or `PackedMask` with `pack_masks=True`.
+      masks: tree of masks as they are stored: bool, `MarkedMask` where grown weights start anew,
+        `PackedMask` with `pack_masks=True`. `get_masks` reads them all.
       raw: tree of raw weights z at sparse leaves, or None.
       shift: tree of thresholds that are subtracted from |z|, or None (0).
       scale: tree of factors per leaf or per output, or None (1).
@@ -101,14 +102,51 @@ def _places(at: int, axis: int) -> Array:
     return jnp.arange(8, dtype=jnp.uint8).reshape(*[1] * (at + 1), 8, *[1] * (-axis - 1))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MarkedMask:
+    """A mask that remembers which weights its last update has grown, in the byte that it takes anyway.
+
+    Attributes:
+      code: uint8: 0 pruned, 1 kept and grown by the last update, 2 kept.
+    """
+
+    code: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mask."""
+        return self.code.shape
+
+    def unpack(self) -> Array:
+        """The boolean mask."""
+        return self.without_grown(False)
+
+    def without_grown(self, when: Any = True) -> Array:
+        """The boolean mask, but for what the last update has grown, if `when` (bool scalar)."""
+        least = jnp.where(when, 2, 1)
+        # As wide as the weights that it is compared for: XLA makes wide vectors of both on CPU.
+        return self.code.astype(jnp.int32) >= least
+
+
+def mark(mask: Array, grown: Array) -> MarkedMask:
+    """A mask with marks at what has grown.
+
+    >>> m = mark(jnp.array([True, True, False]), jnp.array([False, True, False]))
+    >>> m.unpack().tolist(), m.without_grown().tolist()
+    ([True, True, False], [True, False, False])
+    """
+    return MarkedMask((mask.astype(jnp.uint8) << 1) - (mask & grown))
+
+
 def unpack(mask):
-    """The boolean mask of a bool array, a `PackedMask`, or None."""
-    return mask.unpack() if isinstance(mask, PackedMask) else mask
+    """The boolean mask of a bool array, a `PackedMask`, a `MarkedMask`, or None."""
+    return mask.unpack() if isinstance(mask, PackedMask | MarkedMask) else mask
 
 
 def is_mask(x) -> bool:
     """True at what stands at one leaf of a tree of masks."""
-    return x is None or isinstance(x, PackedMask | optax.MaskedNode)
+    return x is None or isinstance(x, PackedMask | MarkedMask | optax.MaskedNode)
 
 
 def apply(params, masks):
@@ -224,7 +262,7 @@ def _merge(trees: list):
     """One tree from several that are None or MaskedNode where another has a leaf or a branch."""
 
     def merge(a, b):
-        if _missing(a) or _missing(b) or isinstance(a, PackedMask):
+        if _missing(a) or _missing(b) or isinstance(a, PackedMask | MarkedMask):
             return (None if _missing(b) else b) if _missing(a) else a
         branches, node = _one_level(a)
         if jax.tree_util.treedef_is_leaf(node):

@@ -12,8 +12,7 @@ and the update returned is p' - p: exactly -p where a weight is pruned, exactly 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,7 +21,7 @@ import optax
 from jax import Array
 
 from jaxsparse._counts import when
-from jaxsparse.masking import SparseState, unpack
+from jaxsparse.masking import MarkedMask, PackedMask, SparseState, mark, pack, unpack
 from jaxsparse.schedules import At, Both, Updates
 from jaxsparse.transforms._common import (
     PlanFor,
@@ -33,7 +32,6 @@ from jaxsparse.transforms._common import (
     check_storage,
     like,
     on_all_devices,
-    store_masks,
     views,
 )
 from jaxsparse.transforms._restart import restart
@@ -86,6 +84,16 @@ def masked(
     """
     inner, events = check_inner(inner), updates
     check_storage(pack_masks)
+    marked = restarts and rule is not None and not pack_masks
+    flips = restarts and rule is not None and pack_masks
+    kind = PackedMask if pack_masks else MarkedMask if marked else object
+
+    def store(masks, grown=None):
+        if pack_masks:
+            return [pack(m) for m in masks]
+        if not marked:
+            return list(masks)
+        return [mark(*row) for row in zip(masks, grown or [jnp.zeros_like(m) for m in masks])]
 
     def init_fn(params):
         plan = plan_for(params)
@@ -95,7 +103,7 @@ def masked(
         start = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
         state = SparseState(
             count=jnp.zeros((), jnp.int32),
-            masks=store_masks(plan, masks, pack_masks),
+            masks=plan.scatter(store(masks)),
             raw=None,
             shift=None,
             scale=None,
@@ -108,6 +116,8 @@ def masked(
         plan = check_arguments(params, state, plan_for, keeps_raw=False)
         ws, gs, stored = plan.take(params), plan.take(updates), plan.take(state.masks)
         masks, aux, fire = plan.masks(state.masks), state.aux, jnp.zeros((), bool)
+        if not all(isinstance(m, kind) for m in stored):  # a user has put masks there
+            stored = store(masks)
         live, before = masks, state.inner
 
         if rule is not None and events is not None:
@@ -115,34 +125,39 @@ def masked(
             fire = events.fires(state.count)
             if restarts:  # nothing has been trained at step 0, and the weights may still be dense
                 fire &= state.count > 0
-            readable = lambda gs, ms: hidden(gs, ms) if rule_sees == "masked" else gs
+
+            def readable(gs, stored):
+                return hidden(gs, map(unpack, stored)) if rule_sees == "masked" else gs
+
             fire = when(
-                fire, lambda _, gs, ws, ms: ~broken(readable(gs, ms), ws), fire, gs, ws, masks
+                fire, lambda _, gs, ws, ms: ~broken(readable(gs, ms), ws), fire, gs, ws, stored
             )
 
-            def run(carry, count, ws, gs):
-                old, old_aux, stay, slots = carry
-                old = [unpack(m) for m in old]
-                gs = readable(gs, old)
-                # What does not restart is read, not carried: under vmap what is carried is copied.
-                step = Step(count, views(plan, ws, gs, old), slots if restarts else before, old_aux)
+            def run(carry, count, ws, gs, held):
+                old, old_aux = carry
+                gs = readable(gs, held or old)
+                old = [unpack(m) for m in held or old]
+                step = Step(count, views(plan, ws, gs, old), before, old_aux)
                 new, new_aux = rule(step) if init_aux else (rule(step), old_aux)  # type: ignore[misc]
-                both = [n & o for n, o in zip(new, old)]
-                if restarts:
-                    slots = restart(inner, slots, both, plan, params)
-                stay = plan.take(store_masks(plan, both, pack_masks)) if stay else stay
-                new = plan.take(store_masks(plan, new, pack_masks))
-                return made_after((stay, slots), new), new_aux, stay, slots
+                if flips:
+                    return [pack(n ^ o) for n, o in zip(new, old)], new_aux
+                return store(new, [n & ~o for n, o in zip(new, old)]), new_aux
 
-            # A weight that grows in a step that moves the others is told apart: it takes no step.
-            stay = stored if restarts and not replaces_step else []
-            slots = before if restarts else None
-            stored, aux, stay, slots = when(
-                fire, run, (stored, aux, stay, slots), state.count, ws, gs
-            )
-            before = slots if restarts else before
-            masks = [unpack(m) for m in stored]
-            live = [unpack(m) for m in stay] or masks
+            # The masks alone pass the conditional: slots would be copied there at every step, and so
+            # would a mask of before beside the new one. What has grown is marked in the new mask, or,
+            # where masks are bits, the bits that flip pass in its place.
+            carry, held = (jax.tree.map(jnp.zeros_like, stored), stored) if flips else (stored, [])
+            carry, aux = when(fire, run, (carry, aux), state.count, ws, gs, held)
+            stored = jax.tree.map(jnp.bitwise_xor, stored, carry) if flips else carry
+            masks = live = [unpack(m) for m in stored]
+            if restarts:  # what is grown starts anew, and takes no step where others do
+                if flips:
+                    both = map(unpack, jax.tree.map(lambda m, c: m & ~c, stored, carry))
+                else:
+                    both = (m.without_grown(fire) for m in stored)
+                both = list(both)
+                before = restart(inner, before, [m | ~fire for m in both], plan, params)
+                live = masks if replaces_step else both
 
         if resets is not None:
             anew = lambda old, params: restart(inner, old, None, plan, params)
@@ -169,7 +184,7 @@ def masked(
                 both = [m & w for m, w in zip(masks, was)]
                 new_inner = restart(inner, new_inner, both, plan, params)
             out = [jnp.where(m, p - w, -w) for m, p, w in zip(masks, after, ws)]
-            stored = plan.take(store_masks(plan, masks, pack_masks))
+            stored = store(masks)
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             masks=plan.scatter(stored),
@@ -181,23 +196,6 @@ def masked(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def made_after(first, masks: list):
-    """The masks, made after all of `first`: each depends on the largest entry of every array there,
-    in a way that changes nothing but that no compiler sees through.
-
-    A new mask then overwrites the old one. Without an order it may be made before the last reader
-    of the old one has run, and XLA copies every mask at every step, in the branch of the
-    conditional that hands them through.
-    """
-    is_number = lambda x: x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    tops = [jnp.max(x).astype(jnp.float32) for x in jax.tree.leaves(first) if is_number(x)]
-    never = [jnp.minimum(jnp.abs(x), 0.0) > 0.0 for x in tops]
-    if not never:
-        return masks
-    flag = functools.reduce(jnp.logical_or, never)
-    return jax.tree.map(lambda m: m ^ flag.astype(m.dtype), masks)
-
-
-def hidden(gs: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+def hidden(gs: Sequence[Array], masks: Iterable[Array]) -> list[Array]:
     """The gradients with zeros at pruned weights."""
     return [jnp.where(m, g, jnp.zeros((), g.dtype)) for m, g in zip(masks, gs)]
