@@ -15,6 +15,7 @@ to the step without sparsity in the same rounds.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +70,7 @@ def resnet50() -> dict[str, jax.Array]:
     return {n: 0.05 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())}
 
 
-def stepper(tx, params, grads, at: int | None) -> Callable[[], Any]:
+def stepper(tx, params, grads) -> Callable[..., Any]:
     """A function that takes one step; the counter of a sparse method is set to `at` before it."""
 
     @jax.jit
@@ -83,7 +84,7 @@ def stepper(tx, params, grads, at: int | None) -> Callable[[], Any]:
     step = jax.jit(step, donate_argnums=(0, 1))
     carry = list(start(params))
 
-    def run():
+    def run(at: int | None = None):
         if at is not None:
             carry[1] = carry[1]._replace(count=jnp.int32(at))
         carry[:] = step(carry[0], carry[1], grads)
@@ -128,11 +129,13 @@ def overhead(inner_name: str) -> None:
             candidates[label] = build(name, inner, pack_masks=packed)
     if JAXPRUNER.value:
         candidates["argsort per leaf, uint8 masks, as JaxPruner"] = pruning(inner, SPARSITY, EVERY)
+    dense = stepper(inner, params, grads)
     for label, tx in candidates.items():
+        step = stepper(tx, params, grads)
         runs = {
-            "bare": stepper(inner, params, grads, None),
-            "ordinary": stepper(tx, params, grads, UPDATE + 1),
-            "update": stepper(tx, params, grads, UPDATE),
+            "bare": dense,
+            "ordinary": functools.partial(step, UPDATE + 1),
+            "update": functools.partial(step, UPDATE),
         }
         t = medians(runs, rounds=ROUNDS.value, seconds=60, clock=clock())
         more = (size_of(tx, params) - bare) / weights
