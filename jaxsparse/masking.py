@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +28,8 @@ class SparseState(NamedTuple):
 
     Attributes:
       count: int32 scalar, updates done.
-      masks: tree of masks as they are stored: bool, `MarkedMask` where grown weights start anew,
-        `PackedMask` with `pack_masks=True`. `get_masks` reads them all.
+      masks: tree of masks as they are stored: bool; uint8 (`mark`) where weights that grow start
+        anew; `PackedMask` with `pack_masks=True`. `get_masks` reads them all.
       raw: tree of raw weights z at sparse leaves, or None.
       shift: tree of thresholds that are subtracted from |z|, or None (0).
       scale: tree of factors per leaf or per output, or None (1).
@@ -102,51 +103,42 @@ def _places(at: int, axis: int) -> Array:
     return jnp.arange(8, dtype=jnp.uint8).reshape(*[1] * (at + 1), 8, *[1] * (-axis - 1))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MarkedMask:
-    """A mask that remembers which weights its last update has grown, in the byte that it takes anyway.
+def mark(mask: Array, grown: Array) -> Array:
+    """A mask that remembers which weights its last update has grown, in the byte that it takes anyway:
+    uint8, 0 where pruned, 1 where grown, 2 at the other weights that are kept.
 
-    Attributes:
-      code: uint8: 0 pruned, 1 kept and grown by the last update, 2 kept.
+    >>> mark(jnp.array([True, True, False]), jnp.array([True, False, False])).tolist()
+    [1, 2, 0]
     """
-
-    code: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the mask."""
-        return self.code.shape
-
-    def unpack(self) -> Array:
-        """The boolean mask."""
-        return self.without_grown(False)
-
-    def without_grown(self, when: Any = True) -> Array:
-        """The boolean mask, but for what the last update has grown, if `when` (bool scalar)."""
-        least = jnp.where(when, 2, 1)
-        # As wide as the weights that it is compared for: XLA makes wide vectors of both on CPU.
-        return self.code.astype(jnp.int32) >= least
+    return (mask.astype(jnp.uint8) << 1) - (mask & grown)
 
 
-def mark(mask: Array, grown: Array) -> MarkedMask:
-    """A mask with marks at what has grown.
+def without_grown(marked: Array, when: Any = True) -> Array:
+    """The boolean mask of `mark`, but for what has grown, if `when` (bool scalar).
 
-    >>> m = mark(jnp.array([True, True, False]), jnp.array([False, True, False]))
-    >>> m.unpack().tolist(), m.without_grown().tolist()
-    ([True, True, False], [True, False, False])
+    >>> without_grown(jnp.array([1, 2, 0], jnp.uint8)).tolist()
+    [False, True, False]
     """
-    return MarkedMask((mask.astype(jnp.uint8) << 1) - (mask & grown))
+    # As wide as the weights that it is compared for: XLA makes wide vectors of both on CPU.
+    return marked.astype(jnp.int32) >= jnp.where(when, 2, 1)
 
 
 def unpack(mask):
-    """The boolean mask of a bool array, a `PackedMask`, a `MarkedMask`, or None."""
-    return mask.unpack() if isinstance(mask, PackedMask | MarkedMask) else mask
+    """The boolean mask of what a state holds: a bool array, a marked one (`mark`), a `PackedMask`, or
+    None."""
+    if isinstance(mask, PackedMask):
+        return mask.unpack()
+    return without_grown(mask, False) if getattr(mask, "dtype", None) == jnp.uint8 else mask
+
+
+def taken_apart(x) -> bool:
+    """True at what `nnx.Optimizer` makes of a `PackedMask`: a mapping that holds its bits alone."""
+    return isinstance(x, Mapping) and list(x) == ["bits"]
 
 
 def is_mask(x) -> bool:
     """True at what stands at one leaf of a tree of masks."""
-    return x is None or isinstance(x, PackedMask | MarkedMask | optax.MaskedNode)
+    return x is None or isinstance(x, PackedMask | optax.MaskedNode)
 
 
 def apply(params, masks):
@@ -262,7 +254,7 @@ def _merge(trees: list):
     """One tree from several that are None or MaskedNode where another has a leaf or a branch."""
 
     def merge(a, b):
-        if _missing(a) or _missing(b) or isinstance(a, PackedMask | MarkedMask):
+        if _missing(a) or _missing(b) or isinstance(a, PackedMask):
             return (None if _missing(b) else b) if _missing(a) else a
         branches, node = _one_level(a)
         if jax.tree_util.treedef_is_leaf(node):
@@ -283,7 +275,13 @@ def get_masks(opt_state):
     Raises:
       ValueError: `opt_state` holds no state of a jaxsparse method.
     """
-    merged = _merge([s.masks for s in _states(opt_state)])
+    trees = [s.masks for s in _states(opt_state)]
+    if any(map(taken_apart, jax.tree.leaves(trees, is_leaf=taken_apart))):
+        raise ValueError(
+            "opt_state: masks packed by pack_masks=True lose their shapes inside nnx.Optimizer; give "
+            "the method pack_masks=False to read them there"
+        )
+    merged = _merge(trees)
     return jax.tree.map(unpack, merged, is_leaf=is_mask)
 
 

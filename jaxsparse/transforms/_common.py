@@ -139,6 +139,17 @@ def check_storage(pack_masks: Any, raw_dtype: Any = None) -> None:
         raise ValueError(f"raw_dtype={raw_dtype!r}: give a floating-point dtype, or None")
 
 
+def whole(state, init: Callable[[Any], Any], params):
+    """The state with its packed masks whole: `nnx.Optimizer` hands them back as mappings of their
+    fields after an update, as it does with whatever is no array."""
+    pieces = jax.tree.leaves(state, is_leaf=masking.taken_apart)
+    if params is None or not any(map(masking.taken_apart, pieces)):
+        return state
+    return jax.tree.unflatten(
+        jax.tree.structure(jax.eval_shape(init, params)), jax.tree.leaves(state)
+    )
+
+
 def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> Plan:
     """The plan of an update, whose arguments fit together.
 

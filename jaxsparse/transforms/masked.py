@@ -21,7 +21,7 @@ import optax
 from jax import Array
 
 from jaxsparse._counts import when
-from jaxsparse.masking import MarkedMask, PackedMask, SparseState, mark, pack, unpack
+from jaxsparse.masking import SparseState, mark, pack, unpack, without_grown
 from jaxsparse.schedules import At, Both, Updates
 from jaxsparse.transforms._common import (
     PlanFor,
@@ -33,6 +33,7 @@ from jaxsparse.transforms._common import (
     like,
     on_all_devices,
     views,
+    whole,
 )
 from jaxsparse.transforms._restart import restart
 from jaxsparse.transforms._skip import update_unless
@@ -86,7 +87,6 @@ def masked(
     check_storage(pack_masks)
     marked = restarts and rule is not None and not pack_masks
     flips = restarts and rule is not None and pack_masks
-    kind = PackedMask if pack_masks else MarkedMask if marked else object
 
     def store(masks, grown=None):
         if pack_masks:
@@ -113,11 +113,15 @@ def masked(
         return on_all_devices(state, params)
 
     def update_fn(updates, state, params=None, **extra):
+        state = whole(state, init_fn, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=False)
         ws, gs, stored = plan.take(params), plan.take(updates), plan.take(state.masks)
         masks, aux, fire = plan.masks(state.masks), state.aux, jnp.zeros((), bool)
-        if not all(isinstance(m, kind) for m in stored):  # a user has put masks there
-            stored = store(masks)
+        if pack_masks or marked:  # where a user has put boolean masks
+            stored = [
+                new if isinstance(m, Array) and m.dtype == bool else m
+                for m, new in zip(stored, store(masks))
+            ]
         live, before = masks, state.inner
 
         if rule is not None and events is not None:
@@ -154,7 +158,7 @@ def masked(
                 if flips:
                     both = map(unpack, jax.tree.map(lambda m, c: m & ~c, stored, carry))
                 else:
-                    both = (m.without_grown(fire) for m in stored)
+                    both = (without_grown(m, fire) for m in stored)
                 both = list(both)
                 before = restart(inner, before, [m | ~fire for m in both], plan, params)
                 live = masks if replaces_step else both

@@ -36,6 +36,7 @@ from jaxsparse.transforms._common import (
     on_all_devices,
     store_masks,
     views,
+    whole,
 )
 from jaxsparse.transforms.masked import Rule, hidden
 
@@ -123,6 +124,7 @@ def straight_through(
         return on_all_devices(state, params)
 
     def update_fn(updates, state, params=None, **extra):
+        state = whole(state, init_fn, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=True)
         ws, gs, zs = plan.take(params), plan.take(updates), plan.take(state.raw)
         masks = plan.masks(state.masks)

@@ -60,6 +60,27 @@ def test_flax_nnx_with_its_optimizer():
     assert all(int(m.sum()) == 4 * m.size // 16 for m in masks.values())
 
 
+@pytest.mark.parametrize("method, packed", [("rigl", True), ("rigl_itop", False), ("st3", True)])
+def test_packed_bits_survive_the_optimizer_of_nnx(method, packed):
+    """It hands them back in pieces; only their shapes are lost to who reads them there."""
+    net = nnx.Linear(20, 16, rngs=nnx.Rngs(0))
+    options = {"total_steps": 8, "pack_masks": packed} | (
+        {"update_every": 2} if method != "st3" else {}
+    )
+    tx = jaxsparse.make(method, optax.adam(1e-2), sparsity=0.75, **options)
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(net, nnx.grad(lambda n: jnp.mean((n(jnp.eye(20)) - 1) ** 2))(net))
+    if not packed:
+        kept = jaxsparse.get_masks(optimizer)["kernel"]
+        assert kept.sum() == 80 and not np.any(np.asarray(net.kernel[...])[~np.asarray(kept)])
+        return
+    if method == "rigl":
+        assert np.count_nonzero(net.kernel[...]) == 80
+    with pytest.raises(ValueError, match="pack_masks=True lose their shapes inside nnx.Optimizer"):
+        jaxsparse.get_masks(optimizer)
+
+
 def test_flax_linen():
     class Linen(nn.Module):
         @nn.compact

@@ -501,7 +501,7 @@ def test_growth_of_set_is_uniform_over_empty_positions():
         state = state._replace(
             count=jnp.int32(1), masks={"kernel": jnp.arange(20).reshape(10, 2) < 10}
         )
-        return tx.update(params, state, params)[1].masks["kernel"].unpack()
+        return jaxsparse.get_masks(tx.update(params, state, params)[1])["kernel"]
 
     found = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(2000)))
     grown = found.reshape(2000, 20)[:, 10:].sum(axis=0)  # two of twelve candidates per draw
