@@ -69,7 +69,7 @@ def test_packed_bits_survive_the_optimizer_of_nnx(method, packed):
     )
     tx = jaxsparse.make(method, optax.adam(1e-2), sparsity=0.75, **options)
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
-    for _ in range(3):
+    for _ in range(4):  # what the update grows moves a step later
         optimizer.update(net, nnx.grad(lambda n: jnp.mean((n(jnp.eye(20)) - 1) ** 2))(net))
     if not packed:
         kept = jaxsparse.get_masks(optimizer)["kernel"]
