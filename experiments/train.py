@@ -249,11 +249,13 @@ def make_task(
         targets = optax.smooth_labels(targets, config.label_smoothing)
         return optax.softmax_cross_entropy(logits, targets), jnp.argmax(logits, -1) == labels
 
-    def gradient(params, stats, batch):
+    def gradient(params, stats, batch, parts=1):
+        """Loss, accuracy and gradient as means over the batch, divided by `parts`."""
+
         def loss_fn(params):
             logits, new_stats = apply(params, stats, batch["x"], train=True)
             loss, correct = losses(logits, batch["y"])
-            return jnp.mean(loss), (new_stats, jnp.mean(correct))
+            return jnp.mean(loss) / parts, (new_stats, jnp.mean(correct) / parts)
 
         (loss, (new_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return (loss, accuracy, grads), new_stats
@@ -272,8 +274,12 @@ def make_task(
     def mean_gradient(params, stats, batch):
         if config.microbatches:
             return over_microbatches(gradient)(params, stats, batch)
-        means, stats = gradient(params, stats, batch)
-        return (means if axis_name is None else lax.pmean(means, axis_name)), stats
+        if axis_name is None:
+            return gradient(params, stats, batch)
+        # The sum of shares, not the mean of sums: that is one more pass over all gradients, which an
+        # update of the masks makes XLA write to memory.
+        shares, stats = gradient(params, stats, batch, lax.axis_size(axis_name))
+        return lax.psum(shares, axis_name), stats
 
     def train_step(state: State, batch):
         (loss, accuracy, grads), stats = mean_gradient(state.params, state.stats, batch)
