@@ -75,7 +75,7 @@ def _forward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed, 
     (q,), inner = inputs["q"], inputs["inner"]
     out, lse = outputs["out"], outputs["lse"]
     highest, total, acc = accumulators
-    lists = Lists(plan, scalars)
+    lists = Lists(plan, scalars, inputs["segments"])
     source = Fetched(plan, lists, inner, *ring) if plan.fetched else Resident(plan, lists, inner)
     bq = plan.outer_block
 
@@ -195,7 +195,7 @@ def forward(
 def _backward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed, even, odd, *ring):
     (lse, delta), (k, v), inner = inputs["of_rows"], inputs["kv"], inputs["inner"]
     dq_acc, dk_acc, dv_acc = accumulators
-    lists = Lists(plan, scalars)
+    lists = Lists(plan, scalars, inputs["segments"])
     source = Fetched(plan, lists, inner, *ring) if plan.fetched else Resident(plan, lists, inner)
     bk, bq = plan.outer_block, plan.inner_block
 

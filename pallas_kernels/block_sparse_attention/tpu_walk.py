@@ -39,7 +39,7 @@ NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b
 # Sizes found with the compiler's static schedule: inner positions per chunk and outer positions per
 # step of the walk, forward and backward. Forward steps are larger where matrix units are wider, if
-# inner blocks need not be fetched and there are no segments, whose branches separate the steps.
+# inner blocks need not be fetched and no branches for segments separate the steps.
 CHUNK, STEP = 512, 512
 BACKWARD_CHUNK, BACKWARD_STEP = 256, 1024
 # Outer positions per grid step; their float32 accumulators stay in VMEM.
@@ -118,8 +118,8 @@ class Plan:
     @property
     def window(self) -> tuple[int, int | None] | None:
         """Its bounds, if a window is all that partial blocks ask for: cheap enough forward to be
-        looked at in every block, which is better than a branch per step."""
-        if len(self.rules) != 1 or self.backward or self.segments or self.ragged:
+        looked at in every block, as segments are then, which is better than a branch per step."""
+        if len(self.rules) != 1 or self.backward or self.ragged:
             return None
         rule = self.rules[0]
         if not isinstance(rule, Window) or rule.low is None:
@@ -132,8 +132,6 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
     mask_batch, mask_heads, n, inner = mask.codes.shape
     outer_block, inner_block = mask.block_q, mask.block_kv
     chunk, step = CHUNK, STEP
-    if inputs.segments is None:
-        step = step * _matrix_units_width() // LANES
     if backward:
         n, inner, outer_block, inner_block = inner, n, inner_block, outer_block
         chunk, step = BACKWARD_CHUNK, BACKWARD_STEP
@@ -144,7 +142,7 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
     if tiled_lists:
         tiles = max(tiles, -(-n // max(1, STREAMED_WORDS // inner)))
         room = min(mask.capacity, -(-n // tiles) * inner) + group
-    return Plan(
+    plan = Plan(
         backward=backward,
         batch=q.shape[0],
         heads=q.shape[1],
@@ -157,7 +155,7 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
         room=room,
         capacity=mask.capacity,
         group=group,
-        width=max(1, min(step // outer_block, mask.capacity)),
+        width=1,
         outer_block=outer_block,
         inner_block=inner_block,
         kv_len=mask.kv_len,
@@ -168,6 +166,9 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
         softcap=inputs.softcap,
         precision=inputs.precision,
     )
+    if not backward and (plan.window is not None or not plan.segments):
+        step = step * _matrix_units_width() // LANES
+    return dataclasses.replace(plan, width=max(1, min(step // outer_block, mask.capacity)))
 
 
 def fetching(plan: Plan, of_position: int) -> Plan:
@@ -194,8 +195,8 @@ class Lists:
     """The list of the present head and tile, in SMEM: `table` holds the starts of its rows, then
     for each row which one at or after it is not empty (both with one more at the end)."""
 
-    def __init__(self, plan: Plan, scalars: list[Any]):
-        self.plan = plan
+    def __init__(self, plan: Plan, scalars: list[Any], segments: list[Any]):
+        self.plan, self.segments = plan, segments
         self.offsets, self.table, self.entries = scalars
         self.list = plan.mask_index(pl.program_id(0))
         self.first = pl.program_id(1) * plan.outer
@@ -241,6 +242,7 @@ class Lists:
         k0 = self.offsets[self.list * 2 + 1] - q0
 
         first = k0 + low  # Queries from there on see key 0.
+        codes = [c & RULE_MASK for c in codes]
         absent = [jnp.where(c == FULL, -FAR, FAR) for c in codes]
         starts = [jnp.where(c > FULL, i * n + first, x) for i, c, x in zip(indices, codes, absent)]
         start = join([k + x for x in starts])
@@ -251,6 +253,11 @@ class Lists:
             sizes = [jnp.where(c > FULL, span, 2 * FAR - 1) for c in codes]
             size = join([jnp.full((1, n), x, jnp.uint32) for x in sizes])
             seen = (q - start).astype(jnp.uint32) < size
+        if plan.segments:  # blocks without the flag have the same id everywhere
+            of_outer, of_inner = self.segments
+            rows = block_of(of_outer, jnp.minimum(r, plan.outer - 1), plan.outer_block)
+            parts = [of_inner[0, :1, pl.ds(pl.multiple_of(i * n, n), n)] for i in indices]
+            seen &= join([rows] * (s.shape[1] // LANES)) == join(parts)
         return jnp.where(seen, s, MASKED)
 
     def next(self, r: Any, p: Any) -> tuple[Any, Any]:
