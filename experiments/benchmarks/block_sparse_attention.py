@@ -182,28 +182,30 @@ def jax_nn(length: int = 4096, backward: bool = False):
     return _finish(f, [shape] * 3, backward, _visible("causal", length))
 
 
+# What a mask is made of, by the name of its row: of booleans, or of scores.
+BUILDS: dict[str, tuple[Any, Callable[..., BlockMask]]] = {
+    "booleans": (
+        jnp.bool_,
+        lambda x, length: BlockMask.from_dense(x, capacity=20 * length // 128),
+    ),
+    "16 best scores": (jnp.float32, lambda x, length: BlockMask.from_scores(x, 16)),
+    "16 best scores, then `& causal`": (
+        jnp.float32,
+        lambda x, length: BlockMask.from_scores(x, 16) & BlockMask.causal(length),
+    ),
+}
+
+
 def making(kind: str, columns: bool, length: int = 8192):
     """A mask made under `jit`, or (`columns=False`) only what a forward pass asks of it."""
-    blocks = length // 128
-    make, dtype = {
-        "booleans": (functools.partial(BlockMask.from_dense, capacity=blocks * 20), jnp.bool_),
-        "16 best scores": (lambda x: BlockMask.from_scores(x, 16), jnp.float32),
-        "16 best scores, then `& causal`": (
-            lambda x: BlockMask.from_scores(x, 16) & BlockMask.causal(length),
-            jnp.float32,
-        ),
-    }[kind]
+    dtype, make = BUILDS[kind]
+    x = jax.ShapeDtypeStruct((HEADS, length // 128, length // 128), dtype)
 
-    def rows(x):
-        mask = make(x)
-        return mask.row_starts, mask.row_entries, mask.offsets, mask.dropped
+    def built(x):
+        mask = make(x, length)
+        return mask if columns else (mask.row_starts, mask.row_entries, mask.offsets, mask.dropped)
 
-    return jax.jit(make if columns else rows), (
-        jax.ShapeDtypeStruct((HEADS, blocks, blocks), dtype),
-    )
-
-
-BUILDS = ["booleans", "16 best scores", "16 best scores, then `& causal`"]
+    return jax.jit(built), (x,)
 
 
 def _dense(q, k, v, causal=True):

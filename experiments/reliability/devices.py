@@ -122,8 +122,6 @@ def compare(methods: list[str], settings: list[str]) -> dict[str, dict[str, dict
     for method in methods:
         reference = dict(np.load(_file("1 device", method)))
         for setting in settings:
-            if not _file(setting, method).exists():
-                continue
             other = dict(np.load(_file(setting, method)))
             unequal = runs.differences(reference, other)
             results.setdefault(method, {})[setting] = {
@@ -149,8 +147,6 @@ def table(results) -> str:
     settings = [s for s in SETTINGS if any(s in of for of in results.values())]
 
     def cell(of):
-        if of is None:
-            return "not run"
         return f"{count(of['masks differ'])}, {count(of['state differs'])}"
 
     def entries(of):
@@ -160,7 +156,7 @@ def table(results) -> str:
         [
             f"`{method}`",
             f"{entries(of):,}" if entries(of) else "none",
-            *(cell(of.get(s)) for s in settings),
+            *(cell(of[s]) for s in settings),
         ]
         for method, of in results.items()
     ]
