@@ -103,14 +103,14 @@ def _places(at: int, axis: int) -> Array:
     return jnp.arange(8, dtype=jnp.uint8).reshape(*[1] * (at + 1), 8, *[1] * (-axis - 1))
 
 
-def mark(mask: Array, grown: Array) -> Array:
-    """A mask that remembers which weights its last update has grown, in the byte that it takes anyway:
-    uint8, 0 where pruned, 1 where grown, 2 at the other weights that are kept.
+def mark(mask: Array, before: Array) -> Array:
+    """A mask that remembers which weights it has grown, those not in `before`, in the byte that it
+    takes anyway: uint8, 0 where pruned, 1 where grown, 2 at the other weights that are kept.
 
-    >>> mark(jnp.array([True, True, False]), jnp.array([True, False, False])).tolist()
+    >>> mark(jnp.array([True, True, False]), jnp.array([False, True, False])).tolist()
     [1, 2, 0]
     """
-    return (mask.astype(jnp.uint8) << 1) - (mask & grown)
+    return (mask.astype(jnp.uint8) << 1) - (mask & ~before)
 
 
 def without_grown(marked: Array, when: Any = True) -> Array:
@@ -125,20 +125,33 @@ def without_grown(marked: Array, when: Any = True) -> Array:
 
 def unpack(mask):
     """The boolean mask of what a state holds: a bool array, a marked one (`mark`), a `PackedMask`, or
-    None."""
+    None.
+
+    Raises:
+      ValueError: a `PackedMask` that `nnx.Optimizer` has taken apart.
+    """
     if isinstance(mask, PackedMask):
         return mask.unpack()
+    if taken_apart(mask):
+        raise ValueError(
+            "opt_state: masks packed by pack_masks=True lose their shapes inside nnx.Optimizer; give "
+            "the method pack_masks=False to read them there"
+        )
     return without_grown(mask, False) if getattr(mask, "dtype", None) == jnp.uint8 else mask
 
 
 def taken_apart(x) -> bool:
-    """True at what `nnx.Optimizer` makes of a `PackedMask`: a mapping that holds its bits alone."""
-    return isinstance(x, Mapping) and list(x) == ["bits"]
+    """True at what `nnx.Optimizer` makes of a `PackedMask`: an `nnx.State` that holds its bits alone."""
+    if not (isinstance(x, Mapping) and list(x) == ["bits"]):
+        return False
+    from flax import nnx
+
+    return isinstance(x, nnx.State)
 
 
 def is_mask(x) -> bool:
     """True at what stands at one leaf of a tree of masks."""
-    return x is None or isinstance(x, PackedMask | optax.MaskedNode)
+    return x is None or isinstance(x, PackedMask | optax.MaskedNode) or taken_apart(x)
 
 
 def apply(params, masks):
@@ -273,15 +286,10 @@ def get_masks(opt_state):
     the leaves between them (`optax.partition`).
 
     Raises:
-      ValueError: `opt_state` holds no state of a jaxsparse method.
+      ValueError: `opt_state` holds no state of a jaxsparse method, or packed masks that
+        `nnx.Optimizer` has taken apart.
     """
-    trees = [s.masks for s in _states(opt_state)]
-    if any(map(taken_apart, jax.tree.leaves(trees, is_leaf=taken_apart))):
-        raise ValueError(
-            "opt_state: masks packed by pack_masks=True lose their shapes inside nnx.Optimizer; give "
-            "the method pack_masks=False to read them there"
-        )
-    merged = _merge(trees)
+    merged = _merge([s.masks for s in _states(opt_state)])
     return jax.tree.map(unpack, merged, is_leaf=is_mask)
 
 

@@ -76,9 +76,9 @@ def like(x: Array, param: Array) -> Array:
     return jax.device_put(x, sharding)
 
 
-def store_masks(plan: Plan, masks: Sequence[Array], packed: bool):
-    """The tree of masks as the state holds it."""
-    return plan.scatter([masking.pack(m) if packed else m for m in masks])
+def store_masks(masks: Sequence[Array], packed: bool) -> list:
+    """The masks as the state holds them."""
+    return [masking.pack(m) if packed else m for m in masks]
 
 
 def momentum(step: Step) -> list[Array]:

@@ -32,6 +32,7 @@ from jaxsparse.transforms._common import (
     check_storage,
     like,
     on_all_devices,
+    store_masks,
     views,
     whole,
 )
@@ -85,15 +86,14 @@ def masked(
     """
     inner, events = check_inner(inner), updates
     check_storage(pack_masks)
-    marked = restarts and rule is not None and not pack_masks
-    flips = restarts and rule is not None and pack_masks
+    # What an update grows is told apart from what stays: by marks, or by the bits that it flips.
+    regrows = restarts and rule is not None
+    marked, flips = regrows and not pack_masks, regrows and pack_masks
 
-    def store(masks, grown=None):
-        if pack_masks:
-            return [pack(m) for m in masks]
-        if not marked:
-            return list(masks)
-        return [mark(*row) for row in zip(masks, grown or [jnp.zeros_like(m) for m in masks])]
+    def store(masks, before=None):
+        if marked:
+            return [mark(*row) for row in zip(masks, before or masks)]
+        return store_masks(masks, pack_masks)
 
     def init_fn(params):
         plan = plan_for(params)
@@ -117,11 +117,9 @@ def masked(
         plan = check_arguments(params, state, plan_for, keeps_raw=False)
         ws, gs, stored = plan.take(params), plan.take(updates), plan.take(state.masks)
         masks, aux, fire = plan.masks(state.masks), state.aux, jnp.zeros((), bool)
-        if pack_masks or marked:  # where a user has put boolean masks
-            stored = [
-                new if isinstance(m, Array) and m.dtype == bool else m
-                for m, new in zip(stored, store(masks))
-            ]
+        is_plain = lambda m: getattr(m, "dtype", None) == jnp.bool_
+        if (pack_masks or marked) and any(map(is_plain, stored)):  # a user has put them there
+            stored = store(masks)
         live, before = masks, state.inner
 
         if rule is not None and events is not None:
@@ -138,14 +136,14 @@ def masked(
             )
 
             def run(carry, count, ws, gs, held):
-                old, old_aux = carry
-                gs = readable(gs, held or old)
-                old = [unpack(m) for m in held or old]
+                carried, old_aux = carry
+                gs = readable(gs, held or carried)
+                old = [unpack(m) for m in held or carried]
                 step = Step(count, views(plan, ws, gs, old), before, old_aux)
                 new, new_aux = rule(step) if init_aux else (rule(step), old_aux)  # type: ignore[misc]
                 if flips:
                     return [pack(n ^ o) for n, o in zip(new, old)], new_aux
-                return store(new, [n & ~o for n, o in zip(new, old)]), new_aux
+                return store(new, old), new_aux
 
             # The masks alone pass the conditional: slots would be copied there at every step, and so
             # would a mask of before beside the new one. What has grown is marked in the new mask, or,
@@ -156,10 +154,10 @@ def masked(
             masks = live = [unpack(m) for m in stored]
             if restarts:  # what is grown starts anew, and takes no step where others do
                 if flips:
-                    both = map(unpack, jax.tree.map(lambda m, c: m & ~c, stored, carry))
+                    kept = jax.tree.map(lambda m, c: m & ~c, stored, carry)
+                    both = [unpack(m) for m in kept]
                 else:
-                    both = (without_grown(m, fire) for m in stored)
-                both = list(both)
+                    both = [without_grown(m, fire) for m in stored]
                 before = restart(inner, before, [m | ~fire for m in both], plan, params)
                 live = masks if replaces_step else both
 

@@ -101,7 +101,7 @@ def straight_through(
 
         return SparseState(
             count=state_count,
-            masks=store_masks(plan, projection.masks, pack_masks),
+            masks=plan.scatter(store_masks(projection.masks, pack_masks)),
             raw=plan.scatter(zs),
             shift=tree(projection.shift),
             scale=tree(projection.scale),

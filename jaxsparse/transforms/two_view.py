@@ -21,7 +21,7 @@ from jax import Array
 from jaxsparse import masking
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
-from jaxsparse.transforms._common import PlanFor, like, store_masks
+from jaxsparse.transforms._common import PlanFor, like, store_masks, whole
 
 
 class BackwardView(NamedTuple):
@@ -59,7 +59,7 @@ def two_view(
         bs = [like(b, w) for (b, _), w in zip(found, ws)]
         orders = [order for _, order in found]
         return BackwardView(
-            store_masks(plan, bs, pack_masks),
+            plan.scatter(store_masks(bs, pack_masks)),
             None if all(o is None for o in orders) else plan.scatter(orders),
         )
 
@@ -74,6 +74,7 @@ def two_view(
 
     def update_fn(updates, state: Any, params: Any = None, **extra):
         new: Any
+        state = whole(state, init_fn, params)
         updates, new = tx.update(updates, state._replace(aux=None), params, **extra)
         plan = plan_for(params)
         if new.raw is None:
