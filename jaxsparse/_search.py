@@ -63,6 +63,56 @@ class Entries:
         """The shape with 1 for the ranked axes: one number per slice."""
         return tuple(1 if a in self.axes else n for a, n in enumerate(self.shape))
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many entries each slice has, in a row."""
+        return np.full(math.prod(self.kept_shape), self.ranked, np.int32)
+
+    def facing(self, x: Array) -> Array:
+        """Numbers in a row, one per slice along the last axis, as they stand against the entries."""
+        return x.reshape(*x.shape[:-1], *self.kept_shape)
+
+    def gathered(self, x: Array, combine: Callable[..., Array], nothing: Any) -> Array:
+        """What a reduction over `axes` gives, [..., *kept_shape], as one number per slice in a row.
+        `combine` (`jnp.sum` or `jnp.min`) and its neutral element join numbers of one slice."""
+        del combine, nothing
+        return x.reshape(*x.shape[: x.ndim - len(self.shape)], -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows(Entries):
+    """Arrays that are ranked apart, laid out one after the other in rows of one length: `shape` is
+    [rows, length], and the last row of each is filled up with entries that are not eligible.
+
+    Attributes:
+      parts: how many entries each of them has.
+    """
+
+    parts: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.asarray(self.parts, np.int32)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """How many rows each of them has."""
+        return -(-self.sizes // self.shape[1])
+
+    @property
+    def owner(self) -> np.ndarray:
+        """Which of them each row belongs to."""
+        return np.repeat(np.arange(len(self.parts)), self.rows)
+
+    def facing(self, x: Array) -> Array:
+        return x[..., self.owner, None]
+
+    def gathered(self, x: Array, combine: Callable[..., Array], nothing: Any) -> Array:
+        i = np.arange(max(self.rows))
+        start, is_own = np.cumsum(self.rows) - self.rows, i < self.rows[:, None]
+        numbers = x[..., 0][..., np.where(is_own, start[:, None] + i, 0)]
+        return combine(jnp.where(is_own, numbers, nothing), axis=-1)
+
 
 class Bounds(NamedTuple):
     """All numbers of a level lie in [lo, last]. `smooth`: they are spread evenly, so that the first
@@ -251,14 +301,13 @@ def search(
       k: a count that broadcasts to one per slice, at most the number of entries. More than there
         are eligible ones means all of those.
       bounds: the range of each level.
-      first: eight thresholds of the first level to begin with.
+      first: eight thresholds of the first level to begin with, [8] or one row of them per slice.
     """
     shape: tuple[int, ...]
     size: Any
     if apart:
-        slices = [math.prod(e.kept_shape) for e in entries]
-        size, wide = np.repeat([e.ranked for e in entries], slices).astype(np.int32), False
-        shape = (sum(slices),)
+        size, wide = np.concatenate([e.sizes for e in entries]), False
+        shape = size.shape
     else:
         size = sum(e.ranked for e in entries)
         wide = size >= WIDE
@@ -281,11 +330,12 @@ def search(
         step = _Step(entries, operands, j, tuple(found), k, some, c_hi, wide, shape, apart)
         lo, last = per_slice(jnp.asarray(bound.lo, jnp.int32)), per_slice(jnp.int32(bound.last))
         slow = per_slice(jnp.asarray(not bound.smooth))
-        given = first if j == 0 and first is not None else first_thresholds(bound)
         if bound.smooth:
             thresholds = _next_thresholds(lo, last, c_lo, c_hi, k, slow)
         else:
-            thresholds = per_slice(jnp.broadcast_to(_front(given, lo), (THRESHOLDS, *shape)))
+            given = first if j == 0 and first is not None else first_thresholds(bound)
+            given = given if given.ndim > 1 else _front(given, lo)
+            thresholds = per_slice(jnp.broadcast_to(given, (THRESHOLDS, *shape)))
         start = _State(lo, last, c_lo, c_hi, thresholds, slow, passes)
         done = some & equal(c_lo, k)
         end = lax.while_loop(step.goes_on, step, start)
@@ -338,9 +388,14 @@ class _Step:
             if inside is not None:
                 distances = [jnp.where(inside, d, none) for d in distances]
             more, ends = totals([x >= v for v in own(t)], distances, e.axes, self.wide)
-            shape = (-1,) if self.apart else self.shape
-            digits = [jnp.stack(c).reshape(THRESHOLDS, *shape) for c in zip(*more)]
-            parts.append((tuple(digits), *(x.reshape(shape) for x in ends)))
+            digits = tuple(jnp.stack(c) for c in zip(*more))
+            if self.apart:
+                digits = tuple(e.gathered(c, jnp.sum, 0) for c in digits)
+                ends = [e.gathered(x, jnp.min, none) for x in ends]
+            else:
+                digits = tuple(c.reshape(THRESHOLDS, *self.shape) for c in digits)
+                ends = [x.reshape(self.shape) for x in ends]
+            parts.append((digits, *ends))
         base = tuple(jnp.broadcast_to(c, t.shape) for c in self.base)
         if self.apart:
             counts, low, high = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *parts)
@@ -374,10 +429,9 @@ class _Step:
 
 def cut(entries: Sequence[Entries], i: int, x: Array) -> Array:
     """Of numbers in a row, one per slice of arrays that are ranked apart, those of the i-th array."""
-    slices = [math.prod(e.kept_shape) for e in entries]
-    start = sum(slices[:i])
-    own = lax.slice_in_dim(x, start, start + slices[i], axis=-1)
-    return own.reshape(*x.shape[:-1], *entries[i].kept_shape)
+    start = sum(e.sizes.size for e in entries[:i])
+    own = lax.slice_in_dim(x, start, start + entries[i].sizes.size, axis=-1)
+    return entries[i].facing(own)
 
 
 def first_thresholds(bound: Bounds) -> Array:

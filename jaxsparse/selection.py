@@ -20,6 +20,7 @@ stored: on CPU, storing an array of the size of the data costs more than the sea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsparse import _search
-from jaxsparse._search import INT_MAX, INT_MIN, Bounds, Count, Entries, positive
+from jaxsparse._search import INT_MAX, INT_MIN, Bounds, Count, Entries, Rows, positive
 
 Axis = int | Sequence[int] | None
 _SAMPLE = 4096
@@ -171,10 +172,20 @@ def as_seed(seed: Any) -> Array:
 def _hash(shape: Sequence[int], seed: Array, zero: Array, offset: int = 0) -> Array:
     """See `position_hash`; positions start at `offset`."""
     outer, inner = _outer_inner(shape, range(len(shape)), 2 * _search.WIDE)
-    factor, shift = mix(seed + jnp.uint32(0x9E3779B9)) | 1, mix(seed ^ jnp.uint32(0x7F4A7C15))
+    factor, shift = _hash_keys(seed)
     if outer:
         shift = mix(_position(shape, outer, zero) + shift)
-    return mix((_position(shape, inner, zero) + jnp.uint32(offset)) * factor + shift)
+    return _hash_of(_position(shape, inner, zero) + jnp.uint32(offset), factor, shift)
+
+
+def _hash_keys(seed: Array) -> tuple[Array, Array]:
+    """Two numbers, the first odd, that make the hash of a position from it."""
+    return mix(seed + jnp.uint32(0x9E3779B9)) | 1, mix(seed ^ jnp.uint32(0x7F4A7C15))
+
+
+def _hash_of(position: Array, factor: Array, shift: Array) -> Array:
+    """The hash of a position, by the numbers of a seed."""
+    return mix(position * factor + shift)
 
 
 def position_hash(shape: Sequence[int], seed: Any) -> Array:
@@ -361,16 +372,22 @@ def _near_thresholds(entries: Sequence[Entries], size: int, bound: Bounds, opera
         levels, inside = e.levels(tuple(map(cut, arrays)), cut(where), *rest)
         part = levels[0] if inside is None else jnp.where(inside, levels[0], INT_MIN)
         parts.append(part.ravel())
-    ordered = jnp.sort(jnp.concatenate(parts))
-    count = ordered.size
-    p = jnp.clip(_search.to_float(k).reshape(()) / float(size), 0.0, 1.0)
+    share = _search.to_float(k).reshape(()) / float(size)
+    return _around_rank(jnp.concatenate(parts), share, bound)
+
+
+def _around_rank(sample: Array, share: Array, bound: Bounds) -> Array:
+    """Eight thresholds around the number that a `share` of the sample, [..., n], reaches; their axis
+    is the first."""
+    ordered, count = jnp.sort(sample, axis=-1), sample.shape[-1]
+    p = jnp.clip(share, 0.0, 1.0)[..., None]
     spread = jnp.sqrt(count * p * (1 - p)) + 1.0
     around = jnp.array([-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0])
     ranks = jnp.clip(count - 1 - p * count + around * spread, 0, count - 1)
-    picked = ordered[ranks.astype(jnp.int32)]
+    picked = jnp.take_along_axis(ordered, ranks.astype(jnp.int32), axis=-1)
     # The number after the guess tells at once whether the k-th is in a heap of equal scores.
-    picked = jnp.append(picked, jnp.minimum(picked[3], INT_MAX - 1) + 1)
-    return jnp.maximum(picked, bound.lo + 1)
+    after = jnp.minimum(picked[..., 3:4], INT_MAX - 1) + 1
+    return jnp.maximum(jnp.moveaxis(jnp.concatenate([picked, after], -1), -1, 0), bound.lo + 1)
 
 
 def _strides(shape: tuple[int, ...], target: int) -> list[int]:
@@ -499,9 +516,11 @@ def topk_masks(
 ) -> list[Array]:
     """`topk_mask` of several arrays, each ranked by itself: the same masks.
 
-    On CPU one array is searched after the other. Elsewhere all are searched in the same passes:
-    accelerators are kept waiting by many short loops, and sharded arrays by a sum over devices for
-    each pass of each loop; and one loop compiles sooner than a hundred.
+    All are searched in the same passes: accelerators are kept waiting by many short loops, and
+    sharded arrays by a sum over devices for each pass of each loop; and one loop compiles sooner than
+    a hundred. On a single CPU device all are copied to rows of one length for it, so that the size of
+    the program does not depend on how many there are; on several, where a copy could move what is
+    sharded, one array is searched after the other.
 
     Args:
       leaves: a list of score arrays.
@@ -555,8 +574,106 @@ def _topk_apart(arrays, ks, where, seeds, *, axes) -> list[Array]:
 
     if len(arrays) == 1:
         return in_turn(arrays, ks, where, seeds)
+    length = _row_length(sum(x.size for x in arrays))
+    fit = [i for i, (x, a) in enumerate(zip(arrays, axes)) if _fits_rows(x, a, length)]
+    in_one = len(fit) > 1 and sum(arrays[i].size for i in fit) < _search.WIDE // 4
+
+    def in_rows(*columns):
+        masks: list[Any] = [None] * len(axes)
+        rows, rest = list(zip(*columns, axes)), [i for i in range(len(axes)) if i not in fit]
+        for i, mask in zip(fit, _topk_in_rows(*zip(*[rows[i] for i in fit]), length=length)):
+            masks[i] = mask
+        for i, mask in zip(rest, in_turn(*([column[i] for i in rest] for column in columns))):
+            masks[i] = mask
+        return masks
+
+    on_cpu = in_rows if in_one and jax.device_count() == 1 else in_turn
     at_once = functools.partial(_topk_at_once, axes=axes)
-    return lax.platform_dependent(arrays, ks, where, seeds, cpu=in_turn, default=at_once)
+    return lax.platform_dependent(arrays, ks, where, seeds, cpu=on_cpu, default=at_once)
+
+
+# Rows are as long as a loop over one needs to run well, and longer where there would be too many.
+_ROW, _ROWS = 1024, 2048
+
+
+def _row_length(size: int) -> int:
+    """The length of rows for arrays of `size` entries in all."""
+    return max(_ROW, 2 ** math.ceil(math.log2(max(1, size / _ROWS))))
+
+
+def _fits_rows(x: Array, axes: tuple[int, ...], length: int) -> bool:
+    """Whether the ranked axes are the last ones, and filling up rows wastes little."""
+    trailing = axes == tuple(range(x.ndim - len(axes), x.ndim))
+    slices = math.prod(x.shape[: x.ndim - len(axes)])
+    one_level = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 4
+    return trailing and one_level and slices * length <= 4 * max(x.size, length)
+
+
+def _topk_in_rows(arrays, ks, where, seeds, axes, *, length: int) -> list[Array]:
+    """All arrays in one: each slice is cut into rows of one length, which know their place in it. Two
+    loops and a few kernels then serve any number of arrays, where XLA for CPU compiles those of each
+    and prepares them at every call, of a branch that is not taken too."""
+    slices = [math.prod(x.shape[: x.ndim - len(a)]) for x, a in zip(arrays, axes)]
+    dtype = _native(arrays[0].dtype)
+
+    def in_rows(x, w, n):
+        # NaN is never chosen, wherever it stands.
+        x = x.astype(dtype) if w is None else jnp.where(w, x.astype(dtype), jnp.nan)
+        x = x.reshape(n, -1)
+        filled = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length)), constant_values=jnp.nan)
+        return filled.reshape(-1, length)
+
+    scores = jnp.concatenate([in_rows(*row) for row in zip(arrays, where, slices)])
+    parts = tuple(x.size // n for x, n in zip(arrays, slices) for _ in range(n))
+    rows = Rows(scores.shape, (1,), (), lambda: ([], None), parts)
+    place = np.concatenate([np.arange(n) for n in rows.rows]) * length
+    if seeds[0] is None:
+        numbers = (jnp.asarray(place, jnp.uint32),)
+        lowest = np.negative(rows.sizes)
+        ties = [Bounds(lowest, -1, smooth=True)]
+    else:
+        before = np.concatenate([np.arange(n) * (x.size // n) for x, n in zip(arrays, slices)])
+        place = (place + before[rows.owner]).astype(np.uint32)
+        of_slice = [jnp.broadcast_to(seed, n) for seed, n in zip(seeds, slices)]
+        numbers = (jnp.asarray(place), *_hash_keys(jnp.concatenate(of_slice)[rows.owner]))
+        ties = _tie_bounds(0, True, False, None)
+
+    def levels(scores, numbers):
+        place, *keys = (x[:, None] for x in numbers)
+        place = place + lax.broadcasted_iota(jnp.uint32, scores.shape, 1)
+        if keys:
+            tie = _as_int(_hash_of(place, *keys)) ^ INT_MIN
+        else:
+            tie = ~_as_int(place)
+        found, inside = _value_levels(scores)
+        return [*found, tie], inside
+
+    rows = dataclasses.replace(rows, operands=(scores, numbers), levels=levels)
+    bounds = [*_value_bounds(dtype), *ties]
+    k = jnp.concatenate([jnp.broadcast_to(k.ravel(), n) for (k,), n in zip(ks, slices)])
+    first = None
+    if scores.size >= _SAMPLED_FROM:
+        first = _around_rank(_sample(rows), k / rows.sizes, bounds[0])
+    found = _search.search([rows], (k,), bounds, first, apart=True)
+    found = found._replace(lo=[rows.facing(x) for x in found.lo])
+    mask = _mask(rows, found, rows.facing(k > 0))
+
+    masks, ends = [], np.cumsum(rows.rows)[np.cumsum(slices) - 1]
+    for x, n, start, end in zip(arrays, slices, [0, *ends], ends):
+        own = mask[start:end].reshape(n, -1)[:, : x.size // n]
+        masks.append(own.reshape(x.shape))
+    return masks
+
+
+def _sample(rows: Rows) -> Array:
+    """The first level of some entries of each slice, [slices, n], spread evenly, at no distance that
+    groups of 2, 4, 64 and so on could have."""
+    n = min(max(2**16 // len(rows.parts), 64), 1024)
+    spread = np.arange(n) * ((math.sqrt(5) - 1) / 2) % 1
+    places = (np.cumsum(rows.rows) - rows.rows) * rows.shape[1]
+    at = places[:, None] + (spread * rows.sizes[:, None]).astype(np.int64)
+    scores = rows.operands[0].ravel()[at.astype(np.int32)]
+    return _value_levels(scores)[0][0]
 
 
 def _topk_at_once(arrays, ks, where, seeds, *, axes) -> list[Array]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import app, flags
 
@@ -86,7 +87,7 @@ def stepper(tx, params, grads) -> Callable[..., Any]:
 
     def run(at: int | None = None):
         if at is not None:
-            carry[1] = carry[1]._replace(count=jnp.int32(at))
+            carry[1] = carry[1]._replace(count=np.int32(at))  # no array is made for it
         carry[:] = step(carry[0], carry[1], grads)
         return carry[0]
 

@@ -152,14 +152,15 @@ def masked(
             carry, aux = when(fire, run, (carry, aux), state.count, ws, gs, held)
             stored = jax.tree.map(jnp.bitwise_xor, stored, carry) if flips else carry
             masks = live = [unpack(m) for m in stored]
-            if restarts:  # what is grown starts anew, and takes no step where others do
+            if restarts:
+                # But for what this update has grown. Slots of all others are held at their start, at
+                # every step: of those grown next, too.
                 if flips:
                     kept = jax.tree.map(lambda m, c: m & ~c, stored, carry)
-                    both = [unpack(m) for m in kept]
+                    live = [unpack(m) for m in kept]
                 else:
-                    both = [without_grown(m, fire) for m in stored]
-                before = restart(inner, before, [m | ~fire for m in both], plan, params)
-                live = masks if replaces_step else both
+                    live = [without_grown(m, fire) for m in stored]
+                before = restart(inner, before, live, plan, params)
 
         if resets is not None:
             anew = lambda old, params: restart(inner, old, None, plan, params)
@@ -177,7 +178,8 @@ def masked(
         def applied(d, w, m, alive):
             return jnp.where(m, jnp.where(alive, d.astype(w.dtype), jnp.zeros((), w.dtype)), -w)
 
-        out = [applied(*row) for row in zip(plan.take(deltas), ws, masks, live)]
+        moving = masks if replaces_step else live  # a replaced step moves nothing
+        out = [applied(*row) for row in zip(plan.take(deltas), ws, masks, moving)]
         if settle is not None:
             after = [w + d for w, d in zip(ws, out)]
             was = masks

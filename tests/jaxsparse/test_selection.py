@@ -1,13 +1,16 @@
 """Selection is exact: against plain NumPy, in every transformation of JAX, on any sharding."""
 
 import functools
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -518,6 +521,85 @@ def test_masks_searched_side_by_side_are_those_searched_one_by_one(ties):
         x[:5], counts, w[:5], salts, axes=axes
     )
     np.testing.assert_equal(jax.device_get(at_once), jax.device_get(alone[:5]))
+
+    # What a single CPU device runs, of arrays whose last axes are ranked.
+    in_rows = jax.jit(selection._topk_in_rows, static_argnames=("axes", "length"))
+    for length in (8, 64):
+        found = in_rows(x[:4], counts[:4], w[:4], salts[:4], axes=axes[:4], length=length)
+        np.testing.assert_equal(jax.device_get(found), jax.device_get(alone[:4]))
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    kinds=st.lists(KINDS, min_size=2, max_size=4),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    hashed=st.booleans(),
+    sampled=st.booleans(),
+)
+@settings(max_examples=12)
+def test_rows_of_many_arrays_hold_the_masks_of_each(seed, kinds, dtype, hashed, sampled):
+    rng = np.random.default_rng(seed)
+    shapes = [tuple(map(int, rng.integers(1, 9, rng.integers(1, 4)))) for _ in kinds]
+    x = [scores_like(rng, s, dtype, kind) for s, kind in zip(shapes, kinds)]
+    axes = tuple(tuple(range(int(rng.integers(0, len(s))), len(s))) for s in shapes)
+    slices = [s[: len(s) - len(a)] for s, a in zip(shapes, axes)]
+    n = [jnp.asarray(rng.integers(0, np.prod(s) + 2, c)) for s, c in zip(shapes, slices)]
+    where = [jnp.asarray(rng.random(s) < 0.7) if rng.random() < 0.5 else None for s in shapes]
+    salts = [jnp.uint32(i + seed) if hashed else None for i in range(len(x))]
+    counts = [selection._count_per_slice(k, v.shape, a) for v, k, a in zip(x, n, axes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SAMPLED_FROM", 0 if sampled else 1 << 17)
+        found = selection._topk_in_rows(x, counts, where, salts, axes, length=4)
+    ties = "hash" if hashed else "position"
+    for v, k, w, salt, a, mask in zip(x, n, where, salts, axes, found):
+        alone = selection.topk_mask(v, k, where=w, ties=ties, seed=salt, axis=a)
+        np.testing.assert_array_equal(mask, alone)
+
+
+def test_rows_are_for_arrays_that_they_waste_little_of():
+    fits = functools.partial(selection._fits_rows, length=1024)
+    x = jnp.zeros((4, 8, 512))
+    assert fits(x, (0, 1, 2)) and fits(x, (1, 2)) and fits(jnp.zeros(10), (0,))
+    assert not fits(x, (0, 1)), "the ranked axes are not the last"
+    assert not fits(jnp.zeros((1000, 100)), (1,)), "ten times as much would be read"
+    assert not fits(x.astype(jnp.int32), (0, 1, 2))
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np, optax, sys, jaxsparse
+from jaxsparse import selection
+used, rows = [], selection._topk_in_rows
+selection._topk_in_rows = lambda *a, **k: used.append(1) or rows(*a, **k)
+keys = jax.random.split(jax.random.key(0), 3)
+params = {f"kernel{i}": jax.random.normal(k, (30, 50)) for i, k in enumerate(keys)}
+digest = []
+for name in ("rigl", "set"):
+    tx = jaxsparse.make(name, optax.sgd(0.1), sparsity=0.8, total_steps=20, update_every=2)
+    step, state = jax.jit(tx.update), tx.init(params)
+    for i in range(5):
+        grads = jax.tree.map(lambda p: jnp.sign(p) * jnp.abs(jnp.round(2 * p)), params)
+        _, state = step(grads, state, params)
+    masks = jax.device_get(jaxsparse.get_masks(state))
+    digest += [np.packbits(masks[k]).tobytes().hex() for k in sorted(masks)]
+print(jax.device_count(), bool(used), *digest)
+"""
+
+
+def test_one_device_finds_the_masks_of_many():
+    def run(devices):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, "-c", ONE_DEVICE],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    (one, in_rows, *masks), (two, in_turn, *same) = run(1), run(2)
+    assert (one, in_rows, two, in_turn) == ("1", "True", "2", "False")
+    assert masks == same and len(masks) == 6
 
 
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])
