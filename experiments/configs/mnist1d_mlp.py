@@ -7,6 +7,6 @@ def get_config():
     c = base.get_config()
     c.dataset, c.model = "mnist1d", "mlp"
     c.model_options.hidden = (256, 256)
-    c.steps = 4000
+    c.steps = 6000
     c.learning_rate = 2e-3
     return c
