@@ -2,6 +2,7 @@
 
 import functools
 
+import contracts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse
-from jaxsparse.testing import by_path, close, masks_of, same
+from jaxsparse.testing import by_path, close, masks_of, parameters, same, target
 
 STEPS = 5
 SHAPE = (16, 32)
@@ -151,6 +152,23 @@ def test_jit_with_sharded_parameters(name, mesh):
     for t, (p, s) in enumerate(states):
         wrong = [q for q, x, want in leaves_like(s, p) if not x.sharding.is_equivalent_to(want, 2)]
         assert not wrong, f"{wrong} are not sharded like their weights after {t} steps"
+
+
+@pytest.mark.parametrize("name", jaxsparse.METHODS)
+def test_every_method_finds_the_masks_of_one_device_where_weights_are_sharded(name, mesh):
+    """Columns of each kernel on eight devices."""
+    method = contracts.subject(name)
+    split = lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "x") if x.ndim > 1 else P())
+
+    def spread(tree):
+        return jax.tree.map(lambda x: jax.device_put(x, split(x)), tree)
+
+    start = parameters()
+    run = method.train(
+        spread(start), method.tx.init(spread(start)), spread(target(start)), method.steps
+    )
+    same(method.run.masks, run.masks, f"{name}: masks")
+    close(method.run.params, run.params, f"{name}: weights", rtol=1e-4, atol=1e-5)
 
 
 def test_packed_masks_keep_the_sharding_of_the_other_axes(mesh):
