@@ -100,6 +100,11 @@ class Rows(Entries):
         return -(-self.sizes // self.shape[1])
 
     @property
+    def starts(self) -> np.ndarray:
+        """The first row of each of them."""
+        return np.cumsum(self.rows) - self.rows
+
+    @property
     def owner(self) -> np.ndarray:
         """Which of them each row belongs to."""
         return np.repeat(np.arange(len(self.parts)), self.rows)
@@ -109,8 +114,8 @@ class Rows(Entries):
 
     def gathered(self, x: Array, combine: Callable[..., Array], nothing: Any) -> Array:
         i = np.arange(max(self.rows))
-        start, is_own = np.cumsum(self.rows) - self.rows, i < self.rows[:, None]
-        numbers = x[..., 0][..., np.where(is_own, start[:, None] + i, 0)]
+        is_own = i < self.rows[:, None]
+        numbers = x[..., 0][..., np.where(is_own, self.starts[:, None] + i, 0)]
         return combine(jnp.where(is_own, numbers, nothing), axis=-1)
 
 

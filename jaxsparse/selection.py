@@ -625,40 +625,32 @@ def _topk_in_rows(arrays, ks, where, seeds, axes, *, length: int) -> list[Array]
 
     scores = jnp.concatenate([in_rows(*row) for row in zip(arrays, where, slices)])
     parts = tuple(x.size // n for x, n in zip(arrays, slices) for _ in range(n))
-    rows = Rows(scores.shape, (1,), (), lambda: ([], None), parts)
-    place = np.concatenate([np.arange(n) for n in rows.rows]) * length
-    if seeds[0] is None:
-        numbers = (jnp.asarray(place, jnp.uint32),)
-        lowest = np.negative(rows.sizes)
-        ties = [Bounds(lowest, -1, smooth=True)]
-    else:
-        before = np.concatenate([np.arange(n) * (x.size // n) for x, n in zip(arrays, slices)])
-        place = (place + before[rows.owner]).astype(np.uint32)
-        of_slice = [jnp.broadcast_to(seed, n) for seed, n in zip(seeds, slices)]
-        numbers = (jnp.asarray(place), *_hash_keys(jnp.concatenate(of_slice)[rows.owner]))
-        ties = _tie_bounds(0, True, False, None)
 
     def levels(scores, numbers):
         place, *keys = (x[:, None] for x in numbers)
         place = place + lax.broadcasted_iota(jnp.uint32, scores.shape, 1)
-        if keys:
-            tie = _as_int(_hash_of(place, *keys)) ^ INT_MIN
-        else:
-            tie = ~_as_int(place)
+        tie = _as_int(_hash_of(place, *keys)) ^ INT_MIN if keys else ~_as_int(place)
         found, inside = _value_levels(scores)
         return [*found, tie], inside
 
-    rows = dataclasses.replace(rows, operands=(scores, numbers), levels=levels)
-    bounds = [*_value_bounds(dtype), *ties]
+    rows = Rows(scores.shape, (1,), (scores,), levels, parts)
+    place = (np.arange(len(rows.owner)) - rows.starts[rows.owner]) * length
+    keys: tuple[Array, ...] = ()
+    if seeds[0] is not None:
+        before = np.concatenate([np.arange(n) * (x.size // n) for x, n in zip(arrays, slices)])
+        place = place + before[rows.owner]
+        of_slice = [jnp.broadcast_to(seed, n) for seed, n in zip(seeds, slices)]
+        keys = _hash_keys(jnp.concatenate(of_slice)[rows.owner])
+
+    numbers = (jnp.asarray(place, jnp.uint32), *keys)
+    rows = dataclasses.replace(rows, operands=(scores, numbers))
     k = jnp.concatenate([jnp.broadcast_to(k.ravel(), n) for (k,), n in zip(ks, slices)])
-    first = None
+    bounds, first = _bounds_apart([rows], dtype, bool(keys)), None
     if scores.size >= _SAMPLED_FROM:
         first = _around_rank(_sample(rows), k / rows.sizes, bounds[0])
-    found = _search.search([rows], (k,), bounds, first, apart=True)
-    found = found._replace(lo=[rows.facing(x) for x in found.lo])
-    mask = _mask(rows, found, rows.facing(k > 0))
+    (mask,) = _masks_apart([rows], (k,), bounds, first)
 
-    masks, ends = [], np.cumsum(rows.rows)[np.cumsum(slices) - 1]
+    masks, ends = [], (rows.starts + rows.rows)[np.cumsum(slices) - 1]
     for x, n, start, end in zip(arrays, slices, [0, *ends], ends):
         own = mask[start:end].reshape(n, -1)[:, : x.size // n]
         masks.append(own.reshape(x.shape))
@@ -670,8 +662,7 @@ def _sample(rows: Rows) -> Array:
     groups of 2, 4, 64 and so on could have."""
     n = min(max(2**16 // len(rows.parts), 64), 1024)
     spread = np.arange(n) * ((math.sqrt(5) - 1) / 2) % 1
-    places = (np.cumsum(rows.rows) - rows.rows) * rows.shape[1]
-    at = places[:, None] + (spread * rows.sizes[:, None]).astype(np.int64)
+    at = rows.starts[:, None] * rows.shape[1] + (spread * rows.sizes[:, None]).astype(np.int64)
     scores = rows.operands[0].ravel()[at.astype(np.int32)]
     return _value_levels(scores)[0][0]
 
@@ -679,16 +670,24 @@ def _sample(rows: Rows) -> Array:
 def _topk_at_once(arrays, ks, where, seeds, *, axes) -> list[Array]:
     rows = zip(arrays, where, seeds, axes)
     entries = [_entries((x,), _identity, w, seed, shape=x.shape, axes=a) for x, w, seed, a in rows]
-    bounds = _value_bounds(arrays[0].dtype)
-    if seeds[0] is not None:
-        bounds += _tie_bounds(0, True, False, None)
-    else:
-        slices = [math.prod(e.kept_shape) for e in entries]
-        lowest = np.repeat([-e.ranked for e in entries], slices).astype(np.int32)
-        bounds.append(Bounds(lowest, -1, smooth=True))
+    bounds = _bounds_apart(entries, arrays[0].dtype, seeds[0] is not None)
     in_a_row = [jnp.broadcast_to(k, e.kept_shape).ravel() for (k,), e in zip(ks, entries)]
-    k = (jnp.concatenate(in_a_row),)
-    found, some, masks = _search.search(entries, k, bounds, apart=True), positive(k), []
+    return _masks_apart(entries, (jnp.concatenate(in_a_row),), bounds)
+
+
+def _bounds_apart(entries: Sequence[Entries], dtype: Any, hashed: bool) -> list[Bounds]:
+    """The bounds of arrays that are ranked apart, whose positions start at a number for each slice."""
+    if hashed:
+        return _value_bounds(dtype) + _tie_bounds(0, True, False, None)
+    lowest = -np.concatenate([e.sizes for e in entries])
+    return [*_value_bounds(dtype), Bounds(lowest, -1, smooth=True)]
+
+
+def _masks_apart(
+    entries: Sequence[Entries], k: Count, bounds: Sequence[Bounds], first: Array | None = None
+) -> list[Array]:
+    """The masks of arrays that are ranked apart, in the same passes."""
+    found, some, masks = _search.search(entries, k, bounds, first, apart=True), positive(k), []
     for i, e in enumerate(entries):
         own = functools.partial(_search.cut, entries, i)
         masks.append(_mask(e, found._replace(lo=[own(lo) for lo in found.lo]), own(some)))

@@ -153,8 +153,8 @@ def masked(
             stored = jax.tree.map(jnp.bitwise_xor, stored, carry) if flips else carry
             masks = live = [unpack(m) for m in stored]
             if restarts:
-                # But for what this update has grown. Slots of all others are held at their start, at
-                # every step: of those grown next, too.
+                # Live is what is kept, but for what this update has grown. The slots of all that is not
+                # are held at their start, at every step, and so are those of what is grown later.
                 if flips:
                     kept = jax.tree.map(lambda m, c: m & ~c, stored, carry)
                     live = [unpack(m) for m in kept]
