@@ -17,8 +17,8 @@ from jaxsparse.masking import apply_masks, get_masks, get_raw_params
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
 from jaxsparse.methods import __all__ as _methods
 from jaxsparse.plan import prune
+from jaxsparse.structures.transposable import transposable_nm_mask
 from jaxsparse.summary import Summary, summarize
-from jaxsparse.transposable import transposable_nm_mask
 
 if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import analysis as analysis

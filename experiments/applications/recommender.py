@@ -19,8 +19,8 @@ import optax
 from jax import Array
 
 import jaxsparse
+from jaxsparse import engines, schedules
 from jaxsparse import plan as plans
-from jaxsparse import schedules, transforms
 from jaxsparse.analysis.page import markdown_table
 
 
@@ -94,7 +94,7 @@ def train(
         params, masks, total = carry
         weights, grads = ([jnp.abs(x) for x in plan.take(tree)] for tree in (params, total))
         salts = [leaf.salt(seed, i) for leaf in plan.leaves]
-        new = transforms.swap(plan.leaves, masks, weights, grads, fraction(i), salts=salts)
+        new = engines.swap(plan.leaves, masks, weights, grads, fraction(i), salts=salts)
         return keep(params, new), new, jax.tree.map(jnp.zeros_like, total)
 
     def step(carry, i):

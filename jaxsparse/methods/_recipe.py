@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsparse import allocations, plan, schedules, scores, structures
 from jaxsparse._counts import is_concrete
-from jaxsparse.transforms import Step, keep_best
+from jaxsparse.engines import Step, keep_best
 
 
 def plan_for(targets: Any, structure: Any):

@@ -10,9 +10,9 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import keep_best, masked
 
 # Percent of the run: the authors' 100 epochs on ImageNet.
 _SWITCHES = (10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85)
@@ -79,7 +79,7 @@ def ac_dc(
         scores.magnitude, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
         ramp=compressed, seed=seed,
     )  # fmt: skip
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         rule,

@@ -10,9 +10,9 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import keep_best, masked
 
 
 def cumulative_error(errors: Iterable[float]) -> float:
@@ -90,7 +90,7 @@ def app(
     rule = keep_best(
         function, recipe.allocation_of(allocation), sparsity, ramp=ramp, nested=True, seed=seed
     )
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.all_kept,

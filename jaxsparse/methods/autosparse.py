@@ -10,15 +10,15 @@ import optax
 
 from jaxsparse import schedules, selection
 from jaxsparse._counts import kept_count
-from jaxsparse.methods import _recipe as recipe
-from jaxsparse.methods._registry import register
-from jaxsparse.transforms import (
+from jaxsparse.engines import (
     Projection,
     Step,
     soft_threshold_learner,
     straight_through,
     threshold_of,
 )
+from jaxsparse.methods import _recipe as recipe
+from jaxsparse.methods._registry import register
 
 
 def learned_threshold(

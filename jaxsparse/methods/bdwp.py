@@ -6,12 +6,12 @@ from typing import Any
 
 import optax
 
+from jaxsparse.engines.two_view import two_view
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import along_outputs, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.structures import NM
-from jaxsparse.transforms.two_view import two_view
 
 
 @register(

@@ -11,13 +11,13 @@ from jax import Array
 
 from jaxsparse import scores, selection
 from jaxsparse._counts import is_concrete, when
+from jaxsparse.engines.two_view import two_view
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import aligned, along_outputs, grouped, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
-from jaxsparse.transforms.two_view import two_view
 
 
 def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: Any) -> Array:

@@ -11,10 +11,10 @@ import optax
 from jaxsparse import masking, selection
 from jaxsparse import plan as plans
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
+from jaxsparse.engines._common import broken
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, apportion, by_layer, by_leaf, masked, refill
-from jaxsparse.transforms._common import broken
 
 
 @register(
@@ -126,7 +126,7 @@ def deep_r(
         rows = zip(views, alive, signs)
         return masks, [jnp.where(a, v.w, sign * newborn(v.w)) for v, a, sign in rows]
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, None),
         recipe.random_masks(budget, sparsity, seed),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import optax
 
+from jaxsparse.engines._common import check_inner
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms._common import check_inner
 
 
 @register(

@@ -9,9 +9,9 @@ import optax
 
 from jaxsparse import schedules, selection
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, apportion, by_layer, by_leaf, masked, refill
 
 
 @register(
@@ -94,7 +94,7 @@ def dsr(
         factor = jnp.where(pruned > 1.1 * wanted, 0.5, jnp.where(pruned < 0.9 * wanted, 2.0, 1.0))
         return masks, height * factor
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, None),
         recipe.random_masks(

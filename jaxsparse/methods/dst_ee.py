@@ -9,9 +9,9 @@ import optax
 
 from jaxsparse import schedules
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, masked, swap
 
 
 @register(
@@ -87,7 +87,7 @@ def dst_ee(
         )  # fmt: skip
         return masks, [n + m for n, m in zip(step.aux, masks)]
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),

@@ -10,9 +10,9 @@ import optax
 from jaxsparse import plan as plans
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, masked, swap
 
 
 @register(
@@ -100,7 +100,7 @@ def granet(
             salts=step.salts(seed),
         )  # fmt: skip
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.random_masks(initial_allocation, initial_sparsity, seed)

@@ -9,9 +9,9 @@ import optax
 
 from jaxsparse import plan as plans
 from jaxsparse import schedules, scores
+from jaxsparse.engines import Step, hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, keep_best, masked
 
 
 @register(
@@ -78,7 +78,7 @@ def gsm(
             for v, b in zip(step.views, chosen)
         ]
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.all_kept,

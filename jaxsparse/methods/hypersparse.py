@@ -14,9 +14,9 @@ from jaxsparse import plan as plans
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
 from jaxsparse.allocations import Global
+from jaxsparse.engines import Step, hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, keep_best, masked
 
 # artanh(1 / sqrt(3)): where tanh bends most; sech^2 is 2/3 there.
 _BEND = 0.6584789484624083
@@ -150,7 +150,7 @@ def hypersparse(
 
         return [push(v) for v in step.views]
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, None),
         recipe.all_kept,

@@ -9,9 +9,9 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete, when
+from jaxsparse.engines import Step, hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, keep_best, masked
 
 
 @register(
@@ -112,12 +112,12 @@ def iss_p(
 
     plan_for = recipe.plan_for(targets, structure)
     if penalty == "l2":
-        return masked(
+        return hold_masks(
             inner, plan_for, recipe.all_kept, rule=grow, updates=updates, inner_sees=pulled,
             init_aux=lambda step: [jnp.zeros_like(v.w) for v in step.views],
             pack_masks=pack_masks,
         )  # fmt: skip
-    return masked(
+    return hold_masks(
         inner, plan_for, recipe.all_kept, rule=best, updates=schedules.At((updates.end,)),
         settle=settle, pack_masks=pack_masks,
     )  # fmt: skip

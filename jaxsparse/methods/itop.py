@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import masking, schedules, scores
+from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, masked, swap
 
 _REFERENCE = (
     "Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in "
@@ -68,7 +68,7 @@ def _itop(
         both = [masking.pack(f.unpack() | m) for f, m in zip(step.aux.masks, masks)]
         return masks, Fired(both)
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),

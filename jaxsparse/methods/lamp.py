@@ -8,9 +8,9 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse.allocations import Global
+from jaxsparse.engines import hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import keep_best, masked
 
 
 @register(
@@ -72,7 +72,7 @@ def lamp(
     rule = keep_best(
         scores.magnitude, Global(rescale="lamp"), sparsity, ramp=ramp, nested=True, seed=seed
     )
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, None),
         recipe.all_kept,

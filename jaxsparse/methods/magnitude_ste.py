@@ -8,9 +8,9 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Projection, keep_best, refresh, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Projection, keep_best, refresh, straight_through
 
 
 @register(

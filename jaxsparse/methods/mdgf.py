@@ -10,9 +10,9 @@ import optax
 
 from jaxsparse import plan as plans
 from jaxsparse import schedules, structures
+from jaxsparse.engines import Projection, Step, straight_through
 from jaxsparse.methods._registry import register
 from jaxsparse.structures import NM
-from jaxsparse.transforms import Projection, Step, straight_through
 
 REFERENCE = (
     "Bambhaniya et al., Progressive gradient flow for robust N:M sparsity training in transformers, "

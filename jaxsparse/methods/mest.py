@@ -14,10 +14,10 @@ from jaxsparse import plan as plans
 from jaxsparse import schedules, selection, structures
 from jaxsparse._counts import is_concrete
 from jaxsparse.allocations import ByShape
+from jaxsparse.engines import Step, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 from jaxsparse.plan import Leaf
-from jaxsparse.transforms import Step, masked, refill
 
 _REFERENCE = "Yuan et al., MEST: accurate and fast memory-economic sparse training framework on the edge, 2021"
 
@@ -96,7 +96,7 @@ def _mest(
         if soft
         else recipe.random_masks(budget, sparsity, seed)
     )
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         start,

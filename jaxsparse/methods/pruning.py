@@ -18,9 +18,9 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Projection, hold_masks, keep_best, refresh, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Projection, keep_best, masked, refresh, straight_through
 
 _GRADUAL = "dense before begin_step, sparser along the schedule"
 
@@ -62,7 +62,7 @@ def one_shot(
         function, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
         ramp=schedules.one_shot(begin_step), seed=seed,
     )  # fmt: skip
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.all_kept if getattr(function, "needs_gradient", False) else rule,
@@ -91,7 +91,7 @@ def _gradual(
     plan_for = recipe.plan_for(targets, structure)
     if not recovery:
         init = recipe.all_kept if getattr(score, "needs_gradient", False) else rule
-        return masked(inner, plan_for, init, rule=rule, updates=updates, pack_masks=pack_masks)
+        return hold_masks(inner, plan_for, init, rule=rule, updates=updates, pack_masks=pack_masks)
 
     # Masked weights keep their last value, out of sight, and may come back with it.
     return straight_through(

@@ -7,9 +7,9 @@ from typing import Any
 import optax
 
 from jaxsparse import schedules, scores
+from jaxsparse.engines import drop_and_grow, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import drop_and_grow, masked
 
 
 @register(
@@ -66,7 +66,7 @@ def rigl(
     updates = schedules.window(
         total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
     )
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),

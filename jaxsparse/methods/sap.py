@@ -12,9 +12,9 @@ from jax import Array
 
 from jaxsparse import schedules, selection
 from jaxsparse._counts import is_concrete
+from jaxsparse.engines import Step, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, masked
 
 
 def pq_index(
@@ -166,7 +166,7 @@ def sap(
         due = updates.fires(step.count)
         return step.masks, [jnp.where(due, w0, v.w) for w0, v in zip(step.aux, step.views)]
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, None),
         recipe.all_kept,

@@ -10,10 +10,10 @@ import optax
 
 from jaxsparse import plan as plans
 from jaxsparse import schedules
+from jaxsparse.engines import Projection, Step, straight_through
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.mdgf import REFERENCE, check_pattern, largest
 from jaxsparse.structures import NM
-from jaxsparse.transforms import Projection, Step, straight_through
 
 Stages = Literal["stepwise", "geometric", "densify"]
 

@@ -10,9 +10,9 @@ from jax import Array
 
 from jaxsparse import schedules, scores, selection, structures
 from jaxsparse._counts import scale_count
+from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, View, drop_and_grow, masked, refill
 
 
 def _kept_by_sign(v: View, fraction) -> tuple[Array, Array]:
@@ -81,7 +81,7 @@ def set_(
         )  # fmt: skip
 
     by_magnitude = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
         recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),

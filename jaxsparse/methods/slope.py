@@ -14,12 +14,12 @@ from jaxsparse import schedules, scores
 from jaxsparse import targets as rules
 from jaxsparse._counts import is_concrete, when
 from jaxsparse.allocations import Uniform
+from jaxsparse.engines import hold_masks, keep_best
+from jaxsparse.engines.two_view import two_view
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import along_outputs, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.structures import NM
-from jaxsparse.transforms import keep_best, masked
-from jaxsparse.transforms.two_view import two_view
 
 _ADAPTER = re.compile(r"(^|/)adapter_(in|out)$")
 
@@ -105,7 +105,7 @@ def slope(
         return when((count + 1) % update_every == 0, choose, old[0], w, m), None
 
     tx = two_view(
-        masked(inner, plan_for, init, pack_masks=pack_masks), plan_for, kind, rule,
+        hold_masks(inner, plan_for, init, pack_masks=pack_masks), plan_for, kind, rule,
         pack_masks=pack_masks,
     )  # fmt: skip
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, selection
+from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, momentum, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, apportion, by_layer, by_leaf, masked, momentum, refill
 
 
 @register(
@@ -109,7 +109,7 @@ def snfs(
         )  # fmt: skip
         return refill(step.leaves, keep, grown, wanted, salts=step.salts(seed))
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, None),
         init,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import scores, structures
+from jaxsparse.engines import Projection, keep_best, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Projection, keep_best, straight_through
 
 
 @register(

@@ -12,10 +12,10 @@ from jax import Array
 from jaxsparse import schedules, selection
 from jaxsparse._counts import kept_count, scale_count
 from jaxsparse.allocations import last_leaf
+from jaxsparse.engines import Step, View, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 from jaxsparse.structures import FanIn
-from jaxsparse.transforms import Step, View, masked
 
 
 def _rewire(v: View, kept, fraction, gamma, ablate: bool, salt: Array) -> Array:
@@ -132,7 +132,7 @@ def srigl(
             for v, s in zip(step.views, budget.sparsities(step.leaves, sparsity))
         ]  # fmt: skip
 
-    return masked(
+    return hold_masks(
         inner,
         recipe.plan_for(targets, FanIn()),
         recipe.random_masks(budget, sparsity, seed),

@@ -11,9 +11,9 @@ from jax import Array
 
 from jaxsparse import schedules, selection
 from jaxsparse._counts import is_concrete, when
+from jaxsparse.engines import Projection, Step, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Projection, Step, straight_through
 
 _REFERENCE = (
     "Vanderschueren & De Vleeschouwer, Are straight-through gradients and soft-thresholding all you "

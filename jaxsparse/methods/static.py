@@ -10,9 +10,9 @@ import optax
 
 from jaxsparse import masking
 from jaxsparse import targets as targets_
+from jaxsparse.engines import Step, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.transforms import Step, masked
 
 
 @register(
@@ -61,7 +61,7 @@ def static(
             f"sparsity={sparsity}: these masks fix the sparsity themselves; leave it out"
         )
     if given:
-        return masked(
+        return hold_masks(
             inner,
             lambda params: _plan_of(params, masks),
             lambda step: [_given(masks, v) for v in step.views],
@@ -69,9 +69,9 @@ def static(
         )
     plan_for = recipe.plan_for(targets, structure)
     if masks == "from_params":
-        return masked(inner, plan_for, _nonzeros, pack_masks=pack_masks)
+        return hold_masks(inner, plan_for, _nonzeros, pack_masks=pack_masks)
     sparsity = recipe.sparsity_of(sparsity, structure)
-    return masked(
+    return hold_masks(
         inner, plan_for, recipe.random_masks(allocation, sparsity, seed), pack_masks=pack_masks
     )
 

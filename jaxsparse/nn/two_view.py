@@ -32,8 +32,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array, lax
 
+from jaxsparse.engines.two_view import backward_views
 from jaxsparse.targets import path_name
-from jaxsparse.transforms.two_view import backward_views
 
 _lecun = nnx.initializers.lecun_normal()
 

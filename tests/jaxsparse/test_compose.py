@@ -12,8 +12,8 @@ from contracts import QUICK
 
 import jaxsparse
 from jaxsparse import plan as plans
+from jaxsparse.engines._slots import restart
 from jaxsparse.testing import by_path, close, gradients, masks_of, parameters, same, target
-from jaxsparse.transforms._restart import restart
 
 
 def own():

@@ -216,7 +216,7 @@ def test_set_takes_the_gradient_step_at_an_update_too():
 
 def test_set_grows_uniformly_over_the_empty_positions():
     """Chi-square over 2000 seeds; the 99.9 % point with 11 degrees of freedom is 31.3."""
-    from jaxsparse.transforms.drop_and_grow import swap
+    from jaxsparse.engines.drop_and_grow import swap
 
     (leaf,) = shapes_plan({"w": (16, 1)})
     mask = (jnp.arange(16) < 4).reshape(16, 1)

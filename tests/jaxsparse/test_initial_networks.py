@@ -14,7 +14,7 @@ from training import masks, matrix, start, stepper
 import jaxsparse
 from jaxsparse import allocations, schedules
 from jaxsparse import plan as plans
-from jaxsparse.transposable import _greedy, transposable_nm_mask
+from jaxsparse.structures.transposable import _greedy, transposable_nm_mask
 
 SGD = optax.sgd(0.1)
 SHAPES = {"l1": (784, 300), "l2": (300, 100), "l3": (100, 10)}

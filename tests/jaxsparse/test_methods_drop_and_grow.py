@@ -12,8 +12,8 @@ from training import masks, matrix, start, stepper
 import jaxsparse
 from jaxsparse import nn
 from jaxsparse import plan as plans
+from jaxsparse.engines import View, apportion
 from jaxsparse.methods.srigl import _rewire
-from jaxsparse.transforms import View, apportion
 from pallas_kernels import condensed_matmul
 
 SGD = optax.sgd(0.1)

@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxsparse
 from jaxsparse import METHODS
+from jaxsparse.engines.two_view import backward_views
 from jaxsparse.methods import bdwp, bi_mask
 from jaxsparse.methods._backward import along_outputs
 from jaxsparse.methods.bi_mask import best_order
@@ -28,7 +29,6 @@ from jaxsparse.nn.two_view import (
 )
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
-from jaxsparse.transforms.two_view import backward_views
 
 
 def make(name, **options):

@@ -10,10 +10,10 @@ from jax import Array
 
 from jaxsparse import scores, selection, structures
 from jaxsparse._counts import scale_count
+from jaxsparse.engines._common import Step
+from jaxsparse.engines.hold_masks import Rule
 from jaxsparse.plan import Leaf
 from jaxsparse.schedules import Schedule
-from jaxsparse.transforms._common import Step
-from jaxsparse.transforms.masked import Rule
 
 
 def drop_and_grow(

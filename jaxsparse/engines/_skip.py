@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from jaxsparse.transforms._restart import placed
+from jaxsparse.engines._slots import placed
 
 
 def update_unless(

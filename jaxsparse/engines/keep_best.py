@@ -7,9 +7,9 @@ from typing import Any
 from jaxsparse import plan as plans
 from jaxsparse import scores
 from jaxsparse.allocations import Allocation
+from jaxsparse.engines._common import Step
+from jaxsparse.engines.hold_masks import Rule
 from jaxsparse.schedules import Schedule
-from jaxsparse.transforms._common import Step
-from jaxsparse.transforms.masked import Rule
 
 
 def keep_best(

@@ -1,11 +1,11 @@
 """The engines: each one wraps an inner optimizer; methods are recipes on them."""
 
-from jaxsparse.transforms._common import Step, View, momentum
-from jaxsparse.transforms.drop_and_grow import drop_and_grow, refill, swap
-from jaxsparse.transforms.masked import masked
-from jaxsparse.transforms.prune import keep_best
-from jaxsparse.transforms.redistribute import apportion, by_layer, by_leaf
-from jaxsparse.transforms.straight_through import (
+from jaxsparse.engines._common import Step, View, momentum
+from jaxsparse.engines.drop_and_grow import drop_and_grow, refill, swap
+from jaxsparse.engines.hold_masks import hold_masks
+from jaxsparse.engines.keep_best import keep_best
+from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
+from jaxsparse.engines.straight_through import (
     Learner,
     Projection,
     refresh,
@@ -24,7 +24,7 @@ __all__ = [
     "by_leaf",
     "drop_and_grow",
     "keep_best",
-    "masked",
+    "hold_masks",
     "momentum",
     "refill",
     "refresh",

@@ -22,9 +22,7 @@ from jax import Array
 
 from jaxsparse import masking
 from jaxsparse._counts import when
-from jaxsparse.masking import SparseState
-from jaxsparse.plan import Plan
-from jaxsparse.transforms._common import (
+from jaxsparse.engines._common import (
     PlanFor,
     Step,
     View,
@@ -38,7 +36,9 @@ from jaxsparse.transforms._common import (
     views,
     whole,
 )
-from jaxsparse.transforms.masked import Rule, hidden
+from jaxsparse.engines.hold_masks import Rule, hidden
+from jaxsparse.masking import SparseState
+from jaxsparse.plan import Plan
 
 
 class Projection(NamedTuple):

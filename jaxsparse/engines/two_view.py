@@ -19,9 +19,9 @@ import optax
 from jax import Array
 
 from jaxsparse import masking
+from jaxsparse.engines._common import PlanFor, like, store_masks, whole
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
-from jaxsparse.transforms._common import PlanFor, like, store_masks, whole
 
 
 class BackwardView(NamedTuple):

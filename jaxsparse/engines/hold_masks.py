@@ -21,9 +21,7 @@ import optax
 from jax import Array
 
 from jaxsparse._counts import when
-from jaxsparse.masking import SparseState, mark, pack, unpack, without_grown
-from jaxsparse.schedules import At, Both, Updates
-from jaxsparse.transforms._common import (
+from jaxsparse.engines._common import (
     PlanFor,
     Step,
     broken,
@@ -36,13 +34,15 @@ from jaxsparse.transforms._common import (
     views,
     whole,
 )
-from jaxsparse.transforms._restart import restart
-from jaxsparse.transforms._skip import update_unless
+from jaxsparse.engines._skip import update_unless
+from jaxsparse.engines._slots import restart
+from jaxsparse.masking import SparseState, mark, pack, unpack, without_grown
+from jaxsparse.schedules import At, Both, Updates
 
 Rule = Callable[[Step], list[Array]]
 
 
-def masked(
+def hold_masks(
     inner: optax.GradientTransformation,
     plan_for: PlanFor,
     init: Rule,
