@@ -33,7 +33,7 @@ from jax import lax
 import jaxsparse
 from experiments import datasets, report
 from experiments.configs import base
-from experiments.train import Task, make_structure, make_task
+from experiments.train import Task, make_task
 from jaxsparse import nn
 from jaxsparse.analysis import flops, plots
 from jaxsparse.analysis.page import markdown_table
@@ -71,7 +71,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 # What methods that cannot be asked for a sparsity are swept over: fields of the config, by label.
-_NM = {label: {"options.structure": label} for label in ("2:4", "1:4", "1:8")}
+_NM = {label: {"structure": label} for label in ("2:4", "1:4", "1:8")}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "sr_ste": _NM, "mdgf": _NM, "sdgf": _NM, "bi_mask": _NM, "bdwp": _NM, "slope": _NM,
     # Thresholds start high, for the runs are short; STR's move by weight decay only.
@@ -130,19 +130,19 @@ def configure(
     fields = NEEDS.get(method, {}) | (SETTINGS[method][setting] if setting else {})
     for name, value in (changed or {}).items():
         own = name.removeprefix("config.")
-        fields[own if own != name else f"options.{name}"] = value
+        fields[own if own != name or name == "structure" else f"options.{name}"] = value
     with config.unlocked():
         config.update_from_flattened_dict(fields)
         if method in TWO_VIEW:
             config.model_options.two_view = True
-        if config.options.structure:
+        if config.structure:
             config.options.targets = _divisible(config, data)
     return config
 
 
 def _divisible(config, data) -> str:
     """The kernels whose inputs and outputs the groups divide: the same ones for one view and for two."""
-    kind: Any = make_structure(config.options.structure)
+    kind: Any = jaxsparse.structures.parse(config.structure)
     plain = config.copy_and_resolve_references()
     plain.method, plain.options = "dense", {}
     params = jax.eval_shape(make_task(plain, data).init).params

@@ -117,10 +117,13 @@ def make_optimizer(
         raise ValueError(f"optimizer={config.optimizer!r}: choose from {', '.join(inner)}")
     method = jaxsparse.METHODS[config.method]
     options = {k: v for k, v in config.options.items() if v is not None}
-    if "structure" in options:
-        options["structure"] = make_structure(options["structure"])
-    structure = options.get("structure", _default(method.fn, "structure"))
-    fixed = structure is not None and structure.sparsity is not None  # N:M says how many zeros
+    structure = config.structure
+    if structure is not None:
+        options["structure"] = structure
+    elif "structure" in method.options:
+        structure = inspect.signature(method.fn).parameters["structure"].default
+    # N:M says how many zeros there are.
+    fixed = jaxsparse.structures.resolve(structure).sparsity is not None
     for name, value in {
         "sparsity": None if fixed else config.sparsity if sparsity is None else sparsity,
         "total_steps": config.steps,
@@ -136,11 +139,6 @@ def make_optimizer(
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     return optax.with_extra_args_support(tx)
-
-
-def _default(fn, argument):
-    parameter = inspect.signature(fn).parameters.get(argument)
-    return None if parameter is None else parameter.default
 
 
 def learning_rate_schedule(config) -> optax.Schedule:
@@ -171,23 +169,6 @@ def prediction_entropy(logits: jax.Array) -> jax.Array:
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-
-
-def make_structure(text: str) -> jaxsparse.structures.Structure:
-    """`2:4`, `block:16x16`, `channel` or `fan_in`."""
-    kind, _, size = text.partition(":")
-    try:
-        if kind.isdigit():
-            return jaxsparse.structures.NM(int(kind), int(size))
-        if kind == "block":
-            return jaxsparse.structures.Block(*map(int, size.split("x")))
-        return {"channel": jaxsparse.structures.Channel, "fan_in": jaxsparse.structures.FanIn}[
-            kind
-        ]()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"structure={text!r}: write 2:4, block:16x16, channel or fan_in ({error})"
-        ) from error
 
 
 def make_task(

@@ -11,20 +11,20 @@ def get_config() -> config_dict.ConfigDict:
     c = config_dict.ConfigDict()
 
     # The method, a key of jaxsparse.METHODS, and the sparsity it is asked for (not used by methods
-    # that learn it, nor with N:M structures, which fix it). Options that stay None are left at the
-    # method's own default; one that the method does not have is an error.
+    # that learn it, nor with N:M structures, which fix it), in the structure that the zeros have. Options
+    # that stay None are left at the method's own default; one that the method does not have is an error.
     c.method = "rigl"
     c.sparsity = 0.9
+    # 2:4, block:16x16, channel, fan_in, unstructured; see jaxsparse.structures.parse
+    c.structure = config_dict.placeholder(str)
     c.options = config_dict.ConfigDict()
     c.options.update_every = config_dict.placeholder(int)
     c.options.begin_step = config_dict.placeholder(int)
     c.options.end_step = config_dict.placeholder(int)
-    c.options.initial_sparsity = config_dict.placeholder(
-        float
-    )  # of gradual pruning: its first step
+    # Of gradual pruning: that of its first step.
+    c.options.initial_sparsity = config_dict.placeholder(float)
     c.options.drop_fraction = config_dict.placeholder(float)
     c.options.allocation = config_dict.placeholder(str)  # uniform, er, erk, global, lamp, ...
-    c.options.structure = config_dict.placeholder(str)  # 2:4, block:16x16, channel, fan_in
     c.options.targets = config_dict.placeholder(str)  # regular expression: which leaves
     c.options.seed = config_dict.placeholder(int)  # of random masks; None: c.seed
     c.options.pack_masks = config_dict.placeholder(bool)

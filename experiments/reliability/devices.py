@@ -62,10 +62,10 @@ def make_config(method: str, steps: int) -> Any:
     if "update_every" in jaxsparse.METHODS[method].options:
         c.options.update_every = max(1, steps // 50)
     if method == "sr_ste":
-        c.options.structure = "2:4"
+        c.structure = "2:4"
     if method in TWO_VIEW:  # its layers have a product for each; ten outputs do not divide by four
         c.model_options.two_view = True
-        c.options.structure, c.options.targets = "2:4", "layers/0/kernel"
+        c.structure, c.options.targets = "2:4", "layers/0/kernel"
     return c
 
 

@@ -19,12 +19,13 @@ def pattern(structure: Any) -> tuple[NM, NM]:
     Raises:
       ValueError: not an N:M structure along the inputs.
     """
-    if not isinstance(structure, NM) or structure.axis != -2 or structure.strided:
+    kind = structures.resolve(structure)
+    if not isinstance(kind, NM) or kind.axis != -2 or kind.strided:
         raise ValueError(
             f"structure={structure!r}: two-view methods need NM(n, m), groups of consecutive "
             "inputs; the backward view takes the same n:m along the outputs"
         )
-    return structure, NM(structure.n, structure.m, axis=-1)
+    return kind, NM(kind.n, kind.m, axis=-1)
 
 
 def along_outputs(leaf: Leaf, kind: NM, w: Array, *, where: Any = None, order: Any = None) -> Array:

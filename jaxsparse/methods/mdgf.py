@@ -27,9 +27,10 @@ def largest(v, pattern: NM):
 
 def check_pattern(structure) -> NM:
     """The structure, if it is N:M."""
-    if not isinstance(structure, NM):
+    pattern = structures.resolve(structure)
+    if not isinstance(pattern, NM):
         raise ValueError(f"structure={structure!r}: this method is defined for NM(n, m)")
-    return structure
+    return pattern
 
 
 @register(

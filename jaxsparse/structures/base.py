@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -223,14 +224,78 @@ class NM(Structure):
         return 1.0 - self.n / self.m
 
 
-def resolve(structure: Structure | None) -> Structure:
-    """`None` means `Unstructured()`; anything else must be a `Structure`."""
+def parse(text: str) -> Structure:
+    """The structure that a text names, for configs and command lines.
+
+    | text | structure |
+    |---|---|
+    | `"unstructured"` | `Unstructured()` |
+    | `"2:4"` | `NM(2, 4)` |
+    | `"block:16x8"` | `Block(16, 8)` |
+    | `"channel"`, `"channel:-2"` | `Channel()`, `Channel(-2)` |
+    | `"fan_in"` | `FanIn()` |
+
+    Wherever `structure=` is taken, so is its text.
+
+    Args:
+      text: as in the table.
+
+    Returns:
+      The structure.
+
+    >>> parse("2:4")
+    NM(n=2, m=4, axis=-2, strided=False)
+    >>> parse("block:16x8")
+    Block(height=16, width=8)
+
+    Raises:
+      ValueError: another text, or numbers that the structure does not allow.
+    """
+    kind, _, size = text.partition(":")
+    if kind.isdigit() and size.isdigit():
+        return NM(int(kind), int(size))
+    if found := re.fullmatch(r"block:(\d+)x(\d+)", text):
+        return Block(int(found[1]), int(found[2]))
+    if found := re.fullmatch(r"channel:(-?\d+)", text):
+        return Channel(int(found[1]))
+    if text in _BY_NAME:
+        return _BY_NAME[text]
+    raise ValueError(
+        f"structure={text!r}: write 2:4 (n:m), block:16x16 (rows x columns), channel, channel:-2 "
+        "(an axis), fan_in or unstructured"
+    )
+
+
+_BY_NAME: dict[str, Structure] = {
+    "unstructured": Unstructured(),
+    "channel": Channel(),
+    "fan_in": FanIn(),
+}
+
+
+def resolve(structure: Structure | str | None) -> Structure:
+    """The structure that `structure` stands for.
+
+    Args:
+      structure: a `Structure`, a text as for `parse`, or `None` for `Unstructured()`.
+
+    Returns:
+      The structure.
+
+    >>> resolve(None), resolve("1:2").sparsity
+    (Unstructured(), 0.5)
+
+    Raises:
+      ValueError: anything else.
+    """
     if structure is None:
         return Unstructured()
+    if isinstance(structure, str):
+        return parse(structure)
     if not isinstance(structure, Structure):
         raise ValueError(
             f"structure={structure!r}: give None, Unstructured(), NM(n, m), Block(h, w), "
-            "Channel(axis) or FanIn()"
+            "Channel(axis), FanIn(), or a text such as '2:4'"
         )
     return structure
 

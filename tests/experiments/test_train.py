@@ -274,6 +274,18 @@ def test_microbatches_change_the_gradient_by_rounding_only(data, data_dir):
     assert numbers["loss"] == pytest.approx(cut_numbers["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["rigl", "magnitude", "sr_ste"])
+def test_the_job_takes_the_text_of_a_structure(data, data_dir, method):
+    config = make_config(data_dir, method=method, structure="2:4")
+    config.options.targets = "layers/0/kernel"
+    if method == "sr_ste":
+        config.options.update_every = None  # it has none
+    state, _ = final_state(config, data)
+    kernel = np.asarray(state.params["layers"][0]["kernel"])
+    per_group = (kernel.reshape(16, 4, 32) != 0).sum(axis=1)
+    assert (per_group == 2).all()
+
+
 # Refusals.
 
 
@@ -291,7 +303,7 @@ def test_microbatches_change_the_gradient_by_rounding_only(data, data_dir):
         ({"microbatches": 6}, "microbatches=6: must be a power of two that divides batch_size=64"),
         ({"parallel": "pmap", "microbatches": 4}, "microbatches=4 does not divide over 8 devices"),
         ({"parallel": "fsdp", "tensor": 2, "microbatches": 8}, "microbatches=8: not with tensor=2"),
-        ({"options": {"structure": "2x4"}}, "structure='2x4': write 2:4, block:16x16"),
+        ({"structure": "2x4"}, "structure='2x4': write 2:4 .*block:16x16"),
         ({"batch_size": 5000}, "batch_size=5000: must be between 1 and the 1497 examples"),
     ],
 )

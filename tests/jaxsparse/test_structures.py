@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxsparse
 from jaxsparse import structures
 from jaxsparse.structures import NM, Block, Channel, FanIn, Unstructured
 
@@ -119,9 +121,72 @@ def test_a_layer_that_cannot_have_the_structure_is_named(kind, shape, message):
         (lambda: Block(0, 4), "at least 1"),
         (lambda: NM(5, 4), "need 1 <= n <= m"),
         (lambda: NM(0, 4), "need 1 <= n <= m"),
-        (lambda: structures.resolve("2:4"), "structure='2:4': give None"),
+        (lambda: structures.resolve(4), "structure=4: give None.*or a text such as '2:4'"),
+        (lambda: structures.parse("5:4"), "need 1 <= n <= m"),
+        (lambda: structures.parse("block:0x4"), "at least 1"),
+        *[
+            (lambda text=text: structures.parse(text), f"structure={text!r}: write 2:4")
+            for text in (
+                "2x4",
+                "2:",
+                ":4",
+                "block",
+                "block:4",
+                "block:4x",
+                "channel:a",
+                "fanin",
+                "",
+            )
+        ],
     ],
 )
 def test_a_structure_that_makes_no_sense_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+TEXTS = {
+    "unstructured": Unstructured(),
+    "2:4": NM(2, 4),
+    "block:2x4": Block(2, 4),
+    "channel": Channel(-1),
+    "channel:-2": Channel(-2),
+    "fan_in": FanIn(),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_structure_is_named_by_its_text(text):
+    assert structures.parse(text) == structures.resolve(text) == TEXTS[text]
+
+
+WITH_STRUCTURE = [n for n, m in jaxsparse.METHODS.items() if "structure" in m.options]
+
+
+@pytest.mark.parametrize("name", WITH_STRUCTURE)
+def test_every_method_with_a_structure_takes_its_text(name):
+    method, text = jaxsparse.METHODS[name], "2:4"
+    if name.startswith("mest"):  # defined for every structure but N:M
+        text = "block:2x4"
+    fixed = TEXTS[text].sparsity is not None
+    options = {
+        "total_steps": 1000,
+        "sparsity": None if fixed else 0.5,
+        "allocation": "uniform",  # a global one, the default of some, has no place for N:M
+    }
+    options = {k: v for k, v in options.items() if k in method.options and v is not None}
+    params = {"kernel": normal((8, 8))}
+
+    def program(structure):
+        tx = method.fn(optax.sgd(0.1), structure=structure, **options)
+        step = lambda g, p: tx.update(g, tx.init(p), p, value=jnp.float32(1.0))
+        return str(jax.make_jaxpr(step)(params, params))
+
+    assert program(text) == program(TEXTS[text])
+
+
+def test_a_mapping_of_structures_takes_texts():
+    params = {"a": {"kernel": normal((8, 8))}, "b": {"kernel": normal((8, 8), 1)}}
+    written = jaxsparse.prune(params, 0.5, structure={"^a": "2:4", "^b": "block:4x4"})
+    built = jaxsparse.prune(params, 0.5, structure={"^a": NM(2, 4), "^b": Block(4, 4)})
+    jax.tree.map(np.testing.assert_array_equal, written, built)
