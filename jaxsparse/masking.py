@@ -28,8 +28,8 @@ class SparseState(NamedTuple):
 
     Attributes:
       count: int32 scalar, updates done.
-      masks: tree of masks as they are stored: bool; uint8 (`mark`) where weights that grow start
-        anew; `PackedMask` with `pack_masks=True`. `get_masks` reads them all.
+      masks: tree of masks as they are stored: boolean arrays, or `PackedMask` with
+        `pack_masks=True`.
       raw: tree of raw weights z at sparse leaves, or None.
       shift: tree of thresholds that are subtracted from |z|, or None (0).
       scale: tree of factors per leaf or per output, or None (1).
@@ -103,29 +103,8 @@ def _places(at: int, axis: int) -> Array:
     return jnp.arange(8, dtype=jnp.uint8).reshape(*[1] * (at + 1), 8, *[1] * (-axis - 1))
 
 
-def mark(mask: Array, before: Array) -> Array:
-    """A mask that remembers which weights it has grown, those not in `before`, in the byte that it
-    takes anyway: uint8, 0 where pruned, 1 where grown, 2 at the other weights that are kept.
-
-    >>> mark(jnp.array([True, True, False]), jnp.array([False, True, False])).tolist()
-    [1, 2, 0]
-    """
-    return (mask.astype(jnp.uint8) << 1) - (mask & ~before)
-
-
-def without_grown(marked: Array, when: Any = True) -> Array:
-    """The boolean mask of `mark`, but for what has grown, if `when` (bool scalar).
-
-    >>> without_grown(jnp.array([1, 2, 0], jnp.uint8)).tolist()
-    [False, True, False]
-    """
-    # As wide as the weights that it is compared for: XLA makes wide vectors of both on CPU.
-    return marked.astype(jnp.int32) >= jnp.where(when, 2, 1)
-
-
 def unpack(mask):
-    """The boolean mask of what a state holds: a bool array, a marked one (`mark`), a `PackedMask`, or
-    None.
+    """The boolean mask of what a state holds: a bool array, a `PackedMask`, or None.
 
     Raises:
       ValueError: a `PackedMask` that `nnx.Optimizer` has taken apart.
@@ -137,7 +116,7 @@ def unpack(mask):
             "opt_state: masks packed by pack_masks=True lose their shapes inside nnx.Optimizer; give "
             "the method pack_masks=False to read them there"
         )
-    return without_grown(mask, False) if getattr(mask, "dtype", None) == jnp.uint8 else mask
+    return mask
 
 
 def taken_apart(x) -> bool:

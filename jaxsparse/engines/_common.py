@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.core import Tracer
@@ -183,11 +185,28 @@ def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> Pla
     return plan
 
 
-def on_all_devices(state, params):
-    """A new state whose small leaves (counts, thresholds) are on all devices of the parameters, as
-    they are after a compiled update; on one device only, the second update would compile anew."""
-    placed = [getattr(p, "sharding", None) for p in jax.tree.leaves(params)
-              if not isinstance(p, Tracer)]  # fmt: skip
+def first_state(state: SparseState, params) -> SparseState:
+    """What `init` returns: small leaves (counts, thresholds) are on all devices of the parameters, as
+    they are after a compiled update; on one device only, the second update would compile anew.
+
+    `optax.tree.map_params` asks `init` which parts of a state are like the parameters, with a
+    placeholder in their place. Only those of the inner optimizer are: masks are not to be cast with
+    the weights, and trees of masks and raw weights have no leaf where a weight is dense.
+    """
+    if isinstance(params, _placeholder()):
+        whole = lambda tree: None if tree is None else 0
+        return SparseState(
+            count=state.count,
+            masks=whole(state.masks),
+            raw=whole(state.raw),
+            shift=whole(state.shift),
+            scale=whole(state.scale),
+            inner=state.inner,
+            aux=whole(state.aux),
+        )
+    placed = [
+        getattr(p, "sharding", None) for p in jax.tree.leaves(params) if not isinstance(p, Tracer)
+    ]
     meshes = {s.mesh for s in placed if isinstance(s, NamedSharding) and s.num_devices > 1}
     if len(meshes) != 1:
         return state
@@ -198,3 +217,31 @@ def on_all_devices(state, params):
         return jax.device_put(x, everywhere) if loose else x
 
     return jax.tree.map(place, state)
+
+
+@functools.cache
+def _placeholder() -> type:
+    """The type that optax puts in place of the parameters, seen by asking as a user would."""
+    seen = []
+    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    return seen[0]
+
+
+def compiled_once(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """`update`, as one compiled program where it is called outside of `jit`.
+
+    The loops and conditionals of an update would otherwise be compiled anew at every step. Extra
+    arguments that are no arrays (functions for a line search) cannot be compiled with: there the
+    update runs as it is.
+    """
+    compiled = jax.jit(update)
+
+    def run(updates, state, params=None, **extra):
+        values = jax.tree.leaves((updates, state, params, extra))
+        outside = all(isinstance(x, _CONCRETE) and not isinstance(x, Tracer) for x in values)
+        return (compiled if outside else update)(updates, state, params, **extra)
+
+    return run
+
+
+_CONCRETE = (Array, np.ndarray, np.generic, bool, int, float, complex)

@@ -55,6 +55,37 @@ def placed(inner: optax.GradientTransformation, state, values):
         return _by_structure(state, values)
 
 
+def stand_still(fires: Array, inner: optax.GradientTransformation, before, params, deltas, after):
+    """The result (`deltas`, `after`) of a step of the inner optimizer or, where `fires` (bool
+    scalar), of none: updates of 0 and the slots of `before`.
+
+    States that hold per-weight slots stand still as a whole, so that moments do not decay and the
+    counts of their bias correction do not run ahead of them. States that hold none (the step of a
+    schedule of the learning rate, injected hyperparameters) go on: they count the steps of the run.
+    """
+
+    def choose(still, old, new):
+        return jnp.where(fires, old, new).astype(new.dtype) if still else new
+
+    flat, treedef = jax.tree.flatten(after)
+    rows = zip(_slot_states(inner, before, params), jax.tree.leaves(before), flat, strict=True)
+    deltas = jax.tree.map(lambda d: jnp.where(fires, jnp.zeros((), d.dtype), d), deltas)
+    return deltas, treedef.unflatten([choose(*row) for row in rows])
+
+
+def _slot_states(inner, state, params) -> list[bool]:
+    """For every leaf of an inner state, whether it belongs to a state that holds slots, or to one
+    that such a state wraps."""
+    depths = jax.tree_util.tree_map_with_path(lambda path, _: len(path), params)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    # A slot lies at (path of the state, its field, path of the parameter).
+    owners = {
+        path[: max(len(path) - depth - 1, 0)]
+        for path, depth in jax.tree_util.tree_leaves_with_path(placed(inner, state, depths))
+    }
+    return [any(path[:i] in owners for i in range(len(path) + 1)) for path in paths]
+
+
 def _is_masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
 

@@ -30,8 +30,9 @@ from jaxsparse.engines._common import (
     check_arguments,
     check_inner,
     check_storage,
+    compiled_once,
+    first_state,
     like,
-    on_all_devices,
     store_masks,
     views,
     whole,
@@ -121,7 +122,7 @@ def straight_through(
         found = rule(Step(jnp.int32(0), views(plan, zs), aux=aux))
         found = found._replace(masks=[like(m, w) for m, w in zip(found.masks, ws)])
         state = store(plan, jnp.zeros((), jnp.int32), zs, found, inner.init(plan.put(params, zs)))
-        return on_all_devices(state, params)
+        return first_state(state, params)
 
     def update_fn(updates, state, params=None, **extra):
         state = whole(state, init_fn, params)
@@ -158,7 +159,7 @@ def straight_through(
         count = optax.safe_increment(state.count)
         return plan.put(deltas, out), store(plan, count, zs, found, new_inner)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, compiled_once(update_fn))
 
 
 def refresh(fires, rule: Rule, step: Step) -> list[Array]:

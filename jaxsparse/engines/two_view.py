@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from jaxsparse import masking
-from jaxsparse.engines._common import PlanFor, like, store_masks, whole
+from jaxsparse.engines._common import PlanFor, compiled_once, first_state, like, store_masks, whole
 from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
 
@@ -69,8 +69,9 @@ def two_view(
             structure.check(leaf.path, leaf.layer_shape)
         state: Any = tx.init(params)
         none = [None] * len(plan.leaves)
-        aux = view(plan, plan.take(params), plan.masks(state.masks), none, state.count)
-        return state._replace(aux=aux)
+        masks = plan.masks(state.masks) if plan.leaves else []
+        aux = view(plan, plan.take(params), masks, none, state.count)
+        return first_state(state._replace(aux=aux), params)
 
     def update_fn(updates, state: Any, params: Any = None, **extra):
         new: Any
@@ -86,7 +87,7 @@ def two_view(
         old = list(zip(bs, orders))
         return updates, new._replace(aux=view(plan, ws, plan.masks(new.masks), old, state.count))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, compiled_once(update_fn))
 
 
 def backward_views(opt_state) -> dict[str, tuple[Array, Any]]:

@@ -82,10 +82,10 @@ def ac_dc(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        rule,
+        init=rule,
         rule=rule,
-        updates=events,
-        resets=lambda count: events.fires(count) & (compressed(count) == 0),
+        at=events,
+        fresh=lambda count: events.fires(count) & (compressed(count) == 0),
         pack_masks=pack_masks,
     )
 

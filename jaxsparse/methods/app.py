@@ -93,8 +93,8 @@ def app(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.all_kept,
+        init=recipe.all_kept,
         rule=rule,
-        updates=starts,
+        at=starts,
         pack_masks=pack_masks,
     )

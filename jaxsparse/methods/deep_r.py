@@ -129,10 +129,10 @@ def deep_r(
     return hold_masks(
         inner,
         recipe.plan_for(targets, None),
-        recipe.random_masks(budget, sparsity, seed),
-        inner_sees=seen,
-        settle=settle,
-        restarts=True,
-        init_aux=initial_signs,
+        init=recipe.random_masks(budget, sparsity, seed),
+        gradient=seen,
+        after=settle,
+        fresh="grown",
+        aux=initial_signs,
         pack_masks=pack_masks,
     )

@@ -97,13 +97,13 @@ def dsr(
     return hold_masks(
         inner,
         recipe.plan_for(targets, None),
-        recipe.random_masks(
+        init=recipe.random_masks(
             recipe.shape_rule(allocation), recipe.sparsity_of(sparsity, None), seed
         ),
         rule=rule,
-        updates=updates,
-        rule_sees="masked",
-        restarts=True,
-        init_aux=lambda _: jnp.asarray(threshold, jnp.float32),
+        at=updates,
+        gradient="kept",
+        fresh="grown",
+        aux=lambda _: jnp.asarray(threshold, jnp.float32),
         pack_masks=pack_masks,
     )

@@ -90,11 +90,11 @@ def dst_ee(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
         rule=rule,
-        updates=updates,
-        replaces_step=True,
-        restarts=True,
-        init_aux=lambda step: [m.astype(jnp.int32) for m in step.masks],
+        at=updates,
+        on_update="replace",
+        fresh="grown",
+        aux=lambda step: [m.astype(jnp.int32) for m in step.masks],
         pack_masks=pack_masks,
     )

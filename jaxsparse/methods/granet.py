@@ -103,11 +103,11 @@ def granet(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.random_masks(initial_allocation, initial_sparsity, seed)
+        init=recipe.random_masks(initial_allocation, initial_sparsity, seed)
         if initial_sparsity
         else recipe.all_kept,
         rule=rule,
-        updates=schedules.Both(updates, schedules.At((prune.end,))),
-        restarts=True,
+        at=schedules.Both(updates, schedules.At((prune.end,))),
+        fresh="grown",
         pack_masks=pack_masks,
     )

@@ -81,9 +81,9 @@ def gsm(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.all_kept,
+        init=recipe.all_kept,
         rule=keep_best(scores.magnitude, budget, sparsity, seed=seed),
-        updates=cut,
-        inner_sees=active,
+        at=cut,
+        gradient=active,
         pack_masks=pack_masks,
     )

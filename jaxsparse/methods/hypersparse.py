@@ -153,10 +153,10 @@ def hypersparse(
     return hold_masks(
         inner,
         recipe.plan_for(targets, None),
-        recipe.all_kept,
+        init=recipe.all_kept,
         rule=keep_best(scores.magnitude, Global(), sparsity, seed=seed),
-        updates=cut,
-        inner_sees=pushed,
-        resets=cut.fires,
+        at=cut,
+        gradient=pushed,
+        fresh=cut.fires,
         pack_masks=pack_masks,
     )

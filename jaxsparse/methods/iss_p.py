@@ -113,11 +113,11 @@ def iss_p(
     plan_for = recipe.plan_for(targets, structure)
     if penalty == "l2":
         return hold_masks(
-            inner, plan_for, recipe.all_kept, rule=grow, updates=updates, inner_sees=pulled,
-            init_aux=lambda step: [jnp.zeros_like(v.w) for v in step.views],
+            inner, plan_for, init=recipe.all_kept, rule=grow, at=updates, gradient=pulled,
+            aux=lambda step: [jnp.zeros_like(v.w) for v in step.views],
             pack_masks=pack_masks,
         )  # fmt: skip
     return hold_masks(
-        inner, plan_for, recipe.all_kept, rule=best, updates=schedules.At((updates.end,)),
-        settle=settle, pack_masks=pack_masks,
+        inner, plan_for, init=recipe.all_kept, rule=best, at=schedules.At((updates.end,)),
+        after=settle, pack_masks=pack_masks,
     )  # fmt: skip

@@ -71,13 +71,13 @@ def _itop(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
         rule=rule,
-        updates=updates,
-        rule_sees="dense" if by_gradient else "masked",
-        replaces_step=by_gradient,
-        restarts=True,
-        init_aux=lambda step: Fired([masking.pack(m) for m in step.masks]),
+        at=updates,
+        gradient="masked" if by_gradient else "kept",
+        on_update="replace" if by_gradient else "step",
+        fresh="grown",
+        aux=lambda step: Fired([masking.pack(m) for m in step.masks]),
         pack_masks=pack_masks,
     )
 

@@ -75,8 +75,8 @@ def lamp(
     return hold_masks(
         inner,
         recipe.plan_for(targets, None),
-        recipe.all_kept,
+        init=recipe.all_kept,
         rule=rule,
-        updates=updates,
+        at=updates,
         pack_masks=pack_masks,
     )

@@ -99,11 +99,11 @@ def _mest(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        start,
+        init=start,
         rule=rule,
-        updates=updates,
-        rule_sees="masked",
-        restarts=True,
+        at=updates,
+        gradient="kept",
+        fresh="grown",
         pack_masks=pack_masks,
     )
 

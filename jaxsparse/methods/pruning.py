@@ -65,9 +65,9 @@ def one_shot(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.all_kept if getattr(function, "needs_gradient", False) else rule,
+        init=recipe.all_kept if getattr(function, "needs_gradient", False) else rule,
         rule=rule,
-        updates=schedules.Updates(begin_step, begin_step),
+        at=schedules.Updates(begin_step, begin_step),
         pack_masks=pack_masks,
     )
 
@@ -91,7 +91,7 @@ def _gradual(
     plan_for = recipe.plan_for(targets, structure)
     if not recovery:
         init = recipe.all_kept if getattr(score, "needs_gradient", False) else rule
-        return hold_masks(inner, plan_for, init, rule=rule, updates=updates, pack_masks=pack_masks)
+        return hold_masks(inner, plan_for, init=init, rule=rule, at=updates, pack_masks=pack_masks)
 
     # Masked weights keep their last value, out of sight, and may come back with it.
     return straight_through(

@@ -69,15 +69,15 @@ def rigl(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
         rule=drop_and_grow(
             scores.magnitude,
             scores.gradient,
             recipe.drop_schedule(drop_fraction, updates.end),
             seed=seed,
         ),  # fmt: skip
-        updates=updates,
-        replaces_step=True,
-        restarts=True,
+        at=updates,
+        on_update="replace",
+        fresh="grown",
         pack_masks=pack_masks,
     )

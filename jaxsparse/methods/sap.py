@@ -169,11 +169,11 @@ def sap(
     return hold_masks(
         inner,
         recipe.plan_for(targets, None),
-        recipe.all_kept,
+        init=recipe.all_kept,
         rule=(lambda step: (cut(step), step.aux)) if rewind else cut,
-        updates=updates,
-        settle=back if rewind else None,
-        resets=updates.fires if rewind else None,
-        init_aux=(lambda step: [jnp.array(v.w, copy=True) for v in step.views]) if rewind else None,
+        at=updates,
+        after=back if rewind else None,
+        fresh=updates.fires if rewind else None,
+        aux=(lambda step: [jnp.array(v.w, copy=True) for v in step.views]) if rewind else None,
         pack_masks=pack_masks,
     )

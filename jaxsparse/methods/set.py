@@ -84,10 +84,10 @@ def set_(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
         rule=by_sign if removal == "signwise" else by_magnitude,
-        updates=updates,
-        rule_sees="masked",
-        restarts=True,
+        at=updates,
+        gradient="kept",
+        fresh="grown",
         pack_masks=pack_masks,
     )

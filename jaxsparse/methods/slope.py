@@ -105,7 +105,7 @@ def slope(
         return when((count + 1) % update_every == 0, choose, old[0], w, m), None
 
     tx = two_view(
-        hold_masks(inner, plan_for, init, pack_masks=pack_masks), plan_for, kind, rule,
+        hold_masks(inner, plan_for, init=init, pack_masks=pack_masks), plan_for, kind, rule,
         pack_masks=pack_masks,
     )  # fmt: skip
 

@@ -112,9 +112,9 @@ def snfs(
     return hold_masks(
         inner,
         recipe.plan_for(targets, None),
-        init,
+        init=init,
         rule=rule,
-        updates=updates,
-        inner_sees="dense",
+        at=updates,
+        gradient="dense",
         pack_masks=pack_masks,
     )

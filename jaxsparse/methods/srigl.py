@@ -135,10 +135,10 @@ def srigl(
     return hold_masks(
         inner,
         recipe.plan_for(targets, FanIn()),
-        recipe.random_masks(budget, sparsity, seed),
+        init=recipe.random_masks(budget, sparsity, seed),
         rule=rule,
-        updates=updates,
-        replaces_step=True,
-        restarts=True,
+        at=updates,
+        on_update="replace",
+        fresh="grown",
         pack_masks=pack_masks,
     )

@@ -64,15 +64,15 @@ def static(
         return hold_masks(
             inner,
             lambda params: _plan_of(params, masks),
-            lambda step: [_given(masks, v) for v in step.views],
+            init=lambda step: [_given(masks, v) for v in step.views],
             pack_masks=pack_masks,
         )
     plan_for = recipe.plan_for(targets, structure)
     if masks == "from_params":
-        return hold_masks(inner, plan_for, _nonzeros, pack_masks=pack_masks)
+        return hold_masks(inner, plan_for, init=_nonzeros, pack_masks=pack_masks)
     sparsity = recipe.sparsity_of(sparsity, structure)
     return hold_masks(
-        inner, plan_for, recipe.random_masks(allocation, sparsity, seed), pack_masks=pack_masks
+        inner, plan_for, init=recipe.random_masks(allocation, sparsity, seed), pack_masks=pack_masks
     )
 
 
