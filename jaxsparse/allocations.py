@@ -294,7 +294,7 @@ class Global:
         """The least number of weights kept in each leaf of `sizes`."""
         least = self.minimum
         if isinstance(least, float) and least < 1:
-            least = int(sum(sizes) * least)
+            least = scale_count(sum(sizes), least)
         return [min(int(least), n) for n in sizes]
 
     def rank(self, scores: Array, lead: int = 0) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from jaxsparse.targets import path_name, select
+from jaxsparse.targets import named_leaves, select
 
 
 class SparseState(NamedTuple):
@@ -189,16 +189,27 @@ def count_kept(masks) -> int:
 
 def by_path(tree) -> dict[str, Any]:
     """What a tree of masks (or of values at sparse leaves) holds, by the path of the leaf."""
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mask)[0]
-    keep = [(p, x) for p, x in flat if not (x is None or isinstance(x, optax.MaskedNode))]
-    return {path_name(path): x for path, x in keep}
+    return {path: x for path, x in named_leaves(tree, is_leaf=is_mask) if not _missing(x)}
 
 
 def from_zeros(params, targets=None):
-    """The masks of a model that is sparse already: True where a weight is not exactly 0."""
+    """The masks of a model that is sparse already: True where a weight is not exactly 0. A leaf
+    without any weight that is not (an adapter or a head at its start) is no pruned one: all of it
+    is kept, so that it trains.
+
+    >>> masks = from_zeros({"base": jnp.eye(2), "lora_b": jnp.zeros((2, 2))})
+    >>> masks["base"].tolist(), masks["lora_b"].tolist()
+    ([[True, False], [False, True]], [[True, True], [True, True]])
+    """
     leaves, treedef = jax.tree.flatten(params)
     chosen = select(params, targets)
-    return treedef.unflatten([p != 0 if s.selected else None for p, s in zip(leaves, chosen)])
+    return treedef.unflatten([nonzeros(p) if s.selected else None for p, s in zip(leaves, chosen)])
+
+
+def nonzeros(w: Array) -> Array:
+    """The mask of one leaf, see `from_zeros`."""
+    kept = w != 0
+    return kept | ~jnp.any(kept)
 
 
 def find_states(opt_state) -> list[SparseState]:

@@ -80,6 +80,24 @@ class Plan:
         flat = self.treedef.flatten_up_to(tree)
         return [flat[leaf.index] for leaf in self.leaves]
 
+    def gradients(self, updates, params) -> list:
+        """The updates at the sparse leaves.
+
+        Raises:
+          ValueError: updates that are not like the parameters; the first such leaf is named.
+        """
+        try:
+            found = self.treedef.flatten_up_to(updates)
+        except ValueError as error:
+            raise ValueError(f"updates: not a tree like the parameters: {error}") from None
+        for u, (path, p) in zip(found, targets.named_leaves(params)):
+            if hasattr(u, "shape") and tuple(u.shape) != tuple(jnp.shape(p)):
+                raise ValueError(
+                    f"updates: {path!r} has shape {tuple(u.shape)}, its parameter "
+                    f"{tuple(jnp.shape(p))}; give the gradients of these parameters"
+                )
+        return [found[leaf.index] for leaf in self.leaves]
+
     def put(self, tree, values: Sequence):
         """`tree` with other values at the sparse leaves."""
         flat = list(self.treedef.flatten_up_to(tree))
@@ -183,7 +201,7 @@ def unit_budgets(leaves: Sequence[Leaf], allocation, sparsity, fraction=1.0) -> 
             ramp = jnp.asarray(fraction, jnp.float32)
             now = leaf.structure.budget(leaf.layer_shape, _counts.kept_count(n, s * ramp))
             final = jnp.where(ramp >= 1.0, final, jnp.maximum(now, final))
-        found.append(final)
+        found.append(final if isinstance(final, int) else jnp.maximum(final, 1))
     return found
 
 
@@ -259,19 +277,28 @@ def _choose_global(leaves, values, allocation, sparsity, fraction, where, ties, 
         for leaf, v in zip(leaves, values)
     ]
     eligible = _unit_masks(leaves, where)
+    where = None if all(w is None for w in eligible) else eligible
+    least = allocation.floor([leaf.size for leaf in leaves])
     masks = selection.global_topk_masks(
         ranked,
         kept,
-        where=None if all(w is None for w in eligible) else eligible,
+        where=where,
         ties=ties,
         seed=_salt(seed, stream, ""),
-        minimum=[
-            leaf.layers * (m // (size * max(leaf.layers, 1)))
-            for leaf, m in zip(leaves, allocation.floor([leaf.size for leaf in leaves]))
-        ]
+        minimum=[x.layers * (n // (size * max(x.layers, 1))) for x, n in zip(leaves, least)]
         if allocation.minimum
         else None,
     )
+    empty = [
+        x.path for x, m in zip(leaves, masks) if _counts.is_concrete(m) and not bool(jnp.any(m))
+    ]
+    if empty:
+        warnings.warn(
+            f"sparsity={sparsity}: one ranking of the whole network leaves nothing of "
+            f"{', '.join(map(repr, empty))}; allocation=Global(minimum=1) keeps a weight of every leaf, "
+            "targets= keeps a leaf dense",
+            stacklevel=3,
+        )
     return [leaf.structure.expand(m, leaf.shape, leaf.lead) for leaf, m in zip(leaves, masks)]
 
 

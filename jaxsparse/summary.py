@@ -10,13 +10,17 @@ import jax
 import numpy as np
 
 from jaxsparse import masking
-from jaxsparse.targets import path_name
+from jaxsparse.targets import named_leaves, select
+
+_LEFT = (0, 1, 7)  # columns of words
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One leaf: `sparsity` is the fraction of exact zeros, `mask_sparsity` that of the mask (None
-    at dense leaves), `bytes` the size of the array."""
+    at dense leaves), `bytes` the size of the array, `note` why the leaf is dense ("bias or scale",
+    "vector", ...; "left out" where `targets=`, given masks or another method decided it), or that
+    its mask keeps nothing."""
 
     path: str
     shape: tuple[int, ...]
@@ -24,6 +28,7 @@ class Row:
     nonzeros: int
     masked: int | None
     bytes: int
+    note: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -66,7 +71,7 @@ class Summary:
         return self.sparse.sparsity
 
     def _table(self) -> list[tuple[str, ...]]:
-        some = any(r.masked is not None for r in self.rows)
+        some, notes = self._masked, any(r.note for r in self.rows)
         totals = ([self.sparse] if some else []) + [self.total]
         body = []
         for r in (*self.rows, *totals):
@@ -74,22 +79,27 @@ class Summary:
             shape = "x".join(map(str, r.shape)) if r.shape else ("" if r in totals else "scalar")
             body.append(
                 (r.path, shape, f"{r.size:,}", f"{r.nonzeros:,}", f"{r.sparsity:.2%}", mask,
-                 _bytes(r.bytes))
+                 _bytes(r.bytes), *([r.note] if notes else []))
             )  # fmt: skip
         head = ("leaf", "shape", "size", "nonzero", "sparsity", "mask", "bytes")
-        return [head, *body]
+        return [(*head, "note") if notes else head, *body]
+
+    @property
+    def _masked(self) -> bool:
+        return any(r.masked is not None for r in self.rows)
 
     def __str__(self) -> str:
         table = self._table()
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
             "  ".join(
-                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
-            )
+                c.ljust(w) if i in _LEFT else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths))
+            ).rstrip()
             for row in table
         ]
-        rule = "-" * len(lines[0])
-        totals = 2 if any(r.masked is not None for r in self.rows) else 1
+        rule = "-" * max(map(len, lines))
+        totals = 2 if self._masked else 1
         return "\n".join([lines[0], rule, *lines[1:-totals], rule, *lines[-totals:]])
 
     __repr__ = __str__
@@ -99,7 +109,7 @@ class Summary:
         bold = {"sparse leaves", "total"}
 
         def cells(row, tag):
-            align = ["left", "left"] + ["right"] * (len(row) - 2)
+            align = ["left" if i in _LEFT else "right" for i in range(len(row))]
             return "".join(
                 f'<{tag} style="text-align:{a};padding:2px 10px">{html.escape(c)}</{tag}>'
                 for c, a in zip(row, align)
@@ -116,6 +126,7 @@ class Summary:
             return {
                 "shape": list(r.shape), "size": r.size, "nonzeros": r.nonzeros,
                 "sparsity": r.sparsity, "mask_sparsity": r.mask_sparsity, "bytes": r.bytes,
+                "note": r.note,
             }  # fmt: skip
 
         total = self.total
@@ -135,7 +146,8 @@ def _bytes(n: int) -> str:
 
 
 def summarize(params, opt_state=None) -> Summary:
-    """Shape, nonzeros, sparsity, sparsity of the mask and bytes, per leaf and in total.
+    """Shape, nonzeros, sparsity, sparsity of the mask and bytes, per leaf and in total; and of leaves
+    that are left dense the reason.
 
     Args:
       params: any pytree of concrete arrays, or an `nnx.Module`.
@@ -150,15 +162,16 @@ def summarize(params, opt_state=None) -> Summary:
     total            16        4    75.00%     -   64 B
     """
     tree = masking.plain(params)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves, by_default = named_leaves(tree), select(tree)
     masks = [None] * len(leaves)
     if opt_state is not None and masking.find_states(opt_state):
         masks = masking.at_leaves(masking.get_masks(opt_state), tree)
+    left_out = "left out" if any(m is not None for m in masks) else ""
     rows = []
-    for (path, leaf), mask in zip(leaves, masks):
-        x = np.asarray(jax.device_get(leaf))
-        removed = None if mask is None else int(x.size - np.count_nonzero(np.asarray(mask)))
-        rows.append(
-            Row(path_name(path), x.shape, x.size, int(np.count_nonzero(x)), removed, x.nbytes)
-        )
+    for (path, leaf), chosen, mask in zip(leaves, by_default, masks):
+        x, removed, note = np.asarray(jax.device_get(leaf)), None, chosen.why or left_out
+        if mask is not None:
+            removed = int(x.size - np.count_nonzero(np.asarray(mask)))
+            note = "empty mask" if removed == x.size > 0 else ""
+        rows.append(Row(path, x.shape, x.size, int(np.count_nonzero(x)), removed, x.nbytes, note))
     return Summary(tuple(rows))

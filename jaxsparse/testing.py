@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from jaxsparse import masking
-from jaxsparse.targets import path_name
+from jaxsparse.targets import named_leaves
 
 # Tests compile much and run little: this halves the time of XLA on CPU.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -34,7 +34,7 @@ _QUICK = {"xla_backend_optimization_level": 0}
 def parameters(seed: int = 0, dtype: Any = jnp.float32) -> dict:
     """The parameters of a tiny network: two kernels, a bias, a scale.
 
-    >>> {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(parameters())}
+    >>> {path: x.shape for path, x in named_leaves(parameters())}
     {'conv/kernel': (2, 2, 8, 8), 'dense/bias': (16,), 'dense/kernel': (8, 16), 'norm/scale': (8,)}
     """
     a, b = jax.random.split(jax.random.key(seed))
@@ -84,7 +84,7 @@ def by_path(tree) -> dict[str, np.ndarray]:
         is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(x) if is_key else x)
 
-    return {path_name(path): plain(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path: plain(x) for path, x in named_leaves(tree)}
 
 
 def masks_of(state):

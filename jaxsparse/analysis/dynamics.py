@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxsparse import masking
-from jaxsparse.targets import path_name
+from jaxsparse.targets import named_leaves
 
 
 def _flat(masks: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_flatten_with_path(masks, is_leaf=masking.is_mask)[0]
+    leaves = named_leaves(masks, is_leaf=masking.is_mask)
     kept = [(path, masking.unpack(m)) for path, m in leaves if m is not None]
-    return {path_name(path): np.asarray(m, bool) for path, m in kept if hasattr(m, "shape")}
+    return {path: np.asarray(m, bool) for path, m in kept if hasattr(m, "shape")}
 
 
 def _pairs(a: Any, b: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -25,7 +25,7 @@ import jax
 from jax.extend import core
 
 from jaxsparse.analysis import memory
-from jaxsparse.targets import path_name
+from jaxsparse.targets import named_leaves
 
 # The operations through which a weight is still that weight.
 _VIEWS = {
@@ -182,7 +182,7 @@ class _Product(NamedTuple):
 def _products(fn, params, args) -> dict[str, list[_Product]]:
     """By leaf, in the order of the leaves; products without a leaf last."""
     closed = jax.make_jaxpr(fn)(params, *args)
-    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    names = [path for path, _ in named_leaves(params)]
     owners = [*names, *[None] * (len(closed.jaxpr.invars) - len(names))]
     found: list[_Product] = []
     _walk(closed.jaxpr, owners, 1, found)

@@ -102,7 +102,8 @@ def hold_masks(
     def update_fn(updates, state, params=None, **extra):
         state = whole(state, init_fn, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=False)
-        ws, gs, old = plan.take(params), plan.take(updates), plan.masks(state.masks)
+        ws, gs = plan.take(params), plan.gradients(updates, params)
+        old = plan.masks(state.masks)
         read = hidden(gs, old) if gradient == "kept" else gs
         masks, new_aux, fires = old, state.aux, jnp.zeros((), bool)
 

@@ -127,7 +127,8 @@ def straight_through(
     def update_fn(updates, state, params=None, **extra):
         state = whole(state, init_fn, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=True)
-        ws, gs, zs = plan.take(params), plan.take(updates), plan.take(state.raw)
+        ws, zs = plan.take(params), plan.take(state.raw)
+        gs = plan.gradients(updates, params)
         masks = plan.masks(state.masks)
         before = Step(
             state.count, views(plan, zs, [cast(g) for g in gs], masks), state.inner, state.aux

@@ -110,14 +110,14 @@ def slope(
     )  # fmt: skip
 
     def update(updates, state, params=None, **extra):
-        def gate(path, x):
-            if not _ADAPTER.search(rules.path_name(path)):
-                return x
-            return jnp.where(state.count >= late, x, jnp.zeros((), x.dtype))
+        def gate(tree):
+            early = lambda x: jnp.where(state.count >= late, x, jnp.zeros((), x.dtype))
+            named = rules.named_leaves(tree)
+            gated = [early(x) if _ADAPTER.search(path) else x for path, x in named]
+            return jax.tree.unflatten(jax.tree.structure(tree), gated)
 
         # Both ways: no moments of the adapters before their time, and no weight decay.
-        seen = jax.tree_util.tree_map_with_path(gate, updates)
-        updates, new = tx.update(seen, state, params, **extra)
-        return jax.tree_util.tree_map_with_path(gate, updates), new
+        updates, new = tx.update(gate(updates), state, params, **extra)
+        return gate(updates), new
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

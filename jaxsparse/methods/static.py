@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 
 from jaxsparse import masking
 from jaxsparse import targets as targets_
+from jaxsparse._counts import is_concrete
 from jaxsparse.engines import Step, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -36,7 +38,8 @@ def static(
     - `masks="random"`: drawn at `init`, exactly as many weights in each layer as `allocation` gives
       it at `sparsity`.
     - `masks="from_params"`: where the parameters given to `init` are not zero. This fine-tunes a
-      model that was pruned before; `sparsity` is then what it is.
+      model that was pruned before; `sparsity` is then what it is. A leaf that is zero everywhere (an
+      adapter or a head at its start) is kept whole.
     - a tree of boolean masks like the parameters, `None` at dense leaves.
 
     Args:
@@ -77,7 +80,17 @@ def static(
 
 
 def _nonzeros(step: Step) -> list:
-    return [v.w != 0 for v in step.views]
+    """Where a weight is not zero; all of a leaf that is zero everywhere, and a word about it."""
+    found = [masking.nonzeros(v.w) for v in step.views]
+    rows = [(v, m) for v, m in zip(step.views, found) if is_concrete(v.w)]
+    zero = [v.leaf.path for v, m in rows if not bool(jnp.any(v.w != 0))]
+    if zero:
+        warnings.warn(
+            f"masks='from_params': {', '.join(map(repr, zero))} is zero everywhere and is kept whole, "
+            f"so that it trains; targets=[({zero[0]!r}, False)] leaves it out",
+            stacklevel=4,
+        )
+    return found
 
 
 def _plan_of(params, masks):

@@ -33,7 +33,7 @@ from flax.nnx.nn import dtypes
 from jax import Array, lax
 
 from jaxsparse.engines.two_view import backward_views
-from jaxsparse.targets import path_name
+from jaxsparse.targets import named_leaves
 
 _lecun = nnx.initializers.lecun_normal()
 
@@ -228,11 +228,9 @@ def refresh(views: Any, params: Any, opt_state: Any) -> Any:
       ValueError: `opt_state` holds no two-view state, `views` has a leaf without a kernel.
     """
     masks = backward_views(opt_state)
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    kernels = {path_name(path): leaf for path, leaf in flat}
+    kernels = dict(named_leaves(params))
 
-    def one(path, old):
-        name = path_name(path)
+    def one(name, old):
         if name.rpartition("/")[2] != "backward":
             raise ValueError(f"views: {name!r} is no Backward variable; split them from the model")
         name = f"{name[: -len('backward')]}kernel"
@@ -246,7 +244,8 @@ def refresh(views: Any, params: Any, opt_state: Any) -> Any:
             w = jnp.where(b, w if raw is None else raw, jnp.zeros((), w.dtype))
         return jnp.asarray(w).astype(old.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, views)
+    new = [one(name, old) for name, old in named_leaves(views)]
+    return jax.tree.unflatten(jax.tree.structure(views), new)
 
 
 def refresh_model(model: nnx.Module, opt_state: Any) -> None:

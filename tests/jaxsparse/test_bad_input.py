@@ -164,3 +164,17 @@ def test_a_model_with_nan_is_not_pruned_silently():
     broken["dense"]["kernel"] = broken["dense"]["kernel"].at[2, 3].set(jnp.nan)
     with pytest.raises(ValueError, match="the scores of 'dense/kernel' hold NaN"):
         jaxsparse.prune(broken, 0.5)
+
+
+@pytest.mark.parametrize("name", ["rigl", "magnitude_ste"])
+def test_updates_that_are_not_like_the_parameters_are_refused_by_the_name_of_the_leaf(name):
+    params = {"fc": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    more = {"total_steps": 1000} if name == "rigl" else {}
+    tx = jaxsparse.make(name, MOMENTUM, sparsity=0.5, **more)
+    state = tx.init(params)
+    for path, bad in (("fc/bias", {"kernel": jnp.ones((8, 4)), "bias": jnp.ones((1, 4))}),
+                      ("fc/kernel", {"kernel": jnp.ones(4), "bias": jnp.ones(4)})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"updates: '{path}' has shape"):
+            tx.update({"fc": bad}, state, params)
+    with pytest.raises(ValueError, match="updates: not a tree like the parameters"):
+        tx.update({"fc": {"kernel": jnp.ones((8, 4))}}, state, params)

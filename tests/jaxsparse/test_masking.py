@@ -160,3 +160,41 @@ def test_a_summary_counts_leaves_and_totals_and_says_it_in_every_form():
     for word in ("a/kernel", "8x6", "75.00%", "sparse leaves", "total"):
         assert word in text and word in page
     assert jaxsparse.summarize(p).sparsity == 0.0
+
+
+def test_a_leaf_that_is_zero_everywhere_is_kept_whole_and_named():
+    p = {"base": jnp.eye(4), "lora_b": jnp.zeros((2, 4))}
+    tx = jaxsparse.static(optax.sgd(0.1), masks="from_params")
+    with pytest.warns(
+        UserWarning, match=r"'lora_b' is zero everywhere.*targets=\[\('lora_b', False"
+    ):
+        state = tx.init(p)
+    for s in (state, jax.jit(tx.init)(p)):
+        masks = jaxsparse.get_masks(s)
+        assert int(masks["base"].sum()) == 4 and bool(masks["lora_b"].all())
+    updates, _ = tx.update({"base": jnp.ones((4, 4)), "lora_b": jnp.ones((2, 4))}, state, p)
+    assert int(jnp.count_nonzero(updates["lora_b"])) == 8
+
+
+def test_a_summary_says_why_a_leaf_is_dense():
+    p = {"fc": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "head": jnp.ones((4, 4)),
+         "norm1": {"weight": jnp.ones((2, 4))}, "lost": jnp.ones((4, 4))}  # fmt: skip
+    keep = {"fc": {"kernel": jnp.eye(4, dtype=bool), "bias": None}, "head": None,
+            "norm1": {"weight": None}, "lost": jnp.zeros((4, 4), bool)}  # fmt: skip
+    state = jaxsparse.static(optax.sgd(0.1), masks=keep).init(p)
+    s = jaxsparse.summarize(jaxsparse.apply_masks(p, state), state)
+    notes = {r.path: r.note for r in s.rows}
+    assert notes == {"fc/kernel": "", "fc/bias": "vector", "head": "left out",
+                     "norm1/weight": "normalisation", "lost": "empty mask"}  # fmt: skip
+    assert s.to_dict()["leaves"]["head"]["note"] == "left out"
+    assert "left out" in str(s) and "left out" in s._repr_html_()
+    assert "note" not in str(jaxsparse.summarize({"kernel": jnp.ones((2, 2))}))
+
+
+def test_masks_that_are_given_reach_the_leaves_whose_names_they_bear():
+    p = {"attn": {"box": jnp.ones((4, 4)), "value": jnp.ones((4, 4))}, "a": {"b": jnp.ones((2, 2))},
+         "a/b": jnp.ones((2, 2))}  # fmt: skip
+    given = jax.tree.map(lambda w: jax.random.bernoulli(jax.random.key(w.size), 0.5, w.shape), p)
+    given["a/b"] = ~given["a"]["b"]
+    held = jaxsparse.get_masks(jaxsparse.static(optax.sgd(0.1), masks=given).init(p))
+    assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(given), jax.tree.leaves(held)))

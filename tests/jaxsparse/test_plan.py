@@ -1,5 +1,7 @@
 """A plan finds the sparse leaves of a tree, and `choose` keeps exactly the budget that is asked."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +119,18 @@ def test_choosing_within_masks_never_brings_a_weight_back():
     where = [jax.random.bernoulli(jax.random.key(1), 0.5, (10, 10))]
     (m,) = plan.choose(leaves, values, allocations.Uniform(), 0.8, where=where)
     assert int(m.sum()) == 20 and not np.any(np.asarray(m & ~where[0]))
+
+
+def test_a_leaf_of_which_a_global_ranking_leaves_nothing_is_named():
+    tree = {"base": jax.random.normal(jax.random.key(0), (8, 8)), "lora_b": jnp.zeros((2, 8))}
+    with pytest.warns(UserWarning, match=r"nothing of 'lora_b'; allocation=Global\(minimum=1\)"):
+        plan.prune(tree, 0.75, allocation="global")
+    with warnings.catch_warnings(action="error"):
+        _, masks = plan.prune(tree, 0.75, allocation=allocations.Global(minimum=1))
+    assert {k: int(m.sum()) for k, m in masks.items()} == {"base": 19, "lora_b": 1}
+
+
+def test_a_traced_sparsity_leaves_no_layer_without_a_unit():
+    leaves = plan.make(shapes(a=(8, 8)), None, structures.Block(4, 4)).leaves
+    (found,) = plan.unit_budgets(leaves, allocations.Uniform(), jnp.float32(0.9))
+    assert int(found) == 1
