@@ -295,8 +295,8 @@ def get_raw_params(opt_state):
 
 
 def project(z: Array, mask: Array, shift=None, scale=None, dtype=None) -> Array:
-    r"""$S(z) = scale \cdot sign(z)(|z| - shift)$ where `mask`, 0 elsewhere."""
-    p = z if shift is None else jnp.sign(z) * (jnp.abs(z) - shift)
+    r"""$S(z) = scale \cdot sign(z)\,relu(|z| - shift)$ where `mask`, 0 elsewhere."""
+    p = z if shift is None else jnp.sign(z) * jnp.maximum(jnp.abs(z) - shift, 0)
     p = p if scale is None else p * scale
     return jnp.where(mask, p, jnp.zeros((), p.dtype)).astype(dtype or z.dtype)
 

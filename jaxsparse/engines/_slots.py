@@ -36,6 +36,21 @@ def restart(
     return jax.tree.map(choose_slot, state, fresh, placed(inner, state, flags), is_leaf=_is_masked)
 
 
+def renewed(due: Array, inner: optax.GradientTransformation, state, params):
+    """The inner optimizer's state where `due` (bool scalar): every state that holds slots as at
+    `init`, its counts too, so that bias corrections fit the new moments. States that hold none (the
+    step of a schedule of the learning rate) go on."""
+
+    def choose(anew, new, now):
+        return jnp.where(due, jnp.asarray(new).astype(now.dtype), now) if anew else now
+
+    flat, treedef = jax.tree.flatten(state)
+    rows = zip(
+        _slot_states(inner, state, params), jax.tree.leaves(inner.init(params)), flat, strict=True
+    )
+    return treedef.unflatten([choose(*row) for row in rows])
+
+
 def placed(inner: optax.GradientTransformation, state, values):
     """The values of a tree like the parameters at the per-weight slots of an inner state, None at
     what else it holds.

@@ -29,7 +29,8 @@ def cumulative_error(errors: Iterable[float]) -> float:
     "app",
     reference="Misra et al., APP: anytime progressive pruning, 2022",
     dynamics="gradual",
-    dense_phase=None,
+    dense_phase="the first forward pass, whose gradient the first cut reads",
+    starts_dense=True,
     gradients="updates",
 )
 def app(
@@ -52,7 +53,8 @@ def app(
     $$0.8^{\tau_i}, \qquad \tau = 1, \dots, \frac{\ln(1 - S)}{\ln 0.8} \text{ in equal steps,}$$
 
     by $|w g|$ with the gradient of that step, so that it is at S for the last one. The first cut is
-    at the first update; a pruned weight stays pruned.
+    at the first update, before which the network is dense, unless the score needs no gradient: then
+    it is made at `init`. A pruned weight stays pruned.
 
     Args:
       inner: the optimizer of the weights.
@@ -93,7 +95,7 @@ def app(
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),
-        init=recipe.all_kept,
+        init=recipe.all_kept if getattr(function, "needs_gradient", False) else rule,
         rule=rule,
         at=starts,
         pack_masks=pack_masks,

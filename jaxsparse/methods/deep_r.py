@@ -40,7 +40,8 @@ def deep_r(
 
     through the inner optimizer; when $\theta$ falls below 0 the connection dies, and a dormant
     position of its layer, drawn at random, starts at $\theta = 10^{-12}$: exactly as many weights as
-    asked for are kept after every step.
+    asked for are kept after every step. Connections that die in the same step are drawn only where
+    a layer has no other dormant position.
 
     Args:
       inner: the optimizer of the weights: SGD without momentum is the method, with which a step is
@@ -118,8 +119,10 @@ def deep_r(
         lost = [n - k for n, k in zip(counts(step.masks), left)]
         if scope == "global":
             lost = by_leaf(step.leaves, spread(step, by_layer(lost), by_layer(left)))
+        # A position that dies in this step stands at w, and w + (epsilon - w) would round to 0: those
+        # that were dormant before it are drawn while there are any.
         masks = refill(
-            step.leaves, alive, lost, [jnp.zeros_like(v.w) for v in views],
+            step.leaves, alive, lost, [(~v.m).astype(jnp.float32) for v in views],
             salts=step.salts(seed),
         )  # fmt: skip
         newborn = lambda w: jnp.asarray(max(1e-12, float(jnp.finfo(w.dtype).tiny)), w.dtype)

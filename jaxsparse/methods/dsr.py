@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import schedules, selection
+from jaxsparse import selection
 from jaxsparse._counts import is_concrete
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 
 
 @register(
@@ -70,9 +71,7 @@ def dsr(
         raise ValueError(f"threshold={threshold}: must be positive; it adapts by factors of 2")
     if is_concrete(drop_fraction) and not 0 < drop_fraction < 1:
         raise ValueError(f"drop_fraction={drop_fraction}: must be in (0, 1)")
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
 
     def rule(step: Step):
         height, leaves, held = step.aux, step.leaves, step.masks

@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import schedules
 from jaxsparse._counts import is_concrete
 from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 
 
 @register(
@@ -67,9 +67,7 @@ def dst_ee(
         raise ValueError(f"exploration={exploration}: must not be negative")
     if epsilon <= 0:
         raise ValueError(f"epsilon={epsilon}: must be positive")
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     fraction = recipe.drop_schedule(drop_fraction, updates.end)
 
     def rule(step: Step):

@@ -58,7 +58,8 @@ def granet(
         random masks split by `initial_allocation`.
       drop_fraction: $\rho$ at the start of a cosine to 0.005 at `regrow_end_step`, or a schedule.
       update_every: steps between updates.
-      begin_step, end_step: $t_0$ (0) and $t_1$ (half of the run).
+      begin_step, end_step: $t_0$ (0; the masks of step 0 are those of `init`) and $t_1$ (half of the
+        run).
       regrow_end_step: the last update (75 % of the run, or `end_step` if that is later).
       structure, allocation, targets, seed, pack_masks: see the guide of options.
 

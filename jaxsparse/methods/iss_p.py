@@ -100,9 +100,13 @@ def iss_p(
     def grow(step: Step):
         """Dense masks and the penalties, until the last update cuts."""
         found, last = best(step), step.count >= updates.end
-        more = limit / jnp.maximum((updates.end - updates.begin) // updates.every, 1)
-        rows = zip(step.aux, found)
-        grown = [old + jnp.where(m | last, 0.0, more).astype(old.dtype) for old, m in rows]
+        # The updates at 0, T, 2T, ... before the cut; a part of the last interval has one, too.
+        rises = -((updates.begin - updates.end) // updates.every)
+        more = limit / jnp.maximum(rises, 1)
+        grown = [
+            jnp.minimum(old + jnp.where(m | last, 0.0, more).astype(old.dtype), limit)
+            for old, m in zip(step.aux, found)
+        ]
         return [m | ~last for m in found], grown
 
     def pulled(step: Step):

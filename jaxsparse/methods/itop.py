@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import masking, schedules, scores
+from jaxsparse import masking, scores
 from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 
 _REFERENCE = (
     "Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in "
     "sparse training, 2021"
 )
+
+
+# The authors' intervals of 1,500 and 4,000 steps in runs of 97,500.
+_SET = dataclasses.replace(REWIRING, every=(1, 65))
+_RIGL = dataclasses.replace(REWIRING, every=(8, 195))
 
 
 class Fired(NamedTuple):
@@ -50,9 +57,8 @@ def _itop(
     inner, sparsity, *, by_gradient, unfired, total_steps, drop_fraction, update_every, begin_step,
     end_step, structure, allocation, targets, seed, pack_masks,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    timing = _RIGL if by_gradient else _SET
+    updates = timing.updates(total_steps, begin_step, end_step, update_every)
     fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
 
     def rule(step: Step):
@@ -90,7 +96,8 @@ _ARGS = """
       total_steps: the length of the run, in steps.
       drop_fraction: the start of a cosine to 0.005 (the authors use 0.5), or a schedule.
       update_every: steps between updates; a grown weight needs time before it is judged. By default
-        a sixtieth of the run, which is the authors' 1500 steps of 100 epochs or so.
+        the authors' part of the run, which has 97,500 steps: 1,500 of them in `set_itop`, 4,000 in
+        `rigl_itop`.
       begin_step, end_step: the first update (`update_every`) and the last (75 % of the run).
       structure, allocation, targets, seed, pack_masks: see the guide of options.
 
@@ -126,10 +133,9 @@ def set_itop(
     """
     if growth not in ("random", "unfired"):
         raise ValueError(f"growth={growth!r}: use 'random' or 'unfired'")
-    every = _rarely(total_steps) if update_every is None else update_every
     return _itop(
         inner, sparsity, by_gradient=False, unfired=growth == "unfired", total_steps=total_steps,
-        drop_fraction=drop_fraction, update_every=every, begin_step=begin_step, end_step=end_step,
+        drop_fraction=drop_fraction, update_every=update_every, begin_step=begin_step, end_step=end_step,
         structure=structure, allocation=allocation, targets=targets, seed=seed,
         pack_masks=pack_masks,
     )  # fmt: skip
@@ -152,18 +158,11 @@ def rigl_itop(
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL that drops much and rarely, and records what has been tried (`exploration_rate`)."""
-    every = _rarely(total_steps) if update_every is None else update_every
     return _itop(
         inner, sparsity, by_gradient=True, unfired=False, total_steps=total_steps,
-        drop_fraction=drop_fraction, update_every=every, begin_step=begin_step, end_step=end_step,
+        drop_fraction=drop_fraction, update_every=update_every, begin_step=begin_step, end_step=end_step,
         structure=structure, allocation=allocation, targets=targets, seed=seed,
         pack_masks=pack_masks,
-    )  # fmt: skip
-
-
-def _rarely(total_steps):
-    return jnp.maximum(total_steps // 60, 1) if isinstance(total_steps, jax.Array) else max(
-        total_steps // 60, 1
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def mdgf(
     def rule(step: Step) -> Projection:
         forward = step.count + (0 if any(v.m is None for v in step.views) else 1)
         factors = [factor(v, forward) for v in step.views]
-        return Projection([(f == 1) | (forward <= window.end) for f in factors], None, factors)
+        return Projection([f != 0 for f in factors], None, factors)
 
     return straight_through(
         inner,

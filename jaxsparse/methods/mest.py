@@ -131,7 +131,8 @@ _ARGS = """
         these tables moves nothing.
       gradient_weight: lambda of the score; 0 as in the released code is magnitude.
       update_every, begin_step, end_step: as `rigl`; from `end_step` on the sparsity is exact and the
-        mask stays.
+        mask stays. `begin_step` may be 0, where the phases start; the masks of step 0 are those of
+        `init`.
       structure: any but N:M, whose sparsity is fixed.
       allocation, targets, seed, pack_masks: see the guide of options. Dense layers are left alone.
 

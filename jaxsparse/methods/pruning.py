@@ -138,9 +138,10 @@ def magnitude(
       begin_step, end_step: $t_0$ (0) and $t_1$ (75 % of the run), at which the sparsity is exact.
       update_every: $\Delta t$ in steps.
       initial_sparsity: $S_i$.
-      recovery: False: a pruned weight is zero for good (masks are nested). True: it keeps its last
-        value out of sight, ranks with it, and may return with it, as in the authors' code; this
-        keeps a copy of the weights.
+      recovery: False: a pruned weight is zero for good (masks are nested). True: a raw weight lives
+        on out of sight, ranks, and may return, as in the authors' code. Its gradient is 0, so that
+        plain SGD leaves it at its last value; the momentum that it has gathered and weight decay go
+        on moving it. This keeps a copy of the weights.
       structure, allocation, targets, seed, pack_masks: see the guide of options.
 
     >>> import jaxsparse
@@ -183,9 +184,12 @@ def global_magnitude(
 ) -> optax.GradientTransformationExtraArgs:
     """`magnitude` with one threshold on |w| over the whole network.
 
-    `minimum` is the number of weights (or, below 1, the fraction of all weights; the authors use
-    0.0005) that every layer keeps, so that none collapses. `allocation` is
-    `allocations.Global(minimum=minimum)` unless another ranking ("lamp") is given. Scores are not
+    `minimum` is the number of weights (or, below 1, the fraction of all weights) that every layer
+    keeps, so that none collapses: its best ones enter first, and one ranking fills the rest. This is
+    not the minimum threshold of the authors, which takes what a layer lacks from all others in
+    proportion: for that give `allocation=jaxsparse.minimum_threshold(params, sparsity)`.
+    `allocation` is `allocations.Global(minimum=minimum)` unless another ranking ("lamp") is given.
+    Scores are not
     divided by the norm of the layer; `allocations.Global(rescale="l2")` does that.
 
     >>> import jaxsparse

@@ -6,10 +6,11 @@ from typing import Any
 
 import optax
 
-from jaxsparse import schedules, scores
+from jaxsparse import scores
 from jaxsparse.engines import drop_and_grow, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 
 
 @register(
@@ -63,9 +64,7 @@ def rigl(
     Raises:
       ValueError: a sparsity, fraction or step out of range, an update that never comes.
     """
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     return hold_masks(
         inner,
         recipe.plan_for(targets, structure),

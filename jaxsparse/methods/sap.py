@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
-from jaxsparse import schedules, selection
-from jaxsparse._counts import is_concrete
+from jaxsparse import selection
+from jaxsparse._counts import MAX_TRACED, is_concrete, scale_count
 from jaxsparse.engines import Step, hold_masks
+from jaxsparse.engines._common import (
+    check_arguments,
+    check_inner,
+    compiled_once,
+    first_state,
+    whole,
+)
+from jaxsparse.engines._slots import renewed
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
 
 
 def pq_index(
@@ -47,6 +57,11 @@ def pq_index(
     d = jnp.maximum(jnp.sum(where, axis=axis, dtype=jnp.int32), 1)
     a = (jnp.sum(x**p, axis=axis) / d) ** (1 / p)
     b = (jnp.sum(x**q, axis=axis) / d) ** (1 / q)
+    return _index(a, b)
+
+
+def _index(a: Array, b: Array) -> Array:
+    """1 - a / b for the means a of power p and b of power q."""
     return jnp.where(b > 0, jnp.clip(1.0 - a / jnp.where(b > 0, b, 1.0), 0.0, 1.0), 0.0)
 
 
@@ -73,13 +88,29 @@ def _check_pq(p, q):
         raise ValueError(f"p={p}, q={q}: need 0 < p < q")
 
 
+def _scaled(n: Array, factor) -> Array:
+    """floor(n * factor), exact, for a factor of 0 or more; at most 2^31 - 1."""
+    whole = jnp.floor(jnp.asarray(factor, jnp.float32)).astype(jnp.int32)
+    n = jnp.minimum(n, MAX_TRACED // jnp.maximum(whole, 1))
+    return whole * n + scale_count(n, factor - whole)
+
+
 def _prunable(index: Array, d: Array, p, q, eta, gamma, beta) -> Array:
-    """How many of d weights a round prunes: c = floor(d min(gamma (1 - m/d), beta))."""
-    n = d.astype(jnp.float32)
-    m = n * (1 + eta) ** (-q / (q - p)) * (1.0 - index) ** (p * q / (q - p))
-    m = jnp.ceil(m * (1 - 1e-6))  # m = k exactly for k equal weights, whatever the rounding
-    part = jnp.minimum(gamma * (1.0 - m / jnp.maximum(n, 1.0)), beta)
-    return jnp.clip(jnp.floor(n * part + 1e-3), 0, n).astype(jnp.int32)
+    """How many of d weights a round prunes, in integers: c = min(gamma (d - m), beta d)."""
+    left = (1 + eta) ** (-q / (q - p)) * (1.0 - index) ** (p * q / (q - p))
+    # m = ceil(d left): k for k equal weights, whatever the rounding of the index.
+    m = d - scale_count(d, 1.0 - left * (1 - 1e-6))
+    return jnp.minimum(_scaled(d - m, gamma), scale_count(d, beta))
+
+
+def _index_of_all(ws: list[Array], masks: list[Array], p, q) -> Array:
+    """`pq_index` of all weights together, from three numbers of each leaf."""
+    sizes = [jnp.where(m, jnp.abs(w).astype(jnp.float32), 0.0) for w, m in zip(ws, masks)]
+    top = jnp.max(jnp.stack([jnp.max(x) for x in sizes]))
+    scaled = [x / jnp.where(top > 0, top, 1.0) for x in sizes]
+    d = jnp.maximum(sum(selection.count(m) for m in masks), 1)
+    a, b = (sum(jnp.sum(x**r) for x in scaled) / d for r in (p, q))
+    return _index(a ** (1 / p), b ** (1 / q))
 
 
 @register(
@@ -101,7 +132,7 @@ def sap(
     eta: float = 0.0,
     gamma: float = 1.0,
     beta: float = 0.9,
-    rewind: bool = True,
+    rewind: bool | Literal["all"] = True,
     update_every: Any = 100,
     begin_step: Any = None,
     end_step: Any = None,
@@ -114,15 +145,18 @@ def sap(
     $$m = d\,(1 + \eta)^{-q/(q-p)} (1 - I)^{pq/(q-p)}, \qquad
       c = \lfloor d \min(\gamma (1 - m/d), \beta) \rfloor$$
 
-    and the c smallest |w| are pruned for good; then the others return to their values at `init`
-    with a fresh inner state, and train again.
+    and the c smallest |w| are pruned for good; the others return to their values at `init`, with
+    moments and counts of the inner optimizer as at `init`, too, and train again. They take no
+    gradient step at a cut. A schedule of the learning rate goes on.
 
     Args:
       inner: the optimizer of the weights.
       total_steps: the length of the run, in steps.
       scope: where weights compete: the network, each layer, or the inputs of each neuron.
       p, q, eta, gamma, beta: as above; more eta or gamma prunes more.
-      rewind: whether weights return to their values at `init` (which are kept); dense leaves do not.
+      rewind: whether weights return to their values at `init` (which are kept): True: sparse leaves;
+        "all": dense leaves (biases, norms), too, as the authors do it; False: no weight does, and
+        the inner state goes on.
       update_every: the steps of a round; the authors train 200 epochs in each of 15 to 30 rounds.
       begin_step, end_step: the first cut (`update_every`) and the last (75 % of the run).
       targets, pack_masks: see the guide of options.
@@ -134,46 +168,74 @@ def sap(
       ValueError: an option or a step out of range.
     """
     _check_pq(p, q)
+    if rewind not in (True, False, "all"):
+        raise ValueError(f"rewind={rewind!r}: use True, False or 'all'")
     if scope not in ("global", "layer", "neuron"):
         raise ValueError(f"scope={scope!r}: use 'global', 'layer' or 'neuron'")
     if is_concrete(eta, gamma, beta) and not (eta >= 0 and gamma > 0 and 0 < beta < 1):
         raise ValueError(
             f"eta={eta}, gamma={gamma}, beta={beta}: need eta >= 0, gamma > 0 and 0 < beta < 1"
         )
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = AFTER_ONE_INTERVAL.updates(total_steps, begin_step, end_step, update_every)
+
+    inner, plan_for = check_inner(inner), recipe.plan_for(targets, None)
 
     def cut(step: Step):
+        ws, masks = [v.w for v in step.views], step.masks
+        sizes = [jnp.abs(w) for w in ws]
         if scope == "global":
-            sizes = jnp.concatenate([jnp.abs(v.w).astype(jnp.float32).ravel() for v in step.views])
-            held = jnp.concatenate([v.m.ravel() for v in step.views])
-            d = selection.count(held)
-            c = _prunable(pq_index(sizes, p=p, q=q, where=held), d, p, q, eta, gamma, beta)
-            return selection.global_topk_masks(
-                [jnp.abs(v.w) for v in step.views], d - c, where=step.masks
-            )
-        masks = []
-        for v in step.views:
-            axes = tuple(range(v.leaf.lead, v.w.ndim - (scope == "neuron")))
-            d = selection.count(v.m, axis=axes)
-            index = pq_index(v.w, p=p, q=q, where=v.m, axis=axes)
-            c = _prunable(index, d, p, q, eta, gamma, beta)
-            masks.append(selection.topk_mask(jnp.abs(v.w), d - c, where=v.m, axis=axes))
-        return masks
+            d = jnp.asarray(sum(selection.count(m) for m in masks), jnp.int32)
+            c = _prunable(_index_of_all(ws, masks, p, q), d, p, q, eta, gamma, beta)
+            return selection.global_topk_masks(sizes, d - c, where=masks)
+        axes = [tuple(range(v.leaf.lead, v.w.ndim - (scope == "neuron"))) for v in step.views]
+        stay = []
+        for w, m, a in zip(ws, masks, axes):
+            d, index = selection.count(m, axis=a), pq_index(w, p=p, q=q, where=m, axis=a)
+            stay.append(d - _prunable(index, d, p, q, eta, gamma, beta))
+        return selection.topk_masks(sizes, stay, where=masks, axes=axes)
 
-    def back(step: Step):
-        due = updates.fires(step.count)
-        return step.masks, [jnp.where(due, w0, v.w) for w0, v in zip(step.aux, step.views)]
-
-    return hold_masks(
-        inner,
-        recipe.plan_for(targets, None),
-        init=recipe.all_kept,
-        rule=(lambda step: (cut(step), step.aux)) if rewind else cut,
-        at=updates,
-        after=back if rewind else None,
-        fresh=updates.fires if rewind else None,
-        aux=(lambda step: [jnp.array(v.w, copy=True) for v in step.views]) if rewind else None,
-        pack_masks=pack_masks,
+    tx = hold_masks(
+        inner, plan_for, init=recipe.all_kept, rule=cut, at=updates, pack_masks=pack_masks
     )
+    if not rewind:
+        return tx
+
+    def starts(plan, params) -> dict[int, Array]:
+        """The weights that rewind, by the number of their leaf."""
+        chosen = {leaf.index for leaf in plan.leaves}
+        floats = lambda x: jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating)
+        flat = enumerate(jax.tree.leaves(params))
+        return {i: w for i, w in flat if i in chosen or (rewind == "all" and floats(w))}
+
+    def init(params):
+        kept = starts(plan_for(params), params)
+        copies = [jnp.array(w, copy=True) for w in kept.values()]
+        return first_state(tx.init(params)._replace(aux=copies), params)
+
+    def update(grads, state, params=None, **extra):
+        state = whole(state, init, params)
+        plan = check_arguments(params, state, plan_for, keeps_raw=False)
+        ws, treedef = jax.tree.flatten(params)
+        numbers = list(starts(plan, params))
+        due, was_due = updates.fires(state.count), updates.fires(state.count - 1)
+
+        def at_start(when, masks):
+            """The weights, those that rewind at their start, or 0 where they are pruned."""
+            held = dict(zip([leaf.index for leaf in plan.leaves], plan.masks(masks)))
+            new = list(ws)
+            for i, w0 in zip(numbers, state.aux):
+                back = jnp.where(held[i], w0, jnp.zeros((), w0.dtype)) if i in held else w0
+                new[i] = jnp.where(when, back, ws[i])
+            return new
+
+        # p + (w0 - p) is rounded at the scale of p: the step after a rewind starts from w0 itself.
+        base = at_start(was_due, state.masks)
+        moves, new = tx.update(grads, state._replace(aux=None), treedef.unflatten(base), **extra)
+        goal = at_start(due, new.masks)
+        rows = zip(treedef.flatten_up_to(moves), base, goal, ws)
+        flat = [u if b is w and g is w else jnp.where(due, g - w, u + (b - w)).astype(u.dtype)
+                for u, b, g, w in rows]  # fmt: skip
+        slots = renewed(due, inner, new.inner, treedef.unflatten(goal))
+        return treedef.unflatten(flat), new._replace(inner=slots, aux=state.aux)
+
+    return optax.GradientTransformationExtraArgs(init, compiled_once(update))

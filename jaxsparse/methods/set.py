@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import schedules, scores, selection, structures
+from jaxsparse import scores, selection, structures
 from jaxsparse._counts import scale_count
 from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 
 
 def _kept_by_sign(v: View, fraction) -> tuple[Array, Array]:
@@ -65,9 +66,7 @@ def set_(
     >>> import jaxsparse
     >>> tx = jaxsparse.set_(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)
     """
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     if removal not in ("magnitude", "signwise"):
         raise ValueError(f"removal={removal!r}: use 'magnitude' or 'signwise'")
     fraction = recipe.drop_schedule(drop_fraction, updates.end)

@@ -73,7 +73,8 @@ def slope(
     Args:
       inner: the optimizer of the weights and of the adapters.
       total_steps: the length of the run, in steps.
-      adapter_step: the first step that moves the adapters; by default the last 1 % of the run.
+      adapter_step: the first step that moves the adapters; by default the last 1 % of the run, at
+        least its last step.
       structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
       update_every: steps between two choices of $m_{RC}$.
       targets: by default all kernels but the adapters. (The authors' release leaves out layers whose
@@ -88,7 +89,7 @@ def slope(
     """
     schedules.check_length(total_steps)
     forward, kind = pattern(structure)
-    late = total_steps - total_steps // 100 if adapter_step is None else adapter_step
+    late = _last_percent(total_steps) if adapter_step is None else adapter_step
     if is_concrete(update_every) and update_every < 1:
         raise ValueError(f"update_every={update_every}: must be at least 1")
     if isinstance(late, int) and late < 0:
@@ -121,3 +122,9 @@ def slope(
         return gate(updates), new
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _last_percent(total_steps):
+    """The first step of the last 1 % of the run, which has at least one step."""
+    length = total_steps // 100
+    return total_steps - (max(length, 1) if is_concrete(length) else jnp.maximum(length, 1))

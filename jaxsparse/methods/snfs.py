@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import schedules, selection
+from jaxsparse import selection
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, momentum, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 
 
 @register(
@@ -70,9 +71,7 @@ def snfs(
       ValueError: a sparsity, fraction or step out of range, an inner optimizer without momentum.
     """
     sparsity = recipe.sparsity_of(sparsity, None)
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
     start = recipe.random_masks(allocation, sparsity, seed)
 

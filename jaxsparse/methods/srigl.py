@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import schedules, selection
+from jaxsparse import selection
 from jaxsparse._counts import kept_count, scale_count
 from jaxsparse.allocations import last_leaf
 from jaxsparse.engines import Step, View, hold_masks
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import REWIRING
 from jaxsparse.structures import FanIn
 
 
@@ -116,9 +117,7 @@ def srigl(
     if min_salient < 0:
         raise ValueError(f"min_salient={min_salient}: give a count, or a fraction in [0, 1)")
     sparsity, budget = recipe.sparsity_of(sparsity, None), recipe.shape_rule(allocation)
-    updates = schedules.window(
-        total_steps, begin_step, end_step, update_every, default_begin=update_every, at_end=False
-    )
+    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     fraction = recipe.drop_schedule(drop_fraction, updates.end)
 
     def rule(step: Step):

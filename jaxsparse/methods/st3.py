@@ -44,11 +44,12 @@ def _build(
         return jnp.where(s > 0, th, -1.0).astype(jnp.float32)
 
     def rule(step: Step) -> Projection:
-        th = step.aux
+        th, due = step.aux, jnp.bool_(True)
         if is_concrete(update_every) and update_every == 1:
             th = threshold(step) if step.views else th
         elif step.views:
-            due = updates.fires(step.count) | (step.count == 0)
+            due = (step.count - updates.begin) % updates.every == 0
+            due |= (step.count == updates.end) | (step.count == 0)
             run = lambda _, count, ws: threshold(
                 Step(count, [_with(v, w) for v, w in zip(step.views, ws)])
             )
@@ -57,6 +58,7 @@ def _build(
         for v in step.views:
             th_l = (th / fan(v.leaf)).astype(v.w.dtype)
             mask = jnp.abs(v.w) > th_l
+            mask = mask if v.m is None else jnp.where(due, mask, v.m)
             masks.append(mask)
             shifts.append(jnp.maximum(th_l, 0) if soft else jnp.zeros((), v.w.dtype))
             scales.append(_scale(v.w, mask, v.leaf.lead) if rescale else jnp.ones((), v.w.dtype))
@@ -92,7 +94,8 @@ _ARGS = """
       sparsity: the final sparsity in [0, 1).
       total_steps: the length of the run, in steps.
       begin_step, end_step: the ramp, by default from 5 % to 50 % of the run.
-      update_every: steps between two thresholds (the authors take a new one at every step).
+      update_every: steps between two rankings (the authors rank at every step). In between both the
+        mask and the threshold stay; a kept weight that falls below the threshold is 0.
       soft, rescale: switches of the ablations: soft or hard threshold; with or without the scale.
       targets, pack_masks: see the guide of options.
       raw_dtype: the dtype of z; see `magnitude_ste`.

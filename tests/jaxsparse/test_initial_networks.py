@@ -226,7 +226,17 @@ def test_pq_index_ignores_scale_and_repetition(w, c):
     assert float(jaxsparse.pq_index(jnp.tile(x, 3))) == pytest.approx(index, abs=1e-5)
 
 
+def sap_cut(w, masks, p, q, eta=0.0, gamma=1.0, beta=0.9):
+    """Oracle of the card: how many of the kept weights of these arrays one round leaves."""
+    x = np.concatenate([np.abs(np.asarray(a, np.float64))[m] for a, m in zip(w, masks)])
+    d = x.size
+    index = 1 - d ** (1 / q - 1 / p) * (x**p).sum() ** (1 / p) / (x**q).sum() ** (1 / q)
+    m = np.ceil(d * (1 + eta) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p)) - 1e-6)
+    return d - int(np.floor(d * min(gamma * (1 - m / d), beta) + 1e-9))
+
+
 def test_sap_prunes_what_is_zero_rewinds_and_starts_the_optimizer_anew():
+    """A gradient of 5 at the cut, 0 afterwards: SGD with momentum must not go on from the 5."""
     w = jnp.where(jnp.arange(100).reshape(10, 10) % 4 == 0, 1.0, 0.0)
     tx = jaxsparse.sap(optax.sgd(0.1, momentum=0.9), total_steps=10, update_every=3, end_step=5)
     params, state = start(tx, {"kernel": w})
@@ -234,11 +244,79 @@ def test_sap_prunes_what_is_zero_rewinds_and_starts_the_optimizer_anew():
     for _ in range(3):
         params, state = step(params, state, {"kernel": jnp.zeros((10, 10))})
     params = {"kernel": jnp.where(w == 1, 0.7, params["kernel"])}  # trained for a while
-    params, state = step(params, state, {"kernel": jnp.ones((10, 10))})
+    params, state = step(params, state, {"kernel": jnp.full((10, 10), 5.0)})
     m = masks(state)["kernel"]
     np.testing.assert_array_equal(m, w == 1)
-    np.testing.assert_array_equal(np.asarray(params["kernel"])[m], 1.0)
-    np.testing.assert_array_equal(np.asarray(state.inner[0].trace["kernel"])[m], 1.0)
+    for _ in range(2):
+        np.testing.assert_array_equal(np.asarray(params["kernel"])[m], 1.0)
+        np.testing.assert_array_equal(state.inner[0].trace["kernel"], 0.0)
+        params, state = step(params, state, {"kernel": jnp.zeros((10, 10))})
+
+
+def test_a_round_of_sap_begins_with_the_moments_and_the_count_of_adam_at_zero():
+    inner = optax.adam(optax.linear_schedule(0.1, 0.0, 20))
+    tx = jaxsparse.sap(inner, total_steps=20, update_every=4)
+    w = {"kernel": matrix(), "bias": jnp.ones(3)}
+    params, state = start(tx, w)
+    step = stepper(tx)
+    for t in range(5):
+        grads = {"kernel": matrix(seed=t + 1), "bias": jnp.ones(3)}
+        params, state = step(params, state, grads)
+    adam, rate = state.inner
+    assert int(adam.count) == 0 and int(rate.count) == 5, "the learning rate goes on"
+    for x in jax.tree.leaves((adam.mu, adam.nu)):
+        np.testing.assert_array_equal(x, 0.0)
+    m = masks(state)["kernel"]
+    before = np.asarray(params["kernel"])
+    params, state = step(params, state, {"kernel": jnp.ones((10, 10)), "bias": jnp.ones(3)})
+    moved = np.asarray(params["kernel"])[m] - before[m]
+    np.testing.assert_allclose(moved, -0.1 * (1 - 5 / 20), rtol=1e-4)  # one learning rate
+
+
+@pytest.mark.parametrize("rewind", [True, "all"])
+def test_w0_comes_back_exactly_however_far_a_weight_went(rewind):
+    """p + (w0 - p) alone is 0 for w0 = 1e-6 and p = 400."""
+    w = {"kernel": jnp.array([[1e-6, 0.0], [1e-3, 0.0]]), "bias": jnp.array([1e-6])}
+    tx = jaxsparse.sap(optax.sgd(1.0), total_steps=20, update_every=3, gamma=0.5, rewind=rewind)
+    params, state = start(tx, w)
+    step = stepper(tx)
+    far = jax.tree.map(lambda x: jnp.where(x != 0, -400.0, 0.0), w)
+    params, state = step(params, state, far)
+    zeros = jax.tree.map(jnp.zeros_like, w)
+    for _ in range(4):
+        params, state = step(params, state, zeros)
+    assert not masks(state)["kernel"].all()
+    np.testing.assert_array_equal(params["kernel"], w["kernel"])
+    bias = float(params["bias"][0])
+    assert bias == float(np.float32(1e-6)) if rewind == "all" else bias == 400.0
+
+
+@pytest.mark.parametrize("options", [{}, dict(eta=0.1), dict(gamma=1.2), dict(beta=0.1)])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_sap_prunes_as_many_as_the_card_says(scope, options):
+    params = {"a": matrix((30, 20)) ** 3, "b": 5 * matrix((10, 40), 1) ** 3}
+    tx = jaxsparse.sap(SGD, total_steps=20, update_every=1, scope=scope, rewind=False, **options)
+    params, state = start(tx, params)
+    step, zeros = stepper(tx), jax.tree.map(jnp.zeros_like, params)
+    params, state = step(params, state, zeros)
+    for _ in range(3):
+        before = masks(state)
+        groups = [["a", "b"]] if scope == "global" else [["a"], ["b"]]
+        want = [
+            sap_cut([params[k] for k in ks], [before[k] for k in ks], 0.5, 1.0, **options)
+            for ks in groups
+        ]
+        params, state = step(params, state, zeros)
+        after = masks(state)
+        assert [sum(int(after[k].sum()) for k in ks) for ks in groups] == want
+
+
+def test_the_rounds_of_sap_make_no_array_of_all_weights():
+    params = {"a": jnp.ones((37, 41)), "b": jnp.ones((23, 29))}
+    tx = jaxsparse.sap(SGD, total_steps=20, update_every=2)
+    state = jax.eval_shape(tx.init, params)
+    jaxpr = str(jax.make_jaxpr(tx.update)(params, state, params))
+    assert f"[{37 * 41 + 23 * 29}]" not in jaxpr
 
 
 @pytest.mark.parametrize("scope", ["layer", "neuron"])
@@ -257,6 +335,8 @@ def test_sap_errors():
         jaxsparse.sap(SGD, total_steps=9, scope="net")
     with pytest.raises(ValueError, match="beta=1"):
         jaxsparse.sap(SGD, total_steps=9, beta=1)
+    with pytest.raises(ValueError, match="rewind='dense'"):
+        jaxsparse.sap(SGD, total_steps=9, rewind="dense")
 
 
 def test_app_prunes_before_each_megabatch_along_its_densities():
@@ -273,6 +353,18 @@ def test_app_prunes_before_each_megabatch_along_its_densities():
     np.testing.assert_allclose(np.array(kept[0::2]) / 2000, want, atol=6e-4)
     with pytest.raises(ValueError, match="stages=20"):
         jaxsparse.app(SGD, 0.5, total_steps=10, stages=20)
+
+
+@pytest.mark.parametrize("score, dense", [("saliency", True), ("magnitude", False)])
+def test_the_first_forward_pass_of_app_is_dense_only_where_the_score_needs_its_gradient(
+    score, dense
+):
+    assert jaxsparse.METHODS["app"].starts_dense and jaxsparse.METHODS["app"].dense_phase
+    tx = jaxsparse.app(SGD, 1 - 0.8**4.5, total_steps=16, score=score)
+    params, state = start(tx, {"kernel": matrix((50, 40))})
+    assert int((params["kernel"] != 0).sum()) == (2000 if dense else 1600)
+    params, _ = stepper(tx)(params, state, {"kernel": matrix((50, 40), 1)})
+    assert int((params["kernel"] != 0).sum()) == 1600
 
 
 # Transposable masks

@@ -442,6 +442,20 @@ def test_without_gradient_and_noise_connections_shrink_linearly_and_die():
     assert np.abs(params["kernel"]).max() <= 1e-12 and masks(state)["kernel"].sum() == 8
 
 
+def test_a_connection_is_born_at_its_epsilon_not_at_zero():
+    """All connections die at once, from a weight beside which 1e-12 vanishes."""
+    w = jnp.abs(matrix((30, 20))) + 1e-3
+    tx = jaxsparse.deep_r(optax.sgd(1.0), 0.8, l1=0.0, noise=0.0, allocation="uniform")
+    params, state = start(tx, {"kernel": w})
+    before = masks(state)["kernel"]
+    params, state = stepper(tx)(params, state, {"kernel": jnp.full((30, 20), 10.0)})
+    m, p = masks(state)["kernel"], np.asarray(params["kernel"])
+    assert before.sum() == m.sum() == 120 and not (before & m).any()
+    np.testing.assert_allclose(p[m], 1e-12, rtol=1e-5)
+    params, state = stepper(tx)(params, state, {"kernel": jnp.zeros((30, 20))})
+    np.testing.assert_array_equal(masks(state)["kernel"], m)
+
+
 def test_with_one_budget_connections_move_between_layers_in_proportion_to_their_budgets():
     shapes = {"large": (30, 20), "small": (10, 20)}  # 300 and 100 connections
     params = {k: jnp.abs(matrix(s)) + 1e-3 for k, s in shapes.items()}
@@ -465,6 +479,37 @@ def test_with_one_budget_connections_move_between_layers_in_proportion_to_their_
     assert abs(counts(state)[1] - moved[-1] / 4) <= 1 and sum(counts(state)) == 400
     with pytest.raises(ValueError, match="scope='net'"):
         jaxsparse.deep_r(SGD, 0.5, scope="net")
+
+
+# When they begin
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "srigl", "dst_ee", "snfs", "dsr", "set_itop", "rigl_itop"])  # fmt: skip
+def test_an_update_at_step_0_is_refused_by_those_that_rewire_what_was_trained(name):
+    make = lambda begin: jaxsparse.make(
+        name, optax.sgd(0.1, momentum=0.9), sparsity=0.8, total_steps=20, update_every=5,
+        begin_step=begin, **({"threshold": 0.3} if name == "dsr" else {}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="begin_step=0: at step 0 the masks are those of init"):
+        make(0)
+    params, state = start(make(1), {"kernel": matrix((40, 40))})
+    step, changed = stepper(make(1)), []
+    for t in range(8):
+        before = masks(state)["kernel"]
+        params, state = step(params, state, {"kernel": matrix((40, 40), t)})
+        changed.append(bool((before != masks(state)["kernel"]).any()))
+    assert changed == [t in (1, 6) for t in range(8)]
+
+
+@pytest.mark.parametrize("name, every", [("set_itop", 1500), ("rigl_itop", 4000)])
+def test_the_intervals_of_itop_are_the_authors_parts_of_their_run(name, every):
+    tx = jaxsparse.make(name, SGD, sparsity=0.8, total_steps=97_500)
+    params, state = start(tx, {"kernel": matrix()})
+    step = stepper(tx)
+    for t in (every - 1, every, every + 1, 2 * every):
+        before = masks(state)["kernel"]
+        params, new = step(params, state._replace(count=jnp.int32(t)), {"kernel": matrix(seed=t)})
+        assert bool((before != masks(new)["kernel"]).any()) == (t % every == 0), t
 
 
 # SET

@@ -223,6 +223,25 @@ def test_the_l2_penalty_of_the_smallest_weights_grows_to_its_limit_and_is_kept()
             jaxsparse.iss_p(SGD, 0.9, total_steps=8, **bad)
 
 
+@pytest.mark.parametrize("steps", [600, 1000, 110, 13])
+def test_the_l2_penalty_ends_at_its_limit_however_the_interval_divides(steps):
+    """Oracle: updates at 0, 20, 40, ... before the cut, each adding limit over their number."""
+    tx = jaxsparse.iss_p(optax.sgd(0.0), 0.5, total_steps=steps, penalty="l2", limit=0.5)
+    end = max(steps * 17 // 100, 0)
+    grown = len(range(0, end, 20))
+    params, state = start(tx, {"kernel": jnp.arange(1.0, 5.0).reshape(2, 2)})
+    step, zeros = stepper(tx), {"kernel": jnp.zeros((2, 2))}
+    found = []
+    for t in range(end + 1):
+        state = state._replace(count=jnp.int32(t))
+        if t % 20 == 0 or t == end:
+            _, state = step(params, state, zeros)
+            found.append(float(state.aux[0][0, 0]))
+    want = [0.5 * min(i, grown) / grown for i in range(1, len(found) + 1)]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    assert max(found) <= 0.5 and float(state.aux[0][1, 1]) == 0.0
+
+
 # HyperSparse
 
 
@@ -314,6 +333,16 @@ def test_exponential_fading_follows_its_rate_and_is_cut_at_the_end():
     np.testing.assert_allclose([p[1, 0] for p, _ in found], want, rtol=1e-5)
 
 
+def test_a_linear_rate_that_ends_before_the_window_does_is_sparse_from_then_on():
+    tx = jaxsparse.mdgf(
+        optax.sgd(0.0), total_steps=40, decay="linear", rate=0.25, begin_step=0, end_step=30
+    )
+    found, _ = train(tx, {"kernel": matrix((8, 4))}, 12)
+    for t, (p, m) in enumerate(found):
+        np.testing.assert_array_equal(m, p != 0)
+        assert m.sum() == (32 if t < 3 else 16), t
+
+
 def test_stages_of_structure_decay():
     pairs = lambda *a: [(s.n, s.m) for s in jaxsparse.sdgf_stages(*a)]
     assert pairs(NM(1, 8)) == [(7, 8), (4, 8), (2, 8), (1, 8)]
@@ -374,3 +403,61 @@ def test_the_gradient_of_a_global_threshold_is_that_of_the_loss():
     assert found[0] == found[1] and found[0] == pytest.approx(-1.0 - float(slope), rel=2e-2)
     with pytest.raises(ValueError, match="scope='net'"):
         jaxsparse.str_(SGD, scope="net")
+
+
+# ST-3 with rare rankings
+
+
+def test_st3_holds_its_mask_between_rankings():
+    """Asked for 80 % with a ranking every 5 steps; the thresholds alone let 57 % stand four steps later."""
+    tx = jaxsparse.st3(
+        optax.sgd(0.01), 0.8, total_steps=100, begin_step=0, end_step=10, update_every=5
+    )
+    found, _ = train(tx, {"kernel": matrix((40, 40))}, 40, lambda t, _: {
+        "kernel": 30.0 * matrix((40, 40), t + 1)
+    })  # fmt: skip
+    for t in range(10, 40):
+        p, m = found[t]
+        assert not p[~m].any() and m.sum() == 1600 - (1 + int(np.floor(1599 * 0.8))), t
+        same = (m == found[t - 1][1]).all()
+        assert same == (t % 5 != 0), t
+
+
+def test_a_kept_weight_below_the_threshold_of_st3_is_zero_and_does_not_change_its_sign():
+    z = jnp.array([[4.0], [3.0], [2.0], [1.0]])
+    tx = jaxsparse.st3(
+        optax.sgd(1.0), 0.5, total_steps=100, begin_step=0, end_step=0, update_every=50,
+        rescale=False,
+    )  # fmt: skip
+    params, state = start(tx, {"kernel": z})  # the threshold is 2.5
+    np.testing.assert_allclose(params["kernel"][:, 0], [1.5, 0.5, 0, 0])
+    state = state._replace(count=jnp.int32(1))
+    down = {"kernel": jnp.array([[0.0], [1.0], [-5.0], [0.0]])}  # z = 4, 2, 7, 1
+    params, state = stepper(tx)(params, state, down)
+    np.testing.assert_allclose(params["kernel"][:, 0], [1.5, 0.0, 0.0, 0.0])
+    assert masks(state)["kernel"][:, 0].tolist() == [True, True, False, False]
+
+
+# Gradual pruning with recovery
+
+
+@pytest.mark.parametrize("momentum, decay", [(0.0, 0.0), (0.9, 0.0), (0.0, 0.1)])
+def test_what_happens_to_a_pruned_weight_that_may_recover(momentum, decay):
+    """Plain SGD leaves it; momentum and decay move it on. Oracle: the recurrence of v and z."""
+    inner = optax.chain(
+        optax.add_decayed_weights(decay), optax.sgd(0.1, momentum=momentum or None)
+    )  # fmt: skip
+    tx = jaxsparse.magnitude(inner, 0.5, total_steps=10, begin_step=2, end_step=2, recovery=True)
+    z = jnp.array([[4.0, 3.0], [0.23, 0.12]])
+    params, state = start(tx, {"kernel": z})
+    step, ones = stepper(tx), {"kernel": jnp.ones((2, 2))}
+    want, v = np.asarray(z, np.float64), np.zeros((2, 2))
+    kept = np.ones((2, 2), bool)
+    for t in range(8):
+        params, state = step(params, state, ones)
+        v = momentum * v + kept + decay * want
+        want = want - 0.1 * v
+        if t == 2:
+            kept = np.abs(want) >= np.sort(np.abs(want).ravel())[2]
+        np.testing.assert_allclose(state.raw["kernel"], want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.asarray(params["kernel"]) != 0, kept)

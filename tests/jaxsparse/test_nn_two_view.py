@@ -249,6 +249,20 @@ def test_adapters_change_nothing_when_inserted_and_train_from_their_step_on():
     assert np.any(params["adapter_out"][...])
 
 
+@pytest.mark.parametrize("steps", [1, 10, 99, 100, 250])
+def test_adapters_train_in_the_last_percent_and_at_least_in_the_last_step(steps):
+    params = {"kernel": weights(4, 4), "adapter_in": weights(4, 1), "adapter_out": weights(1, 4)}
+    tx = slope(optax.sgd(0.1), total_steps=steps)
+    state = start(tx, params)
+    first = steps - max(steps // 100, 1)
+    for count in (first - 1, first, steps - 1):
+        if count < 0:
+            continue
+        updates, _ = advance(tx, params, state._replace(count=jnp.int32(count)), params)
+        moved = [bool(np.any(updates[k])) for k in ("adapter_in", "adapter_out")]
+        assert moved == [count >= first] * 2, count
+
+
 def test_the_scale_of_the_adapters_is_one_over_the_rank():
     layer = SLoPeLinear(8, 4, rank=2, rngs=nnx.Rngs(0))
     x = weights(5, 8)

@@ -1,0 +1,81 @@
+"""When methods update their masks: the defaults of `begin_step`, `end_step` and `update_every`, written
+once for a method's body and for `Method.resolved`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxsparse import schedules
+from jaxsparse._counts import is_concrete
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The defaults of a method's update steps.
+
+    Attributes:
+      begin: the first update, in percent of the run; None: after `update_every` steps.
+      end: the last update, in percent of the run.
+      every: the interval, as a fraction (numerator, denominator) of the run; None: the method's
+        `update_every` is a number.
+      at_end: whether masks are updated at `end_step` whatever the interval.
+      from_step: the least `begin_step`. Methods that rewire what was trained take 1: at step 0 their
+        masks are those of `init`, and nothing has been trained.
+    """
+
+    begin: int | None = 0
+    end: int = 75
+    every: tuple[int, int] | None = None
+    at_end: bool = True
+    from_step: int = 0
+
+    def updates(
+        self, total_steps, begin_step=None, end_step=None, update_every=None
+    ) -> schedules.Updates:
+        """The update steps, checked.
+
+        Raises:
+          ValueError: as `schedules.window`; a `begin_step` before `from_step`.
+        """
+        schedules.check_length(total_steps)
+        every = self._interval(total_steps) if update_every is None else update_every
+        default = every if self.begin is None else total_steps * self.begin // 100
+        found = schedules.window(
+            total_steps,
+            begin_step,
+            end_step,
+            every,
+            default_begin=default,
+            fraction=self.end / 100,
+            at_end=self.at_end,
+        )
+        if is_concrete(found.begin) and found.begin < self.from_step:
+            raise ValueError(
+                f"begin_step={begin_step}: at step 0 the masks are those of init, and nothing has "
+                "been trained that could be ranked; give at least 1, or leave it out: the first "
+                "update is then at update_every"
+            )
+        return found
+
+    def __call__(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of these names that a run with `options` has."""
+        names = ("total_steps", "begin_step", "end_step", "update_every")
+        found = self.updates(*(options.get(name) for name in names))
+        values = {"begin_step": found.begin, "end_step": found.end, "update_every": found.every}
+        return {name: value for name, value in values.items() if name in options}
+
+    def _interval(self, total_steps):
+        if self.every is None:
+            return 1
+        steps = total_steps * self.every[0] // self.every[1]
+        return max(steps, 1) if is_concrete(steps) else jnp.maximum(steps, 1)
+
+
+# The first update after one interval, the last one before 75 % of the run.
+AFTER_ONE_INTERVAL = Timing(begin=None, at_end=False)
+# So do RigL and its kin, which rewire what was trained.
+REWIRING = dataclasses.replace(AFTER_ONE_INTERVAL, from_step=1)
