@@ -110,7 +110,9 @@ def mdgf(
     def rule(step: Step) -> Projection:
         forward = step.count + (0 if any(v.m is None for v in step.views) else 1)
         factors = [factor(v, forward) for v in step.views]
-        return Projection([f != 0 for f in factors], None, factors)
+        # N:M from end_step on, or as soon as a rate of one's own has brought beta to 0.
+        fading = forward <= window.end if rate is None else beta(forward) > 0
+        return Projection([(f == 1) | fading for f in factors], None, factors)
 
     return straight_through(
         inner,
