@@ -106,7 +106,9 @@ def size_of(tx, params) -> int:
 def build(name: str, inner, **options):
     """The method with what it needs of sparsity, length and frequency."""
     known = jaxsparse.METHODS[name].options
-    given = dict(sparsity=SPARSITY, total_steps=10_000, update_every=EVERY, begin_step=EVERY, **options)
+    given = dict(
+        sparsity=SPARSITY, total_steps=10_000, update_every=EVERY, begin_step=EVERY, **options
+    )
     if not jaxsparse.METHODS[name].controls_sparsity:
         del given["sparsity"]
     return jaxsparse.make(name, inner, **{k: v for k, v in given.items() if k in known})
