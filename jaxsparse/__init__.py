@@ -3,7 +3,9 @@
     tx = jaxsparse.rigl(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)
 
 A method wraps any optax optimizer; after every `optax.apply_updates` the parameters are exactly
-sparse. `METHODS` lists the methods, `make` builds one by name. The axes that methods are made of are
+sparse. The method is the outermost transformation: what clips, scales or decays goes inside of it, as in
+`rigl(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), ...)`; after it, it would change
+the updates that make weights exactly 0 (`check` finds that out). `METHODS` lists the methods, `make` builds one by name. The axes that methods are made of are
 modules of their own: `structures`, `scores`, `allocations`, `schedules`, `targets`, `selection`,
 `masking`.
 """
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 from jaxsparse import allocations, masking, schedules, scores, selection, structures, targets
 from jaxsparse._version import __version__
 from jaxsparse.initial import minimum_threshold, preserve_flow, rescale_fan_in, score_ratios
-from jaxsparse.masking import apply_masks, get_masks, get_raw_params
+from jaxsparse.masking import apply_masks, check, get_masks, get_raw_params
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
 from jaxsparse.methods import __all__ as _methods
 from jaxsparse.plan import prune
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "allocations",
     "apply_masks",
+    "check",
     "get_masks",
     "get_raw_params",
     "masking",

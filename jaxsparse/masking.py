@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.core import Tracer
 
 from jaxsparse.targets import named_leaves, select
 
@@ -88,6 +90,7 @@ def pack(mask: Array) -> PackedMask:
     >>> p.bits.tolist(), p.shape, p.unpack().tolist()
     ([[1, 2]], (2, 2), [[True, False], [False, True]])
     """
+    _tell_flax()
     axes = [*range(-2, -mask.ndim - 1, -1), -1]
     axis = min(axes, key=lambda a: -(-mask.shape[a] // 8) * 8 / max(mask.shape[a], 1))
     at, length = mask.ndim + axis, mask.shape[axis]
@@ -96,6 +99,18 @@ def pack(mask: Array) -> PackedMask:
     apart = rows.reshape(*mask.shape[:at], bytes_, 8, *mask.shape[at + 1 :]).astype(jnp.uint8)
     bits = jnp.sum(apart << _places(at, axis), axis=at + 1, dtype=jnp.uint8)
     return PackedMask(bits, length, axis)
+
+
+@functools.cache
+def _tell_flax() -> None:
+    """Lets `flax.serialization` store the bits; not at import, which would import all of Flax."""
+    from flax import serialization
+
+    serialization.register_serialization_state(
+        PackedMask,
+        lambda mask: {"bits": mask.bits},
+        lambda mask, state: dataclasses.replace(mask, bits=state["bits"]),
+    )
 
 
 def _places(at: int, axis: int) -> Array:
@@ -142,12 +157,17 @@ def apply(params, masks):
 
     def one(p, m):
         if m is None:
-            return p
+            return _own(p)
         return jnp.where(unpack(m), p, jnp.zeros((), p.dtype))
 
     leaves, treedef = jax.tree.flatten(params)
     masks = at_leaves(plain(masks), plain(params))
     return treedef.unflatten([one(p, m) for p, m in zip(leaves, masks)])
+
+
+def _own(x):
+    """A copy of an array, so that donating one deletes nothing else; under `jit` it costs nothing."""
+    return jnp.copy(x) if isinstance(x, Array) else x
 
 
 def at_leaves(tree, params) -> list:
@@ -280,7 +300,7 @@ def get_masks(opt_state):
         `nnx.Optimizer` has taken apart.
     """
     merged = _merge([s.masks for s in _states(opt_state)])
-    return jax.tree.map(unpack, merged, is_leaf=is_mask)
+    return jax.tree.map(lambda m: _own(unpack(m)), merged, is_leaf=is_mask)
 
 
 def get_raw_params(opt_state):
@@ -291,7 +311,7 @@ def get_raw_params(opt_state):
       ValueError: `opt_state` holds no state of a jaxsparse method.
     """
     trees = [s.raw for s in _states(opt_state) if s.raw is not None]
-    return _merge(trees)
+    return jax.tree.map(_own, _merge(trees))
 
 
 def project(z: Array, mask: Array, shift=None, scale=None, dtype=None) -> Array:
@@ -319,10 +339,77 @@ def apply_masks(params, opt_state):
     leaves, treedef = jax.tree.flatten(params)
     arrays = plain(params)  # leaf by leaf the same, without NNX variables
     read = lambda tree: at_leaves(tree, arrays)
+    _warn_of_leaks(params, opt_state)
     for state in _states(opt_state):
         rows = zip(leaves, read(state.masks), read(state.raw), read(state.shift), read(state.scale))
         leaves = [
             p if m is None else project(p if z is None else z, unpack(m), shift, scale, p.dtype)
             for p, m, z, shift, scale in rows
         ]
-    return treedef.unflatten(leaves)
+    # Dense leaves, too, are copies: a result may be donated while its argument is still used.
+    return treedef.unflatten([_own(x) for x in leaves])
+
+
+def leaks(params, opt_state) -> dict[str, Array]:
+    """How many weights outside the masks are not 0 (int32), by the path of the leaf; {} for a state
+    of no method with masks."""
+    tree = plain(params)
+    kept = at_leaves(get_masks(opt_state), tree) if find_states(opt_state) else []
+    return {
+        path: jnp.sum(~m & (p != 0), dtype=jnp.int32)
+        for (path, p), m in zip(named_leaves(tree), kept)
+        if m is not None
+    }
+
+
+def _warn_of_leaks(params, opt_state) -> None:
+    """Warns of weights outside the masks that an update has left."""
+    values = jax.tree.leaves((params, opt_state))
+    if any(isinstance(x, Tracer) for x in values):
+        return
+    if not all(int(jnp.max(s.count)) > 0 for s in find_states(opt_state)):
+        return  # before the first update a network may be dense
+    found = {path: int(n) for path, n in leaks(params, opt_state).items() if int(n) > 0}
+    if found:
+        path, n = next(iter(found.items()))
+        warnings.warn(
+            f"params: {n} weights of {path!r} outside of its mask are not 0, after updates that made "
+            f"them 0 ({len(found)} such leaves): {ORDER}",
+            stacklevel=3,
+        )
+
+
+ORDER = (
+    "a transformation after the method, or an average around it, changes its updates; put clipping, "
+    "scaling and decay inside, method(optax.chain(clip, adam), ...), and average masked weights with "
+    "apply_masks"
+)
+
+
+def check(params, opt_state) -> Array:
+    """Whether `params` are exactly sparse: every weight outside the masks is 0.
+
+    A transformation that stands after a method in `optax.chain`, or an average around it, changes
+    the updates that would have made pruned weights exactly 0. Clipping, scaling, decay and averages
+    belong inside: `jaxsparse.rigl(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), ...)`.
+
+    Args:
+      params: the parameters, after at least one update (or `apply_masks`).
+      opt_state: the optimizer state that belongs to them.
+
+    Returns:
+      A bool scalar; usable under `jit`, in a training loop, as a metric.
+
+    >>> import jaxsparse, optax
+    >>> tx = jaxsparse.static(optax.sgd(0.1), sparsity=0.75)
+    >>> params = {"kernel": jnp.ones((4, 4))}
+    >>> state = tx.init(params)
+    >>> bool(check(params, state)), bool(check(jaxsparse.apply_masks(params, state), state))
+    (False, True)
+
+    Raises:
+      ValueError: `opt_state` holds no state of a jaxsparse method.
+    """
+    _states(opt_state)  # raises where there is none
+    found = list(leaks(params, opt_state).values())
+    return jnp.sum(jnp.stack(found)) == 0 if found else jnp.ones((), bool)

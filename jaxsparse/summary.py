@@ -19,8 +19,8 @@ _LEFT = (0, 1, 7)  # columns of words
 class Row:
     """One leaf: `sparsity` is the fraction of exact zeros, `mask_sparsity` that of the mask (None
     at dense leaves), `bytes` the size of the array, `note` why the leaf is dense ("bias or scale",
-    "vector", ...; "left out" where `targets=`, given masks or another method decided it), or that
-    its mask keeps nothing."""
+    "vector", ...; "left out" where `targets=`, given masks or another method decided it), that
+    its mask keeps nothing, or that weights outside its mask are not 0 (see `jaxsparse.check`)."""
 
     path: str
     shape: tuple[int, ...]
@@ -166,6 +166,7 @@ def summarize(params, opt_state=None) -> Summary:
     masks = [None] * len(leaves)
     if opt_state is not None and masking.find_states(opt_state):
         masks = masking.at_leaves(masking.get_masks(opt_state), tree)
+    updated = any(int(np.max(s.count)) > 0 for s in masking.find_states(opt_state))
     left_out = "left out" if any(m is not None for m in masks) else ""
     rows = []
     for (path, leaf), chosen, mask in zip(leaves, by_default, masks):
@@ -173,5 +174,7 @@ def summarize(params, opt_state=None) -> Summary:
         if mask is not None:
             removed = int(x.size - np.count_nonzero(np.asarray(mask)))
             note = "empty mask" if removed == x.size > 0 else ""
+            leaked = int(np.count_nonzero(x[~np.asarray(mask)]))
+            note = f"{leaked:,} nonzero outside the mask" if leaked and updated else note
         rows.append(Row(path, x.shape, x.size, int(np.count_nonzero(x)), removed, x.nbytes, note))
     return Summary(tuple(rows))

@@ -348,15 +348,83 @@ def check_composes(subject: Subject):
     same(masks_of(state), masks_of(after), "masks after a NaN gradient under apply_if_finite")
 
 
-def check_without_jit(subject: Subject, steps: int = 2):
-    """Eager updates are what compiled ones are."""
+def check_without_jit(subject: Subject, steps: int = 5):
+    """Steps outside of `jit` are what compiled ones are, and compile nothing after the second."""
     params, goal = parameters(), target(parameters())
     state = subject.tx.init(params)
     for t in range(steps):
+        before = _compilations()
         updates, state = subject.tx.update(gradients(params, goal), state, params)
         params = optax.apply_updates(params, updates)
+        made = _compilations() - before
+        assert t < 2 or made == 0, f"step {t}: {made} programs were compiled outside of jit"
         same(subject.run.masks[t], masks_of(state), f"step {t}: masks without jit")
         close(subject.run.params[t], params, f"step {t}: parameters without jit")
+
+
+_COMPILED: list[str] = []
+
+
+@functools.cache
+def _listen() -> None:
+    def note(event: str, duration: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            _COMPILED.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+
+
+def _compilations() -> int:
+    """Programs that XLA has compiled since the first call."""
+    _listen()
+    return len(_COMPILED)
+
+
+def check_ownership(subject: Subject):
+    """A state, and what is read from it, hold no array of the caller: donating one deletes nothing
+    else."""
+    params = parameters()
+    copies = jax.tree.map(np.asarray, jax.device_get(params))
+    state = subject.tx.init(params)
+    masks, raw = masks_of(state), None
+    if masks is not None:
+        raw = masking.get_raw_params(state)
+        first = masking.apply_masks(params, state)
+    else:
+        first = jax.tree.map(jnp.copy, params)
+
+    def step(params, state):
+        updates, state = subject.tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jax.jit(step, donate_argnums=(0, 1), compiler_options=dict(subject.compiler_options))(
+        first, state
+    )
+    for what, tree in (("parameters", params), ("masks", masks), ("raw weights", raw)):
+        gone = [x for x in jax.tree.leaves(tree) if x.is_deleted()]
+        assert not gone, f"{what} were donated with the state"
+    same(copies, params, "parameters of the caller")
+
+
+def check_map_params(subject: Subject):
+    """`optax.tree.map_params` maps the slots of the inner optimizer, with or without a second tree
+    like the parameters, and takes masks and raw weights for no parameters."""
+    params = parameters()
+    state = jax.eval_shape(subject.tx.init, params)
+    marked = optax.tree.map_params(
+        subject.tx, lambda _, p: "slot", state, params, transform_non_params=lambda _: "other"
+    )
+    inner = jax.eval_shape(subject.inner.init, params)
+    slots = optax.tree.map_params(
+        subject.inner, lambda _: "slot", inner, transform_non_params=lambda _: "other"
+    )
+    count = lambda tree: jax.tree.leaves(tree).count("slot")
+    assert count(marked) >= count(slots), "slots of the inner optimizer are not found"
+    narrow = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    cast = optax.tree.map_params(subject.tx, narrow, state)
+    for old, new in zip(masking.find_states(state), masking.find_states(cast)):
+        kinds = lambda s: [x.dtype for x in jax.tree.leaves((s.masks, s.raw, s.shift, s.scale))]
+        assert kinds(old) == kinds(new), "masks or raw weights were taken for parameters"
 
 
 def same(a, b, what: str):
@@ -401,6 +469,8 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         check_traces_inside_wrappers,
         check_composes,
         check_without_jit,
+        check_ownership,
+        check_map_params,
     )
 }
 

@@ -86,7 +86,8 @@ def hold_masks(
         plan = plan_for(params)
         ws, inner_state = plan.take(params), inner.init(params)
         masks = init(Step(jnp.int32(0), views(plan, ws), inner_state))
-        masks = [like(m, w) for m, w in zip(masks, ws)]
+        # Buffers of their own: what a user has given must survive the donation of the state.
+        masks = [like(jnp.array(m, copy=True), w) for m, w in zip(masks, ws)]
         step = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
         state = SparseState(
             count=jnp.zeros((), jnp.int32),

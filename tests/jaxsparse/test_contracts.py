@@ -63,6 +63,18 @@ def test_traces_inside_optax_wrappers(subject):
     testing.check_traces_inside_wrappers(subject)
 
 
+def test_steps_outside_of_jit_are_what_compiled_ones_are_and_compile_once(subject):
+    testing.check_without_jit(subject)
+
+
+def test_no_array_of_the_caller_is_in_a_state_or_a_result(subject):
+    testing.check_ownership(subject)
+
+
+def test_optax_finds_what_is_like_the_parameters_in_a_state(subject):
+    testing.check_map_params(subject)
+
+
 # What follows compiles anew; the engines decide it, so one method of each kind stands for all.
 KINDS = ["rigl", "global_magnitude", "saliency", "static", "magnitude_ste", "st3", "autosparse"]
 
@@ -70,11 +82,6 @@ KINDS = ["rigl", "global_magnitude", "saliency", "static", "magnitude_ste", "st3
 @pytest.mark.parametrize("kind", KINDS)
 def test_does_the_same_inside_optax_wrappers(kind):
     testing.check_composes(contracts.subject(kind))
-
-
-@pytest.mark.parametrize("kind", ["rigl", "saliency", "st3", "autosparse"])
-def test_eager_updates_are_what_compiled_ones_are(kind):
-    testing.check_without_jit(contracts.subject(kind))
 
 
 def test_masks_follow_the_options_of_every_method(name):
