@@ -25,7 +25,7 @@ test-slow: $(STAMP)
 
 # Two processes with four virtual devices each: training, a kill, a preemption, the same bits in the end.
 pod-rehearsal: $(STAMP)
-	$(BIN)/python -m experiments.launch.rehearsal
+	$(BIN)/python -m experiments.reliability.rehearsal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

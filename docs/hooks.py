@@ -89,7 +89,7 @@ def catalogue() -> str:
         "# Methods: formulas and options",
         "",
         "Written from the registry, `jaxsparse.METHODS`: what is listed here can be called, is run "
-        "through the contract tests, and can be compared by `experiments.compare`. Names of options "
+        "through the contract tests, and can be compared by `experiments.studies.compare`. Names of options "
         "that several methods share are explained in [Options](../guides/options.md).",
         "",
         "| name | kind | asked for a sparsity | structures |",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.parallel import all_agree
+from experiments.hosts import all_agree
 from jaxsparse.targets import path_name
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it

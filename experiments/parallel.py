@@ -1,24 +1,17 @@
-"""How one training step runs on many devices: one class per strategy, chosen by `config.parallel`.
+"""How one training step runs on many devices: one class per strategy, chosen by name.
 
 A strategy places the state, compiles the step and shapes the batches; the step function itself is the
 same under all of them. `to_save` and `from_saved` turn the placed state into the *logical* state (whole
 arrays, as the step function of one device sees them) and back. Checkpoints hold the logical state, so
 that a run can go on under another strategy, or on another number of devices or hosts.
-
-`initialize` joins the processes of many hosts; `mean_over_microbatches` is the mean of gradients that has
-the same bits on any number of devices.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxsparse.targets import path_name
@@ -32,10 +25,9 @@ class Single:
     axis_name: str | None = None  # the device axis that the step function sees
     mesh: Any = None  # the `Mesh` whose axis `data` shares the batch, if there is one
 
-    def __init__(self, config):
+    def __init__(self, *, batch_size: int, microbatches: int = 0, tensor: int = 1):
         if jax.process_count() > 1:
             raise ValueError("parallel='none' runs on one device: with several hosts, pmap or fsdp")
-        _check_microbatches(config, 1)
         self.whole = self.sharding = SingleDeviceSharding(jax.local_devices()[0])
 
     def init(self, init: Callable[[], Any]) -> Any:
@@ -71,10 +63,9 @@ class Pmap(Single):
 
     axis_name = "batch"
 
-    def __init__(self, config):
+    def __init__(self, *, batch_size: int, microbatches: int = 0, tensor: int = 1):
         self.local = jax.local_devices()
-        _check_batch(config, jax.device_count())
-        _check_microbatches(config, jax.device_count())
+        _check_split(batch_size, microbatches, jax.device_count())
         self.rows = NamedSharding(Mesh(self.local, "batch"), PartitionSpec("batch"))
         self.whole = NamedSharding(Mesh(jax.devices(), "batch"), PartitionSpec())
 
@@ -117,28 +108,29 @@ class Pmap(Single):
 class Fsdp(Single):
     """Sharded parameters through `jax.jit`: every leaf of the parameters, and all leaves of the
     optimizer state that belong to it, is split over the devices that split the batch, or over as many
-    of them as divide one of its axes. With `config.tensor` > 1, so many devices also share each layer
-    of a Transformer."""
+    of them as divide one of its axes. With `tensor` > 1, so many devices also share each layer of a
+    Transformer."""
 
     # Which axis of a Transformer's kernel is split over `tensor`: outputs, then inputs (Megatron).
     TENSOR = {"query": -1, "key": -1, "value": -1, "up": -1, "out": -2, "down": -2, "head": -1}
 
-    def __init__(self, config, devices=None):
-        devices = np.asarray(jax.devices() if devices is None else devices)
-        if config.tensor < 1 or devices.size % config.tensor:
-            raise ValueError(f"tensor={config.tensor} does not divide {devices.size} devices")
-        _check_batch(config, devices.size // config.tensor)
-        _check_microbatches(config, devices.size // config.tensor)
-        if config.microbatches and config.tensor > 1:
-            raise ValueError(
-                f"microbatches={config.microbatches}: not with tensor={config.tensor}, whose devices "
-                "add parts of one product in an order of their own"
-            )
-        self.mesh = Mesh(devices.reshape(-1, config.tensor), ("data", "tensor"))
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        microbatches: int = 0,
+        tensor: int = 1,
+        devices: np.ndarray | None = None,
+    ):
+        placed = np.asarray(jax.devices() if devices is None else devices)
+        if placed.size % tensor:
+            raise ValueError(f"tensor={tensor} does not divide {placed.size} devices")
+        _check_split(batch_size, microbatches, placed.size // tensor)
+        self.mesh = Mesh(placed.reshape(-1, tensor), ("data", "tensor"))
         # The same devices, their number in prime factors, of which an axis of a leaf takes some.
-        self.factors = _prime_factors(devices.size // config.tensor)
+        self.factors = _prime_factors(placed.size // tensor)
         self.names = tuple(f"data{i}" for i in range(len(self.factors)))
-        self.parts = Mesh(devices.reshape(*self.factors, config.tensor), (*self.names, "tensor"))
+        self.parts = Mesh(placed.reshape(*self.factors, tensor), (*self.names, "tensor"))
         self.rows = NamedSharding(self.mesh, PartitionSpec("data"))
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.state_shardings: Any = None
@@ -217,212 +209,33 @@ def _prime_factors(n: int) -> tuple[int, ...]:
     return () if n == 1 else (factor, *_prime_factors(n // factor))
 
 
-STRATEGIES = {"none": Single, "pmap": Pmap, "fsdp": Fsdp}
+STRATEGIES: Mapping[str, type[Single]] = {"none": Single, "pmap": Pmap, "fsdp": Fsdp}
 
 
-def create(config) -> Single:
-    """The strategy that the config names.
-
-    Raises:
-      ValueError: if there is no such strategy, or its devices do not divide the batch.
-    """
-    if config.parallel not in STRATEGIES:
-        raise ValueError(
-            f"parallel={config.parallel!r} is not known; choose from {', '.join(STRATEGIES)}"
-        )
-    return STRATEGIES[config.parallel](config)
-
-
-def _check_batch(config, parts):
-    if config.batch_size % parts:
-        raise ValueError(f"batch_size={config.batch_size} does not divide over {parts} devices")
-
-
-def _check_microbatches(config, parts):
-    """A balanced tree needs powers of two, and whole microbatches on each device."""
-    count = config.microbatches
-    if not count:
-        return
-    if count < 0 or count & (count - 1) or config.batch_size % count:
-        raise ValueError(
-            f"microbatches={count}: must be a power of two that divides "
-            f"batch_size={config.batch_size}, or 0"
-        )
-    if count % parts:
-        raise ValueError(
-            f"microbatches={count} does not divide over {parts} devices: give a multiple, and a "
-            "number of devices that is a power of two"
-        )
-
-
-def mean_over_microbatches(
-    fn: Callable[..., Any], count: int, axis_name: str | None = None
-) -> Callable[..., Any]:
-    """The mean of `fn(*args, microbatch)` over the `count` microbatches of the global batch, with the
-    same bits on any number of devices.
-
-    Floating-point sums depend on their order, and a sum over devices has another order than the sum on
-    one. Here `fn` sees the same `count` pieces at the same shapes wherever they are, and the results are
-    added along one balanced binary tree: pieces 0 and 1, 2 and 3, then those sums, and so on. A device
-    adds the subtree of its own pieces, one at a time (it holds log2 of their number at once); devices
-    add the rest by recursive doubling, where each exchanges sums with the one whose number differs in
-    one bit. As a + b = b + a, all of them end with the same bits.
-
-    XLA on CPU also rounds a product and the sum after it once or twice, depending on what it fuses them
-    with: for the same bits there, add --xla_cpu_max_isa=AVX (no fused multiply-add) to XLA_FLAGS.
+def create(name: str, *, batch_size: int, microbatches: int = 0, tensor: int = 1) -> Single:
+    """The strategy of that name, on all devices.
 
     Args:
-      fn: returns a tree of floating-point arrays.
-      count: a power of two, and a multiple of the number of devices along `axis_name`.
-      axis_name: the axis of `pmap` or `shard_map` that shares the batch; `None` if it is whole.
-
-    Returns:
-      `mean(*args, batch)`, where `batch` is what this device has of the global batch.
-    """
-
-    def mean(*args):
-        *fixed, batch = args
-        devices = 1 if axis_name is None else lax.axis_size(axis_name)
-        local = count // devices
-        pieces = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
-
-        # The barriers keep the compiler from merging `fn` with what is around it, which differs with
-        # the number of devices, and with it the rounding.
-        def one(piece):
-            return lax.optimization_barrier(fn(*lax.optimization_barrier((*fixed, piece))))
-
-        total = _tree_sum(one, pieces, local)
-        joined, split = _joined(total)
-        for bit in range(devices.bit_length() - 1):
-            pairs = [(i, i ^ (1 << bit)) for i in range(devices)]
-            other = lax.ppermute(joined, axis_name, pairs)
-            joined = jax.tree.map(jnp.add, joined, other)
-        return lax.optimization_barrier(jax.tree.map(lambda x: x / count, split(joined)))
-
-    return mean
-
-
-def _joined(tree):
-    """All leaves of one type as one vector, and the way back: between hosts a message costs more than
-    what is in it."""
-    leaves, structure = jax.tree.flatten(tree)
-    dtypes = sorted({x.dtype for x in leaves}, key=str)
-    of = {d: [i for i, x in enumerate(leaves) if x.dtype == d] for d in dtypes}
-    vectors = [jnp.concatenate([leaves[i].ravel() for i in of[d]]) for d in dtypes]
-
-    def split(vectors):
-        out = list(leaves)
-        for d, vector in zip(dtypes, vectors):
-            ends = np.cumsum([leaves[i].size for i in of[d]])
-            for i, part in zip(of[d], jnp.split(vector, ends[:-1])):
-                out[i] = part.reshape(leaves[i].shape)
-        return jax.tree.unflatten(structure, out)
-
-    return vectors, split
-
-
-def _tree_sum(fn, pieces, count):
-    """The sum of `fn` over the `count` leading entries of `pieces`, along a balanced binary tree.
-
-    Counts in binary: `sums[l]` is a finished subtree of 2^l pieces that waits for its sibling.
-    """
-    if count == 1:
-        return fn(jax.tree.map(lambda x: x[0], pieces))
-    levels = count.bit_length() - 1
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], pieces))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def body(carry, inputs):
-        (sums, _), (i, piece) = carry, inputs
-        total, rises, kept = fn(piece), jnp.array(True), []
-        for level, waiting in enumerate(sums):
-            has_sibling = (i >> level) & 1 == 1
-            stays, joins = rises & ~has_sibling, rises & has_sibling
-            kept.append(jax.tree.map(lambda w, t: jnp.where(stays, t, w), waiting, total))  # noqa: B023
-            total = jax.tree.map(lambda w, t: jnp.where(joins, w + t, t), waiting, total)  # noqa: B023
-            rises = joins
-        return (kept, total), None
-
-    (_, total), _ = lax.scan(body, ([zeros] * levels, zeros), (jnp.arange(count), pieces))
-    return total
-
-
-def initialize(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    distributed: bool | None = None,
-) -> None:
-    """Joins the processes of a run on several hosts, through `jax.distributed`; before any other use
-    of JAX.
-
-    Args:
-      coordinator_address: `host:port` of the first process.
-      num_processes: how many processes there are.
-      process_id: the number of this one.
-      distributed: `True` lets JAX find what is not given (Cloud TPU, SLURM, Open MPI, Kubernetes),
-        `False` is one process, and `None` is `True` if one of the above is given or a job manager's
-        variables name several processes.
+      name: a key of `STRATEGIES`.
+      batch_size: rows of the global batch.
+      microbatches: how many equal pieces it is cut in, or 0; see `microbatches.mean_over_microbatches`.
+      tensor: of fsdp, how many devices share each layer of a Transformer.
 
     Raises:
-      ValueError: if something is missing that JAX cannot find either.
+      ValueError: the devices do not divide the batch or the microbatches, or `tensor` not them.
     """
-    given = {
-        "coordinator_address": coordinator_address,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    if distributed is None:
-        distributed = any(v is not None for v in given.values()) or _several_processes()
-    if not distributed:
-        if any(v is not None for v in given.values()):
-            raise ValueError(f"distributed=False: contradicts {_named(given)}")
-        return
-    try:
-        jax.distributed.initialize(**given)
-    except ValueError as error:
+    return STRATEGIES[name](batch_size=batch_size, microbatches=microbatches, tensor=tensor)
+
+
+def _check_split(batch_size: int, microbatches: int, parts: int) -> None:
+    """The same rows on each device, and whole microbatches."""
+    if batch_size % parts:
+        raise ValueError(f"batch_size={batch_size} does not divide over {parts} devices")
+    if microbatches % parts:
         raise ValueError(
-            f"the processes cannot be joined with {_named(given)}: {error} Where JAX does not find them "
-            "(it knows Cloud TPU, SLURM, Open MPI, Kubernetes), give each process all of "
-            "--coordinator_address=host:port --num_processes=N --process_id=i"
-        ) from error
-
-
-def _several_processes() -> bool:
-    """Whether a job manager has started several copies of this program."""
-    number = lambda name: int(os.environ.get(name) or 1)
-    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return (
-        bool(os.environ.get("JAX_COORDINATOR_ADDRESS"))
-        or number("SLURM_STEP_NUM_TASKS") > 1
-        or number("OMPI_COMM_WORLD_SIZE") > 1
-        or ("," in names and " " not in names)  # libtpu writes a warning here where there is no TPU
-    )
-
-
-def _named(given):
-    return ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None) or "no address"
-
-
-def all_agree(ok: bool) -> bool:
-    """Whether `ok` holds on every process."""
-    if jax.process_count() == 1:
-        return ok
-    with jax.transfer_guard("allow"):
-        return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
-def to_host(tree: Any) -> Any:
-    """Whole arrays in this host's memory, one leaf after the other, of arrays on many hosts."""
-
-    def fetch(x):
-        if x.is_fully_addressable:
-            return x
-        if x.is_fully_replicated:
-            return x.addressable_data(0)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(fetch, tree)
+            f"microbatches={microbatches} does not divide over {parts} devices: give a multiple, and "
+            "a number of devices that is a power of two"
+        )
 
 
 def _settled(out):

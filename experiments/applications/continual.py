@@ -24,9 +24,9 @@ import optax
 from jax import Array
 
 import jaxsparse
+from experiments.report.page import markdown_table
 from jaxsparse import masking, selection
 from jaxsparse import plan as plans
-from jaxsparse.analysis.page import markdown_table
 
 TASKS, CLASSES = 5, 10
 

@@ -25,10 +25,10 @@ import numpy as np
 import optax
 from jax import Array
 
+from experiments.report.page import markdown_table
 from jaxsparse import masking, scores
 from jaxsparse import plan as plans
 from jaxsparse.allocations import Global
-from jaxsparse.analysis.page import markdown_table
 
 SIDE, ACTIONS, DISCOUNT, SLIP, HORIZON = 13, 4, 0.97, 0.1, 80
 GOAL = (10, 10)

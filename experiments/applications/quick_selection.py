@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 import jaxsparse
-from jaxsparse.analysis.page import markdown_table
+from experiments.report.page import markdown_table
 
 
 class Setting(NamedTuple):

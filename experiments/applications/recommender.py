@@ -19,9 +19,9 @@ import optax
 from jax import Array
 
 import jaxsparse
+from experiments.report.page import markdown_table
 from jaxsparse import engines, schedules
 from jaxsparse import plan as plans
-from jaxsparse.analysis.page import markdown_table
 
 
 class Ratings(NamedTuple):

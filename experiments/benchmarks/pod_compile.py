@@ -5,7 +5,7 @@
 
 No TPU is needed. `libtpu` compiles for the devices of a whole pod; the program for one chip says how
 much memory it takes, which collectives it runs on how many bytes, and how long XLA thinks it takes.
-What is compiled is the training job's own step (`experiments.train.make_task`, `experiments.parallel`)
+What is compiled is the training job's own step (`experiments.task.make_task`, `experiments.parallel`)
 with its state donated: `jax.pmap` for replicas, `jax.jit` with sharded state for fsdp. One minute to
 several per case; each is saved as it is done, and cases that are there are not compiled again.
 
@@ -35,10 +35,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import parallel, train
+from experiments import parallel
 from experiments.benchmarks import jaxpruner, tpu_static
 from experiments.configs import imagenet_resnet50, transformer_1b
 from experiments.datasets import Dataset
+from experiments.optimizer import make_optimizer
+from experiments.task import make_task
 
 EVERY = 100
 
@@ -133,7 +135,7 @@ def lower(config, data: Dataset, devices: np.ndarray, tx=None):
     batch = {"x": (rows, *data.shape), "y": (rows, *(data.shape if data.is_text else ()))}
     types = {"x": jnp.int32 if data.is_text else jnp.float32, "y": jnp.int32}
     if config.parallel == "pmap":
-        task = train.make_task(config, data, parallel.Pmap.axis_name, tx=tx)
+        task = make_task(config, data, parallel.Pmap.axis_name, tx=tx)
         state = jax.eval_shape(task.init)
         each = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), state)
         split = {
@@ -143,8 +145,8 @@ def lower(config, data: Dataset, devices: np.ndarray, tx=None):
             task.train_step, parallel.Pmap.axis_name, devices=list(devices), donate_argnums=(0,)
         )
         return step.lower(each, split), state, state
-    strategy = parallel.Fsdp(config, devices)
-    task = train.make_task(config, data, mesh=strategy.mesh, tx=tx)
+    strategy = parallel.Fsdp(batch_size=config.batch_size, tensor=config.tensor, devices=devices)
+    task = make_task(config, data, mesh=strategy.mesh, tx=tx)
     state = jax.eval_shape(task.init)
     where = strategy.shardings(state)
     placed = jax.tree.map(
@@ -314,7 +316,7 @@ def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> di
     generation = case.topology.split(":")[0]
     tx = None
     if case.method == "jaxpruner":
-        tx = jaxpruner.pruning(train.make_optimizer(config), config.sparsity, EVERY)
+        tx = jaxpruner.pruning(make_optimizer(config), config.sparsity, EVERY)
     lowered, state, shards = lower(config, data, devices, tx)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     number = lambda tree: sum(x.size for x in jax.tree.leaves(tree))

@@ -1,5 +1,5 @@
-"""Starting a run on several hosts: recipes for Cloud TPU, SLURM and one GPU host, and a rehearsal.
+"""Starting a run on several hosts: recipes for Cloud TPU, SLURM and one GPU host, and a pod to rehearse on.
 
 `tpu_pod.sh`, `slurm.sbatch` and `gpu_host.sh` are commands to copy and edit. `local` starts several
-processes on this machine, over CPU; `rehearsal` trains, kills and resumes that way and compares the bits.
+processes on this machine, over CPU.
 """

@@ -8,6 +8,7 @@ exchange data through Gloo as hosts of a cluster would. SIGTERM and Ctrl-C are h
 process fails the rest are ended, as SLURM does with --kill-on-bad-exit.
 """
 
+import argparse
 import os
 import pathlib
 import signal
@@ -17,11 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-
-from absl import app, flags
-
-PROCESSES = flags.DEFINE_integer("processes", 2, "how many", lower_bound=1)
-DEVICES = flags.DEFINE_integer("devices", 4, "virtual devices of each process", lower_bound=1)
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL for the rest, when a process has failed
 
@@ -37,7 +33,7 @@ def start(
     """Starts `python -m module` so many times, each told of the others; does not wait.
 
     Args:
-      module: its program calls `parallel.initialize` with the three flags that it is given.
+      module: its program calls `hosts.initialize` with the three flags that it is given.
       arguments: further arguments, the same for all.
       processes: their number. With 1, none of the flags is given.
       devices: virtual CPU devices of each.
@@ -115,12 +111,19 @@ def _show(number: int, process: subprocess.Popen) -> None:
         print(f"[{number}] {line}", end="", flush=True)
 
 
-def main(argv):
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--processes", type=int, default=2, help="how many")
+    parser.add_argument("--devices", type=int, default=4, help="virtual devices of each process")
+    parser.add_argument("arguments", nargs="*", help="after --, those of experiments.train")
+    args = parser.parse_args(argv)
+    if min(args.processes, args.devices) < 1:
+        parser.error("at least one process, and one device of each")
     processes = start(
         "experiments.train",
-        argv[1:],
-        processes=PROCESSES.value,
-        devices=DEVICES.value,
+        args.arguments,
+        processes=args.processes,
+        devices=args.devices,
         output=subprocess.PIPE,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,4 +142,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -2,7 +2,8 @@
 
 Every model maps `x` [batch, *shape] to logits; `create` fills in what the data set decides. A module
 with batch normalisation takes `axis_name`, the name of the device axis under `jax.pmap`; deep ones take
-`rows`, the sharding of the batch where parameters are sharded too.
+`rows`, the sharding of the batch where parameters are sharded too. One whose layers are stacked says so in
+`stacked`.
 """
 
 import difflib
@@ -28,7 +29,8 @@ MODELS: Mapping[str, Callable[..., nnx.Module]] = {
     "transformer": Transformer,
 }
 
-_FROM_DATA = ("self", "shape", "num_classes", "rngs", "axis_name", "rows")
+# What the data and the devices decide.
+_GIVEN = ("self", "shape", "num_classes", "rngs", "axis_name", "rows")
 
 
 def create(
@@ -51,9 +53,8 @@ def create(
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, cutoff=0.4) or MODELS
         raise ValueError(f"model={name!r} is not known; close matches: {', '.join(close)}")
-    model = MODELS[name]
+    model, known = MODELS[name], options_of(name)
     takes = inspect.signature(model.__init__).parameters
-    known = [p for p in takes if p not in _FROM_DATA]
     for option in options:
         if option not in known:
             raise ValueError(f"model={name!r} has no option {option!r}; it has: {', '.join(known)}")
@@ -62,3 +63,18 @@ def create(
     placed = {"axis_name": axis_name, "rows": rows}
     options |= {name: value for name, value in placed.items() if name in takes}
     return model(shape, num_classes, rngs=rngs, **options)
+
+
+def options_of(name: str) -> list[str]:
+    """The names of the options that a model has of its own.
+
+    >>> options_of("mlp")
+    ['hidden', 'dtype', 'two_view']
+    """
+    return [p for p in inspect.signature(MODELS[name].__init__).parameters if p not in _GIVEN]
+
+
+def stacked(model: nnx.Module) -> Mapping[str, int]:
+    """Which parameters of a model stack layers: the number of their leading axes that do, by pattern
+    of the path. A model says so in its attribute `stacked`; without it there are none."""
+    return getattr(model, "stacked", None) or {}

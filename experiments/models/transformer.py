@@ -82,6 +82,11 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(dim, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(dim, num_classes, use_bias=False, dtype=dtype, rngs=rngs)
 
+    @property
+    def stacked(self) -> dict[str, int]:
+        """Of which leaves how many leading axes are layers."""
+        return {"^layers/": 1} if self.scan_layers else {}
+
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = split_rows(self.embed(tokens_BT), self.rows)
         apply = lambda x, layer: split_rows(layer(x), self.rows)

@@ -1,1 +1,1 @@
-"""Scripts that try to break the training job: `kills` and `devices`. Their tables are in docs/results."""
+"""Scripts that try to break the training job: `kills`, `devices`, `rehearsal`. Their tables are in docs/results."""

@@ -12,6 +12,7 @@ On CPU this sets --xla_cpu_max_isa=AVX, which has no fused multiply-add: whether
 the sum after it, and rounds once instead of twice, depends on the program around.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -21,24 +22,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 from absl import logging as absl_logging
 
 import jaxsparse
-from experiments import datasets, parallel, train
+from experiments import datasets, hosts, parallel
 from experiments.configs import base
 from experiments.launch import local
 from experiments.reliability import runs
-from jaxsparse.analysis.page import markdown_table
-
-METHODS = flags.DEFINE_list("methods", ["all"], "names in jaxsparse.METHODS, or all")
-STEPS = flags.DEFINE_integer("steps", 500, "steps of training")
-CHOSEN = flags.DEFINE_list("settings", ["all"], "names of SETTINGS to compare with one device")
-RESULTS = flags.DEFINE_string("results", "runs/devices", "directory for what the settings end with")
-OUT = flags.DEFINE_string("out", "", "JSON file of the results")
-CHILD = flags.DEFINE_string(
-    "child", "", "one setting, in a process of its own (used by this script)"
-)
+from experiments.report.page import markdown_table
+from experiments.task import make_task
 
 TWO_VIEW = ("bdwp", "bi_mask", "slope")
 XLA_FLAG = "--xla_cpu_max_isa=AVX"
@@ -73,15 +65,17 @@ def final_state(method: str, strategy_name: str, steps: int):
     """Parameters, optimizer state and masks after so many steps, by path, on this host."""
     config = make_config(method, steps)
     config.parallel = strategy_name
-    strategy = parallel.create(config)
+    strategy = parallel.create(
+        strategy_name, batch_size=config.batch_size, microbatches=config.microbatches
+    )
     data = datasets.load(config.dataset)
-    task = train.make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
+    task = make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
     state = strategy.init(task.init)
     step = strategy.compile(task.train_step, donate=True)
     host = (jax.process_index(), jax.process_count())
     for batch in datasets.batches(data, config.batch_size, stop=config.steps, host=host):
         state, _ = step(state, strategy.put(batch))
-    logical = parallel.to_host(strategy.to_save(state))
+    logical = hosts.to_host(strategy.to_save(state))
     sparse = jaxsparse.masking.find_states(logical.opt_state)
     by_path = lambda tree: {
         jax.tree_util.keystr(path): np.asarray(x)
@@ -93,17 +87,16 @@ def final_state(method: str, strategy_name: str, steps: int):
     }
 
 
-def child(setting: str, methods: list[str]) -> None:
+def child(setting: str, methods: list[str], results: pathlib.Path, steps: int) -> None:
     """Trains every method in this setting and saves what `final_state` gives."""
-    train.initialize_from_flags()
     for method in methods:
         started = time.monotonic()
-        parts = final_state(method, SETTINGS[setting][0], STEPS.value)
+        parts = final_state(method, SETTINGS[setting][0], steps)
         if jax.process_index() == 0:
             arrays = {
                 f"{kind}:{path}": x for kind, part in parts.items() for path, x in part.items()
             }
-            path = _file(setting, method)
+            path = _file(results, setting, method, steps)
             with path.with_suffix(".part").open("wb") as out:  # whole, or not there
                 np.savez(out, **arrays)  # pyright: ignore[reportArgumentType]
             path.with_suffix(".part").rename(path)
@@ -111,20 +104,22 @@ def child(setting: str, methods: list[str]) -> None:
         jax.clear_caches()
 
 
-def _file(setting, method):
-    return pathlib.Path(RESULTS.value) / f"{setting.replace(' ', '_')}-{method}-{STEPS.value}.npz"
+def _file(results: pathlib.Path, setting: str, method: str, steps: int) -> pathlib.Path:
+    return results / f"{setting.replace(' ', '_')}-{method}-{steps}.npz"
 
 
-def compare(methods: list[str], settings: list[str]) -> dict[str, dict[str, dict[str, int]]]:
+def compare(
+    methods: list[str], settings: list[str], results: pathlib.Path, steps: int
+) -> dict[str, dict[str, dict[str, int]]]:
     """By method and setting: entries of masks and of the whole state that differ from one device's, and
     the largest difference of a number of the state."""
-    results = {}
+    found = {}
     for method in methods:
-        reference = dict(np.load(_file("1 device", method)))
+        reference = dict(np.load(_file(results, "1 device", method, steps)))
         for setting in settings:
-            other = dict(np.load(_file(setting, method)))
+            other = dict(np.load(_file(results, setting, method, steps)))
             unequal = runs.differences(reference, other)
-            results.setdefault(method, {})[setting] = {
+            found.setdefault(method, {})[setting] = {
                 "mask entries": sum(x.size for p, x in reference.items() if p.startswith("mask")),
                 "masks differ": sum(n for p, n in unequal.items() if p.startswith("mask")),
                 "state entries": sum(x.size for p, x in reference.items() if p.startswith("state")),
@@ -138,7 +133,7 @@ def compare(methods: list[str], settings: list[str]) -> dict[str, dict[str, dict
                     default=0.0,
                 ),
             }
-    return results
+    return found
 
 
 def table(results) -> str:
@@ -164,40 +159,65 @@ def table(results) -> str:
     return markdown_table(header, rows)
 
 
-def main(argv):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. `--child` and what `local.start` gives are for the processes of this script."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = lambda text: text.split(",")
+    add = parser.add_argument
+    add("--methods", type=names, default=list(jaxsparse.METHODS), help="in jaxsparse.METHODS")
+    add("--steps", type=int, default=500, help="steps of training")
+    add(
+        "--settings",
+        type=names,
+        default=list(SETTINGS)[1:],
+        help="of SETTINGS, to compare with one device",
+    )
+    add("--results", type=pathlib.Path, default=pathlib.Path("runs/devices"), help="their arrays")
+    add("--out", type=pathlib.Path, help="JSON file of the results")
+    add("--child", help=argparse.SUPPRESS)
+    add("--coordinator_address", help=argparse.SUPPRESS)
+    add("--num_processes", type=int, help=argparse.SUPPRESS)
+    add("--process_id", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
-    methods = list(jaxsparse.METHODS) if METHODS.value == ["all"] else METHODS.value
-    if CHILD.value:
-        return child(CHILD.value, methods)
-    pathlib.Path(RESULTS.value).mkdir(parents=True, exist_ok=True)
+    args = parse(argv)
+    if args.child:
+        hosts.initialize(args.coordinator_address, args.num_processes, args.process_id)
+        return child(args.child, args.methods, args.results, args.steps)
+    args.results.mkdir(parents=True, exist_ok=True)
     datasets.load("digits")  # prepared once
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAG}".strip()
-    settings = list(SETTINGS)[1:] if CHOSEN.value == ["all"] else CHOSEN.value
-    for setting in ["1 device", *settings]:
+    for setting in ["1 device", *args.settings]:
         _, processes, devices = SETTINGS[setting]
-        missing = [m for m in methods if not _file(setting, m).exists()]
+        missing = [
+            m for m in args.methods if not _file(args.results, setting, m, args.steps).exists()
+        ]
         if not missing:
             continue
         children = local.start(
             "experiments.reliability.devices",
             [
-                f"--child={setting}", f"--methods={','.join(missing)}", f"--steps={STEPS.value}",
-                f"--results={RESULTS.value}",
+                f"--child={setting}",
+                f"--methods={','.join(missing)}",
+                f"--steps={args.steps}",
+                f"--results={args.results}",
             ],
             processes=processes,
             devices=devices,
-        )  # fmt: skip
+        )
         if code := local.wait(children):
             sys.exit(f"{setting} failed with code {code}")
-    results = compare(methods, settings)
-    print(table(results))
-    if OUT.value:
-        path = pathlib.Path(OUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"steps": STEPS.value, "methods": results}, indent=1) + "\n")
-    if any(cell["masks differ"] for of in results.values() for cell in of.values()):
+    found = compare(args.methods, args.settings, args.results, args.steps)
+    print(table(found))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"steps": args.steps, "methods": found}, indent=1) + "\n")
+    if any(cell["masks differ"] for of in found.values() for cell in of.values()):
         sys.exit("masks differ")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

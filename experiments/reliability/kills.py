@@ -13,6 +13,8 @@ Exits with 1 if any of the three is not zero. --out is written after each run, a
 it: what is there is not done again.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,32 +26,38 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments.launch.local import environment
 from experiments.reliability import runs
 
-KILLS = flags.DEFINE_integer("kills", 30, "how many", lower_bound=1)
-WORKDIR = flags.DEFINE_string("workdir", "runs/kills", "emptied first")
-STEPS = flags.DEFINE_integer("steps", 800, "steps of a whole run")
-EVERY = flags.DEFINE_integer("every", 20, "steps between checkpoints")
-METHOD = flags.DEFINE_string("method", "rigl", "the method")
-SEED = flags.DEFINE_integer("seed", 0, "seed of the moments")
-OUT = flags.DEFINE_string("out", "", "JSON file of the results")
 LONGEST = 3.0  # seconds between its first word and a kill, at most: compilation is part of it
 TIMEOUT = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the results: the method, the steps of a whole run and between checkpoints, and the
+    seed of the moments of the kills."""
+
+    method: str = "rigl"
+    steps: int = 800
+    every: int = 20
+    seed: int = 0
 
 
 class Run:
     """One start of the training command, and what it prints."""
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, settings: Settings):
         self.workdir, self.log = workdir, workdir.with_suffix(".log")
         arguments = [
-            *runs.SMALL, f"--workdir={workdir}", f"--config.method={METHOD.value}",
-            f"--config.steps={STEPS.value}", f"--config.checkpoint_every={EVERY.value}",
-        ]  # fmt: skip
+            *runs.SMALL,
+            f"--workdir={workdir}",
+            f"--config.method={settings.method}",
+            f"--config.steps={settings.steps}",
+            f"--config.checkpoint_every={settings.every}",
+        ]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.train", *arguments],
@@ -105,40 +113,49 @@ def interrupt(run: Run, number: int, during_save: bool, rng: random.Random) -> d
     if number == signal.SIGKILL:
         writing = runs.being_written(run.workdir)  # what it left behind
     return {
-        "signal": signal.Signals(number).name, "resumed_at": run.resumed_at, "delay": round(delay, 3),
-        "code": code, "complete_before": before, "complete_after": runs.complete_steps(run.workdir),
-        "while_writing": bool(writing), "new_checkpoints": len(before) - first,
-    }  # fmt: skip
+        "signal": signal.Signals(number).name,
+        "resumed_at": run.resumed_at,
+        "delay": round(delay, 3),
+        "code": code,
+        "complete_before": before,
+        "complete_after": runs.complete_steps(run.workdir),
+        "while_writing": bool(writing),
+        "new_checkpoints": len(before) - first,
+    }
 
 
-def clean(record: dict) -> bool:
+def clean(record: dict, steps: int) -> bool:
     """Whether a kill left behind what it should: SIGTERM a run that stopped by itself with 0. Once all
     steps are saved nobody listens for it, and it ends the process at once."""
-    done = STEPS.value in record["complete_before"]
+    done = steps in record["complete_before"]
     return record["code"] in (0, -signal.SIGKILL, -signal.SIGTERM if done else 0)
 
 
-def one_run(workdir: pathlib.Path, done: int, reference: pathlib.Path) -> dict[str, list]:
+def one_run(
+    workdir: pathlib.Path, settings: Settings, done: int, kills: int, reference: pathlib.Path
+) -> dict[str, list]:
     """Starts a run again and again until it ends, and kills it while kills are due; what was counted.
 
     Args:
       workdir: of the run; removed if nothing went wrong.
+      settings: of the run.
       done: how many kills there were before.
+      kills: how many there shall be in all.
       reference: working directory of the run that was never stopped.
     """
     found: dict[str, list] = {"each": [], "failed": [], "lost": [], "unequal": []}
     newest, code = 0, None
     while code is None:
-        run, record = Run(workdir), None
+        run, record = Run(workdir, settings), None
         number = done + len(found["each"])
-        if number < KILLS.value:
-            moment = random.Random(f"{SEED.value} {number}")
+        if number < kills:
+            moment = random.Random(f"{settings.seed} {number}")
             signal_ = (signal.SIGKILL, signal.SIGTERM)[number % 2]
             record = interrupt(run, signal_, number % 4 >= 2, moment)
         if record is None:
             code = run.process.wait(TIMEOUT)  # done, or failed
         started = run.resumed_at
-        if started is None or code or (record and not clean(record)):
+        if started is None or code or (record and not clean(record, settings.steps)):
             found["failed"].append({"workdir": str(workdir), "output": run.text[-2000:]})
             return found
         if started < newest:
@@ -172,15 +189,26 @@ def summary(found: dict) -> dict[str, int]:
     }
 
 
-def main(argv):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add, default = parser.add_argument, Settings()
+    add("--kills", type=int, default=30, help="how many")
+    add("--workdir", type=pathlib.Path, default=pathlib.Path("runs/kills"), help="emptied first")
+    add("--steps", type=int, default=default.steps, help="steps of a whole run")
+    add("--every", type=int, default=default.every, help="steps between checkpoints")
+    add("--method", default=default.method, help="the method")
+    add("--seed", type=int, default=default.seed, help="seed of the moments")
+    add("--out", type=pathlib.Path, help="JSON file of the results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
-    root, out = pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value) if OUT.value else None
-    settings = {
-        "method": METHOD.value,
-        "steps": STEPS.value,
-        "every": EVERY.value,
-        "seed": SEED.value,
-    }
+    args = parse(argv)
+    root, out = args.workdir, args.out
+    chosen = Settings(args.method, args.steps, args.every, args.seed)
+    settings = dataclasses.asdict(chosen)
     found = {"settings": settings, "runs": 0, "each": [], "failed": [], "lost": [], "unequal": []}
     if out and out.exists():
         found = json.loads(out.read_text())
@@ -193,11 +221,13 @@ def main(argv):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((root / "cache").absolute()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-    reference = Run(root / "reference")
+    reference = Run(root / "reference", chosen)
     if reference.process.wait(TIMEOUT):
         sys.exit(f"the uninterrupted run failed:\n{reference.text}")
-    while len(found["each"]) < KILLS.value and not found["failed"]:
-        more = one_run(root / f"run{found['runs']}", len(found["each"]), reference.workdir)
+    while len(found["each"]) < args.kills and not found["failed"]:
+        more = one_run(
+            root / f"run{found['runs']}", chosen, len(found["each"]), args.kills, reference.workdir
+        )
         found = {**found, **{key: found[key] + more[key] for key in more}}
         found["runs"] += 1
         if out:
@@ -208,4 +238,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

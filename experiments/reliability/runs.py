@@ -1,4 +1,4 @@
-"""What the scripts of this folder and `launch.rehearsal` share: reading what a run has left behind."""
+"""What the scripts of this folder share: reading what a run has left behind."""
 
 import json
 import pathlib
@@ -16,6 +16,7 @@ SMALL = (  # a second or two of training on the digits
     "--config.options.update_every=10",
     "--config.eval_every=100",
     "--config.log_every=25",
+    "--config.warmup_steps=20",
 )
 
 

@@ -104,7 +104,7 @@ def test_every_method_that_pages_link_to_is_registered():
 
 
 def test_the_table_of_methods_is_what_the_registry_says():
-    from experiments import catalogue
+    from experiments.studies import catalogue
 
     assert (ROOT / "docs" / "methods.md").read_text() == catalogue.table()
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from experiments import teacher, train
+from experiments import optimizer, task
 from experiments.applications import continual, eau_de_qn, quick_selection, recommender
-from experiments.configs import base
+from experiments.studies import teacher
 from jaxsparse import plan as plans
 
 # --- EauDeQN --------------------------------------------------------------------------------------
@@ -239,27 +239,16 @@ def test_rigl_finds_the_support_of_the_teacher_and_static_masks_do_not(tmp_path)
 
 
 def test_the_entropy_of_a_uniform_prediction_is_the_log_of_the_classes():
-    np.testing.assert_allclose(
-        train.prediction_entropy(jnp.full((3, 7), 2.0)), np.log(7), rtol=1e-6
-    )
+    np.testing.assert_allclose(task.prediction_entropy(jnp.full((3, 7), 2.0)), np.log(7), rtol=1e-6)
     sure = jnp.array([[100.0, 0.0, 0.0]])
-    assert float(train.prediction_entropy(sure)[0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(task.prediction_entropy(sure)[0]) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_learning_rate_decays_linearly_or_as_a_cosine_to_zero():
-    config = base.get_config()
-    config.steps, config.warmup_steps, config.learning_rate = 110, 10, 1.0
     for decay, quarter in (("linear", 0.75), ("cosine", (1 + np.cos(np.pi / 4)) / 2)):
-        config.decay = decay
-        rate = train.learning_rate_schedule(config)
+        rate = optimizer.learning_rate_schedule(1.0, 110, warmup_steps=10, decay=decay)
         found = [float(rate(t)) for t in (0, 5, 10, 35, 110)]
         np.testing.assert_allclose(found, [0, 0.5, 1, quarter, 0], atol=1e-6)
-    config.cycles = 2  # each of 55 steps, 10 of them to the peak
-    rate = train.learning_rate_schedule(config)
+    # Two cycles of 55 steps, 10 of them to the peak.
+    rate = optimizer.learning_rate_schedule(1.0, 110, warmup_steps=10, cycles=2)
     np.testing.assert_allclose([float(rate(t)) for t in (10, 54, 55, 65)], [1, 0, 0, 1], atol=2e-3)
-    config.cycles = 0
-    with pytest.raises(ValueError, match="cycles=0: must be from 1 to steps=110"):
-        train.learning_rate_schedule(config)
-    config.decay = "sudden"
-    with pytest.raises(ValueError, match="decay='sudden': choose from"):
-        train.learning_rate_schedule(config)

@@ -1,6 +1,6 @@
 """The example trains, compacts, and serves the same network from fewer bytes."""
 
-from experiments import compact_and_serve
+from experiments.studies import compact_and_serve
 
 
 def test_the_example_serves_what_it_trained():

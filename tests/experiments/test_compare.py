@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from experiments import compare, datasets
+from experiments import datasets
+from experiments.studies import compare
 
 FACTS = {"dataset": "digits", "model": "mlp", "steps": 40, "batch_size": 32, "seeds": [0, 1],
          "parameters": 1}  # fmt: skip
@@ -116,7 +117,7 @@ def test_options_that_are_not_the_defaults_have_a_row_of_their_own(small):
     )
     assert config.options.allocation == "erk" and config.cycles == 2 and small.cycles == 1
     with pytest.raises(ValueError, match="'erk' is not of the form"):
-        compare.report.read_options(["allocation=uniform", "erk"])
+        compare.read_options(["allocation=uniform", "erk"])
 
 
 def test_points_of_another_run_are_not_mixed_in(tmp_path):

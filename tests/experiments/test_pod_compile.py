@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsparse
-from experiments import parallel, train
+from experiments import parallel
 from experiments.benchmarks import pod_compile
 from experiments.datasets import Dataset
+from experiments.task import make_task
 
 WIRE = pod_compile.WIRES["v5e"]
 PROGRAM = """
@@ -127,8 +128,10 @@ def test_on_a_small_mesh_a_training_step_costs_what_the_dense_one_does(rows, met
 def test_on_256_chips_the_state_of_each_is_its_share(devices, model):
     case = pod_compile.Case(model, "rigl", "v5e:16x16", "fsdp")
     config, data = pod_compile.configure(case)
-    strategy = parallel.Fsdp(config, pod_compile.devices_of(case.topology))
-    state = jax.eval_shape(train.make_task(config, data, mesh=strategy.mesh).init)
+    strategy = parallel.Fsdp(
+        batch_size=config.batch_size, devices=pod_compile.devices_of(case.topology)
+    )
+    state = jax.eval_shape(make_task(config, data, mesh=strategy.mesh).init)
     parts = jax.tree.map(
         lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
         state,

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import models, parallel, train
+from experiments import hosts, models, parallel
 from experiments.configs import base
 from experiments.datasets import Dataset
 from experiments.launch import local
+from experiments.task import make_task
 
 
 def script(module, *arguments):
@@ -50,11 +51,11 @@ def test_batch_normalisation_sees_a_microbatch_and_its_statistics_are_means(monk
     c.method, c.parallel, c.batch_size, c.microbatches = "dense", strategy, 16, 8
     data = Dataset("vectors", {}, lambda record, rng: dict(record), (8,), 10, False)
     x = np.random.default_rng(0).normal(np.arange(16)[:, None], size=(16, 8)).astype(np.float32)
-    place = parallel.create(c)
-    task = train.make_task(c, data, place.axis_name, mesh=place.mesh)
+    place = parallel.create(strategy, batch_size=16, microbatches=8)
+    task = make_task(c, data, place.axis_name, mesh=place.mesh)
     state, batch = place.init(task.init), place.put({"x": x, "y": np.zeros(16, np.int32)})
     state, _ = place.compile(task.train_step, donate=True)(state, batch)
-    found = parallel.to_host(place.to_save(state)).stats["norm"]
+    found = hosts.to_host(place.to_save(state)).stats["norm"]
     pieces = x.reshape(8, 2, 8)
     np.testing.assert_allclose(found["mean"], 0.1 * x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(found["var"], 0.9 + 0.1 * pieces.var(1).mean(0), rtol=1e-5)
@@ -78,7 +79,7 @@ def test_killed_runs_go_on_and_end_with_the_same_bits(tmp_path):
 @pytest.mark.parametrize("strategy, run", [("pmap", "stopped"), ("fsdp", "killed")])
 def test_two_processes_train_are_interrupted_and_go_on_to_the_same_bits(tmp_path, strategy, run):
     said = script(
-        "experiments.launch.rehearsal", "--steps=40", "--every=10", f"--parallel={strategy}",
+        "experiments.reliability.rehearsal", "--steps=40", "--every=10", f"--parallel={strategy}",
         f"--runs={run}", f"--root={tmp_path / 'pod'}",
     )  # fmt: skip
     assert f"{run}: {'SIGTERM' if run == 'stopped' else 'SIGKILL'} to process 1" in said

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from experiments import datasets, parallel, train
+from experiments import datasets, hosts, parallel, train
 from experiments.configs import base
 from experiments.datasets import Dataset
+from experiments.microbatches import mean_over_microbatches
 from experiments.reliability import runs
+from experiments.task import make_task
+from jaxsparse.targets import path_name
 
 STEPS, EVERY = 24, 6
 
@@ -148,9 +151,18 @@ def data(data_dir):
     return datasets.load("digits", data_dir=data_dir)
 
 
+def create(config):
+    return parallel.create(
+        config.parallel,
+        batch_size=config.batch_size,
+        microbatches=config.microbatches,
+        tensor=config.tensor,
+    )
+
+
 def final_state(config, data, steps=STEPS):
-    strategy = parallel.create(config)
-    task = train.make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
+    strategy = create(config)
+    task = make_task(config, data, strategy.axis_name, mesh=strategy.mesh)
     state = strategy.init(task.init)
     step = strategy.compile(task.train_step, donate=True)
     for batch in datasets.batches(data, config.batch_size, stop=steps):
@@ -163,8 +175,7 @@ def test_the_same_masks_and_weights_as_one_device(whole, data, data_dir, name):
     alone = runs.final_arrays(whole)
     state, _ = final_state(make_config(data_dir, parallel=name), data)
     leaves = {
-        train.path_name(path): np.asarray(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)
     }
     assert leaves.keys() == alone.keys()
     for path, x in leaves.items():
@@ -200,16 +211,14 @@ def test_a_run_goes_on_on_another_number_of_devices(whole, data_dir, tmp_path, n
         ((), ()),
     ],
 )
-def test_a_leaf_is_split_along_that_of_its_last_two_axes_that_most_devices_divide(
-    data_dir, shape, shard
-):
-    strategy = parallel.Fsdp(make_config(data_dir, parallel="fsdp"))
+def test_a_leaf_is_split_along_that_of_its_last_two_axes_that_most_devices_divide(shape, shard):
+    strategy = parallel.Fsdp(batch_size=64)
     spec = strategy.spec("conv/kernel", shape)
     assert NamedSharding(strategy.parts, spec).shard_shape(shape) == shard
 
 
-def test_with_a_tensor_axis_a_leaf_is_split_over_both(data_dir):
-    strategy = parallel.Fsdp(make_config(data_dir, parallel="fsdp", tensor=2))
+def test_with_a_tensor_axis_a_leaf_is_split_over_both():
+    strategy = parallel.Fsdp(batch_size=64, tensor=2)
     shard = lambda name, shape: NamedSharding(
         strategy.parts, strategy.spec(f"layers/{name}/kernel", shape)
     ).shard_shape(shape)
@@ -232,11 +241,11 @@ def make_resnet(data_dir, **changes):
 
 def test_statistics_and_all_that_belongs_to_a_parameter_are_split(data_dir):
     config = make_resnet(data_dir, parallel="fsdp")
-    strategy = parallel.Fsdp(config)
-    state = jax.eval_shape(train.make_task(config, DIGITS, mesh=strategy.mesh).init)
+    strategy = create(config)
+    state = jax.eval_shape(make_task(config, DIGITS, mesh=strategy.mesh).init)
     shards = jax.tree.map(lambda x, s: s.shard_shape(x.shape), state, strategy.shardings(state))
     shards = {
-        train.path_name(path): tuple(shard)
+        path_name(path): tuple(shard)
         for path, shard in jax.tree_util.tree_leaves_with_path(
             shards, is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
         )
@@ -256,12 +265,12 @@ def test_microbatches_are_added_in_one_order_on_any_number_of_devices():
         pieces = [{key: a[key] + b[key] for key in a} for a, b in zip(pieces[::2], pieces[1::2])]
     expected = {key: x / np.float32(8) for key, x in pieces[0].items()}
     for devices in (1, 2, 4, 8):
-        mean = parallel.mean_over_microbatches(piece_sums, 8, "i")
+        mean = mean_over_microbatches(piece_sums, 8, "i")
         split = values.reshape(devices, -1, 33)
         out = jax.pmap(mean, "i", in_axes=(None, 0), devices=jax.devices()[:devices])(2.0, split)
         for key, x in jax.device_get(out).items():
             np.testing.assert_array_equal(x, np.stack([expected[key]] * devices), err_msg=key)
-    alone = jax.jit(parallel.mean_over_microbatches(piece_sums, 8))(2.0, values)
+    alone = jax.jit(mean_over_microbatches(piece_sums, 8))(2.0, values)
     for key, x in jax.device_get(alone).items():
         np.testing.assert_array_equal(x, expected[key])
 
@@ -292,18 +301,18 @@ def test_the_job_takes_the_text_of_a_structure(data, data_dir, method):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "riggl"}, "unknown method 'riggl'; did you mean .*'rigl'"),
-        ({"model": "mpl"}, "model='mpl' is not known; close matches: mlp"),
+        ({"method": "riggl"}, "config.method='riggl': did you mean 'rigl'"),
+        ({"model": "mpl"}, "config.model='mpl': did you mean 'mlp'"),
         ({"dataset": "digit"}, "dataset='digit' is not known; close matches: .*digits"),
-        ({"optimizer": "adamx"}, "optimizer='adamx': choose from adamw"),
+        ({"optimizer": "adamx"}, "optimizer='adamx': .*choose from adamw"),
         ({"decay": "step"}, "decay='step': choose from cosine, linear"),
-        ({"parallel": "tpu"}, "parallel='tpu' is not known; choose from none, pmap, fsdp"),
+        ({"parallel": "tpu"}, "parallel='tpu': choose from none, pmap, fsdp"),
         ({"parallel": "pmap", "batch_size": 20}, "batch_size=20 does not divide over 8 devices"),
         ({"parallel": "fsdp", "tensor": 3}, "tensor=3 does not divide 8 devices"),
         ({"microbatches": 6}, "microbatches=6: must be a power of two that divides batch_size=64"),
         ({"parallel": "pmap", "microbatches": 4}, "microbatches=4 does not divide over 8 devices"),
         ({"parallel": "fsdp", "tensor": 2, "microbatches": 8}, "microbatches=8: not with tensor=2"),
-        ({"structure": "2x4"}, "structure='2x4': write 2:4 .*block:16x16"),
+        ({"structure": "2x4"}, "config.structure='2x4': .*write 2:4 .*block:16x16"),
         ({"batch_size": 5000}, "batch_size=5000: must be between 1 and the 1497 examples"),
     ],
 )
@@ -361,7 +370,7 @@ def test_one_process_joins_nobody(joined, monkeypatch):
     # What libtpu writes there where there is no TPU.
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine names, please set it")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    parallel.initialize()
+    hosts.initialize()
     assert joined == []
 
 
@@ -376,17 +385,17 @@ def test_one_process_joins_nobody(joined, monkeypatch):
 )
 def test_several_processes_of_a_job_manager_are_joined(joined, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    parallel.initialize()
-    parallel.initialize(distributed=False)
+    hosts.initialize()
+    hosts.initialize(distributed=False)
     assert len(joined) == 1
 
 
 def test_processes_are_joined_by_their_flags(joined):
-    parallel.initialize("localhost:1234", 2, 1)
+    hosts.initialize("localhost:1234", 2, 1)
     given = {"coordinator_address": "localhost:1234", "num_processes": 2, "process_id": 1}
     assert joined == [given]
     with pytest.raises(ValueError, match="distributed=False: contradicts num_processes=2"):
-        parallel.initialize(num_processes=2, distributed=False)
+        hosts.initialize(num_processes=2, distributed=False)
 
 
 def test_an_address_that_is_not_complete_is_an_error_that_names_the_flags(monkeypatch):
@@ -395,7 +404,7 @@ def test_an_address_that_is_not_complete_is_an_error_that_names_the_flags(monkey
 
     monkeypatch.setattr(jax.distributed, "initialize", incomplete)
     with pytest.raises(ValueError, match="coordinator_address='a:1'.*--process_id=i"):
-        parallel.initialize("a:1")
+        hosts.initialize("a:1")
 
 
 def copy(workdir: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:

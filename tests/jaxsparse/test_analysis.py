@@ -1,13 +1,10 @@
-"""Operations by the RigL paper's accounting, bytes, reports and plots."""
-
-import json
+"""Operations by the RigL paper's accounting, bytes and plots."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import analysis
 from jaxsparse.analysis import dynamics, plots
 from jaxsparse.analysis.flops import (
     Traffic,
@@ -16,7 +13,6 @@ from jaxsparse.analysis.flops import (
     sparse_flops,
     training_flops,
 )
-from jaxsparse.analysis.page import Page
 
 
 def shape(*dims):
@@ -149,70 +145,6 @@ def test_a_density_out_of_range_is_refused_by_name():
         sparse_flops({"w": 10}, {"w": 1.5})
     with pytest.raises(ValueError, match=r"density\['w'\]=-1: must be between 0 and 1"):
         forward_bytes(lambda p, x: x @ p["w"], {"w": shape(2, 2)}, shape(1, 2), density={"w": -1})
-
-
-def test_a_page_is_one_html_file_with_its_plots_inside_and_escapes_text(tmp_path):
-    page = Page("a < b")
-    page.figure(plots.density_bars({"layer": 0.25}), "density", "one layer")
-    page.table(["layer", "kept"], [["<first>", 10]])
-    markdown, html = page.write(tmp_path)
-    text = html.read_text()
-    assert "<h1>a &lt; b</h1>" in text and "&lt;first&gt;" in text
-    assert 'src="data:image/png;base64,iVBOR' in text
-    assert (tmp_path / "plots" / "density.png").read_bytes().startswith(b"\x89PNG")
-    assert "![one layer](plots/density.png)" in markdown.read_text()
-
-
-def test_a_row_of_the_wrong_length_is_refused():
-    with pytest.raises(ValueError, match="1 cells, the header 2"):
-        Page("x").table(["a", "b"], [["only"]])
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """What a run of two looks leaves: 800 of 1000 weights are zero at step 10, 900 at step 30."""
-    layer = {"shape": [100, 10], "size": 1000, "nonzeros": 100, "sparsity": 0.9, "bytes": 4000}
-    looks = [
-        {"step": step, "loss": loss, "accuracy": 0.5, "sparsity": 1 - d, "density": {"w": d},
-         "churn": 0.1, "layer_churn": {"w": 0.1}}
-        for step, loss, d in ((10, 2.0, 0.2), (30, 1.0, 0.1))
-    ]  # fmt: skip
-    files = {
-        "config.json": {"method": "rigl", "dataset": "digits", "model": "mlp", "steps": 30,
-                        "batch_size": 8, "log_every": 10},
-        "result.json": {
-            "evaluation": {"accuracy": 0.75, "loss": 1.25},
-            "summary": {"sparsity": 0.9, "nonzeros": 100, "size": 1000,
-                        "leaves": {"w": layer | {"mask_sparsity": 0.9}}},
-            "flops": {"w": 2000},
-            "weight_gradient": "sparse",
-        },
-    }  # fmt: skip
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    lines = [*looks, {"step": 30, "eval_accuracy": 0.75, "eval_loss": 1.25}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path
-
-
-def test_the_report_of_a_run_is_made_from_what_the_run_left(workdir):
-    page = analysis.report(workdir)
-    assert page == workdir / "report.html" and page.read_text().startswith("<!doctype html>")
-    text = (workdir / "report.md").read_text()
-    assert text.startswith("# rigl on digits with mlp, 90.0% sparse\n")
-    assert "| test accuracy | 75.00% |" in text
-    assert "| operations of a forward pass | 200 of 2,000 |" in text
-    # Ten steps at density 0.2, twenty at 0.1.
-    assert "| operations of training, relative to dense | 0.133 |" in text
-    plots = {path.stem for path in (workdir / "plots").iterdir()}
-    assert plots == {"loss", "accuracy", "sparsity", "churn", "density"}
-
-
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
-def test_a_directory_that_is_not_that_of_a_finished_run_is_refused(workdir, name):
-    (workdir / name).unlink()
-    with pytest.raises(ValueError, match=f"workdir='{workdir}': {name} is missing; give the"):
-        analysis.report(workdir)
 
 
 def test_accuracy_over_sparsity_shows_every_method_and_the_dense_line():

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report.page import Page
 from jaxsparse.analysis import flops, plots
-from jaxsparse.analysis.page import Page
 
 _COUNTED = (
     "Operations are counted as in the RigL paper (multiplications and additions of linear layers and "

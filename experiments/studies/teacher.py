@@ -1,6 +1,6 @@
 """Which methods find a planted sparse network: loss, and F1 of the support that they recover.
 
-  python -m experiments.teacher
+  python -m experiments.studies.teacher
 
 The teacher is a residual network, $h \\leftarrow h + \\tanh(h W_l)$, l = 1, 2, whose matrices hold 2 %
 nonzero weights; a student of the same shape starts from its own dense weights and is trained on the
@@ -30,10 +30,10 @@ import optax
 from jax import Array
 
 import jaxsparse
-from experiments import report
+from experiments.report.page import markdown_table
+from experiments.studies.commands import commands_block, read_options
 from jaxsparse import nn, selection
 from jaxsparse.analysis import plots
-from jaxsparse.analysis.page import markdown_table
 
 LAYERS, BATCH, LEARNING_RATE = 2, 128, 3e-3
 TWO_VIEW = ("bi_mask", "bdwp", "slope")
@@ -213,7 +213,7 @@ def figure(rows: list[dict], title: str):
 def write(rows: list[dict], out: pathlib.Path, facts: dict[str, Any]) -> None:
     """Writes `teacher.md` and `teacher.png`."""
     out.mkdir(parents=True, exist_ok=True)
-    commands = report.commands_block(rows)
+    commands = commands_block(rows)
     failed = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
     title = f"A planted teacher with {facts['density']:.0%} nonzero weights"
@@ -271,7 +271,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if not 0 < args.density <= 1:
         raise ValueError(f"density={args.density}: must be in (0, 1]")
-    args.changed = report.read_options(filter(None, args.options.split(",")))
+    args.changed = read_options(filter(None, args.options.split(",")))
     args.names = ["dense", *(m for m in names if m != "dense")]
     return args
 
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     given = [a for a in (argv or sys.argv[1:]) if not a.startswith("--out")]
-    command = " ".join(["python -m experiments.teacher", *given])
+    command = " ".join(["python -m experiments.studies.teacher", *given])
     rows = study(args.names, done=done, save=save, options=args.changed, command=command, **facts)
     write(rows, args.out, facts)
     print(f"wrote {args.out / 'teacher.md'} and teacher.png")

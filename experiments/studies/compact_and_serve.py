@@ -1,6 +1,6 @@
 """Train with block-structured RigL, compact the network, serve it: the whole way in one file.
 
-    python -m experiments.compact_and_serve
+    python -m experiments.studies.compact_and_serve
 
 Handwritten digits (shipped with scikit-learn), an MLP whose wide kernels keep a tenth of their
 16 x 16 blocks. Training is plain Flax NNX with one line changed; serving runs without masks.

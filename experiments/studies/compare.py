@@ -1,8 +1,8 @@
 """Trains a grid of methods and sparsities on one small data set, and draws accuracy over sparsity.
 
-  python -m experiments.compare --methods=rigl,set,st3 --sparsities=0.8,0.9,0.95,0.98 --seeds=3
-  python -m experiments.compare --dataset=digits --model=cnn
-  python -m experiments.compare --methods=dsr --sparsities=0.98 --options=allocation=erk,threshold=0.03
+  python -m experiments.studies.compare --methods=rigl,set,st3 --sparsities=0.8,0.9,0.95,0.98 --seeds=3
+  python -m experiments.studies.compare --dataset=digits --model=cnn
+  python -m experiments.studies.compare --methods=dsr --sparsities=0.98 --options=allocation=erk,threshold=0.03
 
 Made to be quick: the data set lies on the device, a method compiles once, all its seeds and sparsities
 train at once (`vmap`), and a run is one `scan`. Results are saved after each method: the same command
@@ -13,6 +13,7 @@ default options. Exceptions are listed in `NEEDS` (without which a method would 
 `SETTINGS` (methods that cannot be asked for a sparsity appear at the ones that these options lead to).
 """
 
+import argparse
 import importlib
 import json
 import pathlib
@@ -26,44 +27,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from absl import logging as absl_logging
 from jax import lax
 
 import jaxsparse
-from experiments import datasets, report
+from experiments import datasets, fields
 from experiments.configs import base
-from experiments.train import Task, make_task
+from experiments.report.page import markdown_table
+from experiments.report.result import forward_flops
+from experiments.studies.commands import commands_block, read_options
+from experiments.task import Task, make_task
 from jaxsparse import nn
 from jaxsparse.analysis import flops, plots
-from jaxsparse.analysis.page import markdown_table
 from jaxsparse.targets import is_kernel, path_name
 
-METHODS = flags.DEFINE_list("methods", ["all"], "methods to compare, or all; dense is always run")
-SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95", "0.98"], "what to ask for")
-SEEDS = flags.DEFINE_integer("seeds", 3, "networks per point, trained together", lower_bound=1)
-FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "the first of the seeds", lower_bound=0)
-DATASET = flags.DEFINE_string("dataset", "mnist1d", "a small data set of experiments/datasets")
-MODEL = flags.DEFINE_string("model", "mlp", "a model of experiments/models")
-MODEL_OPTIONS = flags.DEFINE_multi_string(
-    "model_option",
-    [],
-    "an argument of the model that is not that of the config: features=(25,25,25)",
-)
-STEPS = flags.DEFINE_integer("steps", None, "training steps; default: those of the config")
-OPTIONS = flags.DEFINE_list(
-    "options",
-    [],
-    "options of these methods that are not their defaults: allocation=erk,drop_fraction=0.2; a field of "
-    "the config by config.cycles=2. Such points have a row of their own",
-)
-HEADLINE = flags.DEFINE_list(
-    "headline",
-    ["static", "set", "rigl", "magnitude", "granet", "top_kast", "st3"],
-    "methods of the small plot and table",
-)
-OUT = flags.DEFINE_string("out", "", "directory of the results; default: runs/compare")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps its files")
+HEADLINE = ("static", "set", "rigl", "magnitude", "granet", "top_kast", "st3")
 
 # Fields of the config that a method needs to be itself. GSM lives of a decay inside a strong momentum.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -127,16 +105,17 @@ def configure(
     """The config of a method: its needs, its setting, what is `changed`, and N:M where groups divide."""
     config = config.copy_and_resolve_references()
     config.method = method
-    fields = NEEDS.get(method, {}) | (SETTINGS[method][setting] if setting else {})
+    values = NEEDS.get(method, {}) | (SETTINGS[method][setting] if setting else {})
     for name, value in (changed or {}).items():
         own = name.removeprefix("config.")
-        fields[own if own != name or name == "structure" else f"options.{name}"] = value
+        values[own if own != name or name == "structure" else f"options.{name}"] = value
     with config.unlocked():
-        config.update_from_flattened_dict(fields)
+        config.update_from_flattened_dict(values)
         if method in TWO_VIEW:
             config.model_options.two_view = True
         if config.structure:
             config.options.targets = _divisible(config, data)
+    fields.check(config)
     return config
 
 
@@ -262,7 +241,7 @@ def _points(
     state = jax.eval_shape(task.init)
     leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
     sizes = {path_name(p): x.size for p, x in leaves}
-    dense_flops = report.forward_flops(task, data, state)
+    dense_flops = forward_flops(task, data, state)
     of = _masked_leaves(state) or list(dense_flops)
     points = []
     for i, s in enumerate(asked):
@@ -390,8 +369,8 @@ def _page(facts, points, series, headline, dense, paths):
         f"Mean and standard deviation over {len(facts['seeds'])} seeds, in per cent; "
         f"{facts['steps']} steps of {facts['batch_size']} examples, {facts['parameters']:,} "
         "parameters. Every method has its default options and the same optimizer, schedule and data, "
-        "but for what `experiments/compare.py` lists in `NEEDS`.",
-        report.commands_block(points),
+        "but for what `experiments/studies/compare.py` lists in `NEEDS`.",
+        commands_block(points),
         f"![Accuracy over sparsity]({paths[0].name})",
     ]
     if dense:
@@ -434,39 +413,86 @@ def _page(facts, points, series, headline, dense, paths):
     return "\n\n".join(parts) + "\n"
 
 
-def main(argv):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with lists as lists."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = lambda text: [part for part in text.split(",") if part]
+    add = parser.add_argument
+    add("--methods", type=names, default=["all"], help="names, or all; dense is always run")
+    add("--sparsities", type=names, default=["0.8", "0.9", "0.95", "0.98"], help="what to ask for")
+    add("--seeds", type=int, default=3, help="networks per point, trained together")
+    add("--first_seed", type=int, default=0, help="the first of the seeds")
+    add("--dataset", default="mnist1d", help="a small data set of experiments/datasets")
+    add("--model", default="mlp", help="a model of experiments/models")
+    add(
+        "--model_option",
+        action="append",
+        default=[],
+        help="an argument of the model that is not that of the config: features=(25,25,25)",
+    )
+    add("--steps", type=int, help="training steps; default: those of the config")
+    add(
+        "--options",
+        type=names,
+        default=[],
+        help="options of these methods that are not their defaults: allocation=erk,drop_fraction=0.2; a "
+        "field of the config by config.cycles=2. Such points have a row of their own",
+    )
+    add("--headline", type=names, default=HEADLINE, help="methods of the small plot and table")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/compare"), help="of the results")
+    add("--data_dir", help="where TFDS keeps its files")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
     try:
-        config: Any = make_config(DATASET.value, MODEL.value)
-        config.data_dir = DATA_DIR.value
+        config: Any = make_config(args.dataset, args.model)
+        config.data_dir = args.data_dir
         with config.model_options.unlocked():
-            config.model_options.update(report.read_options(MODEL_OPTIONS.value))
-        config.steps = STEPS.value or config.steps
-        names = list(jaxsparse.METHODS) if METHODS.value == ["all"] else METHODS.value
+            config.model_options.update(read_options(args.model_option))
+        config.steps = args.steps or config.steps
+        names = list(jaxsparse.METHODS) if args.methods == ["all"] else args.methods
         methods = ["dense", *(m for m in names if m != "dense")]
-        for method in [*methods, *HEADLINE.value]:
+        for method in [*methods, *args.headline]:
             jaxsparse.METHODS[method]  # an unknown name stops here, not after an hour
-        sparsities = [float(s) for s in SPARSITIES.value]
+        sparsities = [float(s) for s in args.sparsities]
         bad = [s for s in sparsities if not 0 <= s < 1]
         if bad:
             raise ValueError(f"sparsities={bad}: must be in [0, 1)")
-        seeds = list(range(FIRST_SEED.value, FIRST_SEED.value + SEEDS.value))
+        if args.seeds < 1 or args.first_seed < 0:
+            raise ValueError(
+                f"seeds={args.seeds}, first_seed={args.first_seed}: at least one network, and no seed "
+                "below 0"
+            )
+        seeds = list(range(args.first_seed, args.first_seed + args.seeds))
         facts = {
-            "dataset": config.dataset, "model": config.model, "steps": config.steps,
-            "batch_size": config.batch_size, "seeds": seeds, "parameters": _size(config),
-        }  # fmt: skip
-        changed = report.read_options(OPTIONS.value)
-        out = pathlib.Path(OUT.value or "runs/compare")
-        path = out / f"compare_{config.dataset}_{config.model}.json"
+            "dataset": config.dataset,
+            "model": config.model,
+            "steps": config.steps,
+            "batch_size": config.batch_size,
+            "seeds": seeds,
+            "parameters": _size(config),
+        }
+        changed = read_options(args.options)
+        path = args.out / f"compare_{config.dataset}_{config.model}.json"
         done = load_points(facts, path)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    command = ["python -m experiments.studies.compare", *_without_paths(argv)]
     points = compare(
-        config, methods, sparsities, seeds, done=done,
+        config,
+        methods,
+        sparsities,
+        seeds,
+        done=done,
         save=lambda points: save_points(facts, points, path),
-        changed=changed, command=" ".join(["python -m experiments.compare", *argv_without_paths()]),
-    )  # fmt: skip
-    paths = write(facts, points, out, HEADLINE.value)
+        changed=changed,
+        command=" ".join(command),
+    )
+    paths = write(facts, points, args.out, args.headline)
     print("wrote " + ", ".join(map(str, paths)))
 
 
@@ -476,11 +502,11 @@ def _size(config) -> int:
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(task.init).params))
 
 
-def argv_without_paths() -> list[str]:
+def _without_paths(argv: Sequence[str]) -> list[str]:
     """The arguments that decide the result, quoted for a shell."""
     other = ("--out", "--data_dir", "--headline")
-    return [shlex.quote(a) for a in sys.argv[1:] if not a.startswith(other)]
+    return [shlex.quote(a) for a in argv if not a.startswith(other)]
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,6 +1,6 @@
 """Rehearses a pod on this machine: `make pod-rehearsal`.
 
-  python -m experiments.launch.rehearsal --root=runs/rehearsal
+  python -m experiments.reliability.rehearsal --root=runs/rehearsal
 
 1. Trains on 2 processes with 4 virtual devices each, to the end.
 2. The same, but one process is killed (SIGKILL) on the way; the launcher ends the other; the same command
@@ -13,6 +13,7 @@ end with the same bits: parameters, optimizer state, masks and evaluations; the 
 also with the same losses in metrics.jsonl. Exits with 1 if they do not.
 """
 
+import argparse
 import os
 import pathlib
 import shutil
@@ -20,29 +21,44 @@ import signal
 import sys
 import time
 
-from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments.launch import local
 from experiments.reliability import runs
 
 NAMES = ("killed", "stopped", "one_process")
-ROOT = flags.DEFINE_string("root", "runs/rehearsal", "directory of the runs; emptied first")
-STEPS = flags.DEFINE_integer("steps", 300, "steps of training", lower_bound=40)
-EVERY = flags.DEFINE_integer("every", 25, "steps between checkpoints")
-RUNS = flags.DEFINE_multi_enum(
-    "runs", list(NAMES), list(NAMES), "a run to compare with the uninterrupted one; may be repeated"
-)
-PARALLEL = flags.DEFINE_string("parallel", "pmap", "pmap or fsdp")
 TIMEOUT = 600.0
 
 
-def main(argv):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what follows `--` goes to the training job."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--root", default="runs/rehearsal", type=pathlib.Path, help="of the runs; emptied first")
+    add("--steps", type=int, default=300, help="steps of training, at least 40")
+    add("--every", type=int, default=25, help="steps between checkpoints")
+    add(
+        "--runs",
+        action="append",
+        choices=NAMES,
+        help="a run to compare with the uninterrupted one; may be repeated; default: all",
+    )
+    add("--parallel", default="pmap", choices=("pmap", "fsdp"), help="the strategy")
+    add("arguments", nargs="*", help="after --, further arguments of experiments.train")
+    args = parser.parse_args(argv)
+    if args.steps < 40:
+        parser.error(f"--steps={args.steps}: two checkpoints must fit in, so at least 40")
+    args.runs = args.runs or list(NAMES)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
-    root = pathlib.Path(ROOT.value)
+    args = parse(argv)
+    root = args.root
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    # Without fused multiply-add, whose use depends on what XLA fuses: see parallel.py.
+    # Without fused multiply-add, whose use depends on what XLA fuses: see microbatches.py.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX".strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((root / "cache").absolute()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -50,10 +66,14 @@ def main(argv):
     def launch(name, processes=2):
         log = (root / f"{name}.log").open("a")
         arguments = [
-            *runs.SMALL, *argv[1:], f"--workdir={root / name}", f"--config.parallel={PARALLEL.value}",
-            f"--config.steps={STEPS.value}", f"--config.checkpoint_every={EVERY.value}",
+            *runs.SMALL,
+            *args.arguments,
+            f"--workdir={root / name}",
+            f"--config.parallel={args.parallel}",
+            f"--config.steps={args.steps}",
+            f"--config.checkpoint_every={args.every}",
             "--config.microbatches=8",
-        ]  # fmt: skip
+        ]
         return local.start(
             "experiments.train",
             arguments,
@@ -83,12 +103,12 @@ def main(argv):
     finish("uninterrupted")
     print("uninterrupted: done", flush=True)
     failures = []
-    if "killed" in RUNS.value and not interrupt("killed", signal.SIGKILL):
+    if "killed" in args.runs and not interrupt("killed", signal.SIGKILL):
         failures.append("a killed process was not noticed")
-    if "stopped" in RUNS.value and interrupt("stopped", signal.SIGTERM):
+    if "stopped" in args.runs and interrupt("stopped", signal.SIGTERM):
         failures.append("SIGTERM to one process did not end both with 0")
     reference = runs.final_arrays(root / "uninterrupted")
-    for name in RUNS.value:
+    for name in args.runs:
         finish(name, processes=1 if name == "one_process" else 2)
         unequal = runs.differences(reference, runs.final_arrays(root / name))
         lines = runs.evaluations if name == "stopped" else runs.metrics
@@ -103,4 +123,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,6 +1,6 @@
 """Writes the table of all methods, `docs/methods.md`, from the registry.
 
-  python -m experiments.catalogue
+  python -m experiments.studies.catalogue
 
 Memory is measured on shapes, without computing anything: the state of each method around
 plain SGD, for a large float32 matrix, in units of its parameters (gradients, activations and the
@@ -24,7 +24,7 @@ _DEFAULTS = {"sparsity": 0.875, "total_steps": 10_000}
 
 HEAD = """# All methods
 
-One line per method of `jaxsparse.METHODS`, written by `python -m experiments.catalogue`.
+One line per method of `jaxsparse.METHODS`, written by `python -m experiments.studies.catalogue`.
 
 - **structure**: "any" stands for unstructured, N:M, blocks, channels and constant fan-in.
 - **starts**: dense or sparse by default.
