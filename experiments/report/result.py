@@ -49,7 +49,7 @@ def update_every(method: str, options: Mapping[str, Any], total_steps: int) -> i
     if given is None and "update_every" in jaxsparse.METHODS[method].options:
         given = inspect.signature(jaxsparse.METHODS[method].fn).parameters["update_every"].default
     if given is None and method == "rigl_itop":
-        given = max(1, total_steps // 60)
+        given = max(1, total_steps * 8 // 195)
     return given or 100
 
 

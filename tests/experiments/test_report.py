@@ -81,7 +81,7 @@ def test_a_directory_that_is_not_that_of_a_finished_run_is_refused(workdir, name
         ("rigl", {}, 100),
         ("rigl", {"update_every": None}, 100),
         ("rigl", {"update_every": 7}, 7),
-        ("rigl_itop", {}, 50),  # a sixtieth of the run
+        ("rigl_itop", {}, 123),  # 8 of 195 parts of the run
     ],
 )
 def test_the_gradient_is_counted_as_often_as_the_run_reads_it(method, options, expected):
