@@ -319,6 +319,30 @@ def test_the_rounds_of_sap_make_no_array_of_all_weights():
     assert f"[{37 * 41 + 23 * 29}]" not in jaxpr
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.2, 3.0])
+def test_sap_over_all_layers_keeps_what_the_index_of_all_weights_says(gamma):
+    rng = np.random.default_rng(0)
+    w = {
+        name: rng.standard_normal(s).astype(np.float32) ** 5
+        for name, s in (("a", (9, 20)), ("b", (7, 11)))
+    }
+    tx = jaxsparse.sap(
+        SGD, total_steps=10, update_every=1, end_step=1, gamma=gamma, beta=0.8, rewind=False
+    )
+    params, state = start(tx, {k: jnp.asarray(v) for k, v in w.items()})
+    step = stepper(tx)
+    for _ in range(2):
+        params, state = step(params, state, jax.tree.map(jnp.zeros_like, params))
+    size = np.abs(np.concatenate([v.ravel() for v in w.values()])).astype(np.float64)
+    d = size.size
+    ratio = np.sum(size**0.5) ** 2 / (d * np.sum(size))  # ((mean of powers p)^(1/p) / mean)
+    kept = d - int(d * min(gamma * (1 - np.ceil(d * ratio) / d), 0.8) + 1e-9)
+    threshold = np.sort(size)[d - kept]
+    found = masks(state)
+    for name, v in w.items():
+        np.testing.assert_array_equal(found[name], np.abs(v) >= threshold)
+
+
 @pytest.mark.parametrize("scope", ["layer", "neuron"])
 def test_sap_in_layers_and_neurons(scope):
     w = jnp.zeros((8, 4)).at[:2].set(1.0).at[2, 0].set(1.0)
