@@ -36,6 +36,7 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, config: dict[str, Any], keep: int):
         self.directory = pathlib.Path(directory).absolute()
         self.config = _plain(config)
+        self.failed = False  # whether a save failed, and was told so
         self._probe_writable()
         self.manager = ocp.CheckpointManager(
             self.directory,
@@ -57,12 +58,10 @@ class Checkpoints:
         for step in sorted(self.manager.all_steps(), reverse=True):
             state, reason = self._read(step, shapes)
             if not all_agree(reason is None):  # each process reads its own parts
-                reason = reason or "another process cannot read it"
-                logging.warning("checkpoint %d cannot be read: %s", step, reason)
-                unreadable.append((step, reason))
+                unreadable.append((step, reason or "another process cannot read it"))
                 continue
-            for bad, _ in unreadable:
-                self._move_aside(bad)
+            for bad, why in unreadable:
+                self._move_aside(bad, why, step)
             return step, state
         if unreadable:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in unreadable)
@@ -85,8 +84,7 @@ class Checkpoints:
         except OtherRunError:
             raise
         except Exception as error:  # Orbax raises many types for a damaged file
-            text = str(error).strip()
-            return None, text.splitlines()[0] if text else repr(error)
+            return None, _first_line(error)
         return restored["state"], None
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
@@ -133,13 +131,19 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def close(self) -> None:
-        self.manager.close()
+        """Waits for a save that is under way, and ends; a failure that was told is not told again."""
+        try:
+            self.manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            if not self.failed:
+                raise self._failed(error) from error
 
     def _failed(self, error):
+        self.failed = True
         self.manager.reload()
         return CheckpointError(
-            f"a checkpoint could not be written to {self.directory}: {error}. The last complete one "
-            f"is that of step {self.latest()}."
+            f"a checkpoint could not be written to {self.directory}: {_first_line(error)}. The last "
+            f"complete one is that of step {self.latest()}. Make room; the same command goes on from it."
         )
 
     def _probe_writable(self):
@@ -167,18 +171,31 @@ class Checkpoints:
                 + ". Give another --workdir, or the configuration that it was started with."
             )
 
-    def _move_aside(self, step):
+    def _move_aside(self, step, reason, used):
         target = self.directory.parent / "unreadable"
         if jax.process_index() == 0:
             target.mkdir(exist_ok=True)
-            number = sum(1 for _ in target.iterdir())
-            (self.directory / str(step)).rename(target / f"{step}-{number}")
-            logging.warning("checkpoint %d was moved to %s", step, target)
+            target /= f"{step}-{sum(1 for _ in target.iterdir())}"
+            (self.directory / str(step)).rename(target)
+            logging.warning(
+                "the checkpoint of step %d cannot be read (%s): it was moved to %s, and that of step %d "
+                "is used",
+                step,
+                reason,
+                target,
+                used,
+            )
         self.manager.reload()
 
 
 class OtherRunError(ValueError):
     """The checkpoint belongs to a run with another configuration."""
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the account of a reader's state that TensorStore adds to it."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0].partition(" See full TensorStore details")[0].rstrip(" .:")
 
 
 def _check_fingerprints(state, saved):

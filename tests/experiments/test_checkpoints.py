@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import pathlib
+import resource
 import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -153,37 +152,52 @@ def test_a_step_that_was_moved_aside_can_be_saved_again(directory):
 
 
 @contextlib.contextmanager
-def mounted(path: pathlib.Path, *options):
-    """A file system of its own in memory; the test is skipped where mounting is not permitted."""
-    path.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", *options, "none", str(path)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
+def room_for(size: int):
+    """No file can grow beyond `size` bytes, as on a disk that is full by then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        yield path
+        yield
     finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_an_error_that_says_so_and_the_last_checkpoint_stays(tmp_path):
-    with mounted(tmp_path / "disk", "-o", "size=256k") as disk:
-        with contextlib.closing(Checkpoints(disk / "c", CONFIG, keep=3)) as checkpoints:
-            checkpoints.save(1, state(1), wait=True)
-            (disk / "filler").write_bytes(b"x" * (os.statvfs(disk).f_bavail * 4096 - 16384))
-            with pytest.raises(CheckpointError, match="could not be written.*is that of step 1"):
-                checkpoints.save(2, state(2), wait=True)
-        (disk / "filler").unlink()
-        step, restored = restore(disk / "c")
-        assert step == 1
-        assert_equal(restored, state(1))
+@pytest.mark.parametrize("size", [0, 4096])
+def test_a_full_disk_is_an_error_that_says_so_and_the_last_checkpoint_stays(tmp_path, size):
+    directory = tmp_path / "c"
+    with contextlib.closing(Checkpoints(directory, CONFIG, keep=3)) as checkpoints:
+        checkpoints.save(1, state(1), wait=True)
+        second = state(2)
+        failed = pytest.raises(CheckpointError, match="could not be written.*is that of step 1")
+        with room_for(size), failed:
+            checkpoints.save(2, second, wait=True)
+    step, restored = restore(directory)
+    assert step == 1
+    assert_equal(restored, state(1))
+    with contextlib.closing(Checkpoints(directory, CONFIG, keep=3)) as checkpoints:
+        checkpoints.save(2, second, wait=True)  # there is room again
+    assert restore(directory)[0] == 2
 
 
-def test_a_read_only_directory_is_an_error_before_the_first_step(tmp_path):
-    refused = pytest.raises(CheckpointError, match="cannot be written: .*Read-only.*--workdir")
-    with mounted(tmp_path / "disk", "-o", "ro") as disk, refused:
-        Checkpoints(disk / "c", CONFIG, keep=3)
+def test_a_directory_that_takes_no_file_is_an_error_before_the_first_step(tmp_path):
+    refused = pytest.raises(CheckpointError, match="cannot be written: .*--workdir, or make room")
+    with room_for(0), refused:
+        Checkpoints(tmp_path / "c", CONFIG, keep=3)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip])
+def test_a_damaged_checkpoint_is_named_with_the_reason_and_with_the_one_that_is_used(
+    directory, caplog, damage
+):
+    damage(
+        max((directory / "2" / "state").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    )
+    restore(directory)
+    (line,) = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
+    moved = directory.parent / "unreadable" / "2-0"
+    assert line.startswith("the checkpoint of step 2 cannot be read (")
+    assert line.endswith(f"): it was moved to {moved}, and that of step 1 is used")
+    assert len(line) < 400 + len(str(moved))
 
 
 def test_a_file_in_the_place_of_the_directory_is_an_error(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from experiments import datasets, hosts, parallel, train
+from experiments.checkpoints import CheckpointError
 from experiments.configs import base
 from experiments.datasets import Dataset
 from experiments.microbatches import mean_over_microbatches
@@ -121,6 +123,43 @@ def test_a_signal_saves_and_ends_with_0_and_the_run_goes_on_bit_for_bit(
     # The loss of the steps 13 to 15 is logged when it stops, and is not in the mean of 16 to 18.
     last = lambda lines: [x for x in lines if json.loads(x)["step"] > 18]
     assert last(runs.metrics(workdir)) == last(runs.metrics(whole))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_with_the_same_bits(
+    whole, data_dir, tmp_path, damage, caplog
+):
+    workdir = copy(whole, tmp_path)
+    file = max((workdir / "checkpoints" / str(STEPS)).rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    train.train(make_config(data_dir), workdir)
+    assert "the checkpoint of step 24 cannot be read" in caplog.text
+    assert "that of step 18 is used" in caplog.text
+    assert [path.name for path in (workdir / "unreadable").iterdir()] == ["24-0"]
+    assert_same_run(workdir, whole)
+
+
+def test_a_disk_that_fills_up_stops_the_run_which_goes_on_when_there_is_room(
+    whole, data_dir, tmp_path, monkeypatch
+):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(batch):  # from here on no file can be larger than 4 kB; an array of the state is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        return batch
+
+    workdir = tmp_path / "run"
+    stopped = pytest.raises(CheckpointError, match="(?s)could not be written .*of step (6|12)")
+    try:
+        with monkeypatch.context() as patch, stopped:
+            disturb(patch, 15, fill)
+            train.train(make_config(data_dir), workdir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    train.train(make_config(data_dir), workdir)
+    assert_same_run(workdir, whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(
