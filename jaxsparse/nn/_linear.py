@@ -36,7 +36,7 @@ class SparseLinear(nnx.Module):
         if self.dtype is not None:
             x, w = jnp.asarray(x, self.dtype), w.astype(self.dtype)
         y = type(self).product(x, w, implementation=self.implementation, precision=self.precision)
-        return y if bias is None else y + bias.astype(y.dtype)
+        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def split_linear(linear: nnx.Linear, mask: jax.Array | None):

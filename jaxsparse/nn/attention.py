@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -52,17 +53,19 @@ def top_blocks(num_blocks: int, *, block_q: int = 128, block_kv: int = 128) -> M
         q_len = q.shape[2]
 
         def pooled(x: Array, block: int) -> Array:
-            blocks = -(-x.shape[2] // block)
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * block - x.shape[2]), (0, 0)))
+            length = x.shape[2]
+            blocks = -(-length // block)
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * block - length), (0, 0)))
             sums = jnp.sum(x.reshape(*x.shape[:2], blocks, block, dim).astype(jnp.float32), 3)
-            return sums / jnp.minimum(block, x.shape[2] - jnp.arange(blocks)[:, None] * block)
+            sizes = np.minimum(block, length - np.arange(blocks) * block)  # the last may be short
+            return sums / sizes.astype(np.float32).reshape(1, 1, -1, 1)
 
         q_mean = pooled(q, block_q).reshape(batch, kv_heads, -1, -(-q_len // block_q), dim).mean(2)
         scores = jnp.einsum("bhid,bhjd->bhij", q_mean, pooled(k, block_kv))
-        first = jnp.arange(scores.shape[2])[:, None] * block_q
-        start = jnp.arange(scores.shape[3]) * block_kv
-        last = jnp.minimum(first + block_q, q_len) - 1
-        scores = jnp.where(start <= last, scores, -jnp.inf)
+        first = np.arange(scores.shape[2])[:, None] * block_q
+        start = np.arange(scores.shape[3]) * block_kv
+        last = np.minimum(first + block_q, q_len) - 1
+        scores = jnp.where((start <= last)[None, None], scores, -jnp.inf)
         sizes = dict(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
         own = (start <= last) & (start + block_kv > first)
         chosen = BlockMask.from_scores(scores, num_blocks, forced=own, **sizes)
@@ -230,12 +233,13 @@ class BlockSparseAttention(nnx.Module):
         sums = cache.sums.at[entry, :, at // block].add(k[:, :, 0].astype(jnp.float32), mode="drop")
         cache = BlockCache(put(cache.k, k), put(cache.v, v), sums, at + 1)
 
-        index = jnp.arange(blocks)
+        index = jnp.arange(blocks, dtype=at.dtype)[None]
         newest = (at // block)[:, None]
         counts = jnp.clip(cache.lengths[:, None] - index * block, 1, block)
         q_mean = q.reshape(batch, self.num_kv_heads, -1, self.head_dim).mean(2)
         scores = jnp.einsum("bhd,bhnd->bhn", q_mean.astype(jnp.float32), sums)
-        scores = jnp.where((index <= newest)[:, None], scores / counts[:, None], -jnp.inf)
+        scores = scores / counts[:, None].astype(jnp.float32)
+        scores = jnp.where((index <= newest)[:, None], scores, -jnp.inf)
         forced = ((index < num_sinks) & (index <= newest)) | (index == newest)
         mask = BlockMask.from_scores(
             scores[:, :, None], num_blocks, forced=forced[:, None, None], block_q=1, block_kv=block

@@ -209,7 +209,7 @@ def _affine(layer, x: Array, product) -> Array:
         (x, layer.kernel[...], layer.backward[...], bias), dtype=layer.dtype
     )
     y = product(x, f, b)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def refresh(views: Any, params: Any, opt_state: Any) -> Any:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal, overload
 
 import jax
@@ -34,6 +33,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     implementation: str | None = ...,
+    interpret: bool = ...,
 ) -> Array: ...
 
 
@@ -50,6 +50,7 @@ def block_sparse_attention(
     scale: float | None = ...,
     return_lse: Literal[True],
     implementation: str | None = ...,
+    interpret: bool = ...,
 ) -> tuple[Array, Array]: ...
 
 
@@ -65,6 +66,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Attention that reads only the blocks of keys that the mask keeps.
 
@@ -72,7 +74,8 @@ def block_sparse_attention(
        L_i = \log \sum_{j \in V_i} e^{s_{ij}} $$
 
     where $V_i$ are the keys that query i may see. With `softcap` t, $t \tanh(s / t)$ takes the
-    place of s. A query that sees no key has output 0, $L_i = -\infty$ and gradients 0.
+    place of s. A query that sees no key has output 0, $L_i = -\infty$ and gradients 0. What a query
+    does not see reaches neither its output nor a gradient, whatever it holds: padding may be NaN.
 
     Gradients flow to q, k and v from the output and from L, so results over disjoint sets of keys
     merge exactly (`merge_attention`). The backward pass recomputes the probabilities of kept
@@ -93,6 +96,7 @@ def block_sparse_attention(
       return_lse: also return L, float32 `[batch, heads, q_len]`.
       implementation: `'tpu'` (Pallas kernels), `'xla'` (any device), `'reference'` (the whole
         score matrix), or None for the best one that takes these arguments.
+      interpret: run the TPU kernels in the interpreter, for tests on a machine without a TPU.
 
     Returns:
       The output `[batch, heads, q_len, v_dim]` in q's dtype, and L if asked for.
@@ -111,7 +115,7 @@ def block_sparse_attention(
     if causal:
         sizes = dict(block_q=mask.block_q, block_kv=mask.block_kv)
         mask = mask & BlockMask.causal(mask.q_len, mask.kv_len, **sizes)
-    name = choose_implementation(implementation, q, k, v, mask)
+    name = choose_implementation(implementation, q, k, v, mask, interpret)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if segments is not None and name != "reference":
         mask = within_segments(mask, *segments)
@@ -123,7 +127,16 @@ def block_sparse_attention(
 
 # -------------------------------------------------------------------- the gradient
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "tpu": tpu}
+_FORWARD: dict[str, Callable[..., Any]] = {
+    "xla": xla.forward,
+    "tpu": tpu.forward,
+    "interpreted": functools.partial(tpu.forward, interpret=True),
+}
+_BACKWARD: dict[str, Callable[..., Any]] = {
+    "xla": xla.backward,
+    "tpu": tpu.backward,
+    "interpreted": functools.partial(tpu.backward, interpret=True),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,18 +171,51 @@ def row_term(out: Array, lse: Array, dout: Array, dlse: Array) -> Array:
     The log-sum-exp's cotangent g enters as P * g, so it is taken off. Merging empty rows has NaN
     derivatives, and nothing of an empty row may come back.
     """
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1) - dlse
+    dout, out = dout.astype(jnp.float32), out.astype(jnp.float32)
+    delta = jnp.sum(jnp.where(dout == 0, 0.0, dout * out), -1) - dlse
     return jnp.where(jnp.isneginf(lse), 0.0, delta)
 
 
 def run_forward(name: str, inputs: Inputs) -> tuple[Array, Array]:
-    """Output and LSE by the named implementation."""
-    return _fold_vmap(_IMPLEMENTATIONS[name].forward)(inputs)
+    """Output and LSE by the named implementation.
+
+    Where a kept block has hidden pairs, a value that is not finite must not meet their weights: 0 *
+    NaN is NaN. Values become 0 there and their keys NaN, since scores of hidden pairs are replaced
+    and those of others carry the NaN to the queries that see it. The one elementwise pass over keys
+    and values joins what made them.
+    """
+    if inputs.hides_pairs:
+        broken = _broken(inputs.k) | _broken(inputs.v)
+        k, v = jnp.where(broken, jnp.nan, inputs.k), jnp.where(broken, 0, inputs.v)
+        inputs = dataclasses.replace(inputs, k=k, v=v)
+    return _fold_vmap(_FORWARD[name])(inputs)
 
 
-def run_backward(name: str, inputs: Inputs, *of_rows: Array) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v from LSE, `row_term` and dout, by the named implementation."""
-    return _fold_vmap(_IMPLEMENTATIONS[name].backward)(inputs, *of_rows)
+def run_backward(
+    name: str, inputs: Inputs, lse: Array, delta: Array, dout: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v from LSE, `row_term` and dout, by the named implementation.
+
+    As in `run_forward`, where a kept block has hidden pairs: only finite numbers are multiplied.
+    A query that is not finite, sees something that is not, or whose cotangent is not, gets a NaN
+    gradient and takes no part in those of the keys. (One whose cotangent is 0 has gradient 0.)
+    """
+    if not inputs.hides_pairs:
+        return _fold_vmap(_BACKWARD[name])(inputs, lse, delta, dout)
+    unused = (delta == 0) & (dout == 0).all(-1)
+    broken = (_broken(inputs.q) | _broken(dout))[..., 0] | jnp.isnan(lse) | ~jnp.isfinite(delta)
+    out = unused | broken
+    q, k, v = (jnp.where(_broken(x), 0, x) for x in (inputs.q, inputs.k, inputs.v))
+    inputs = dataclasses.replace(inputs, q=jnp.where(out[..., None], 0, q), k=k, v=v)
+    lse, delta = jnp.where(out, -jnp.inf, lse), jnp.where(out, 0, delta)
+    dout = jnp.where(out[..., None], 0, dout)
+    dq, dk, dv = _fold_vmap(_BACKWARD[name])(inputs, lse, delta, dout)
+    return jnp.where((broken & ~unused)[..., None], jnp.nan, dq), dk, dv
+
+
+def _broken(x: Array) -> Array:
+    """bool `[batch, heads, length, 1]`: positions with a number that is not finite."""
+    return ~jnp.isfinite(x).all(-1, keepdims=True)
 
 
 def _fold_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,10 +302,12 @@ def check(
 
 
 def choose_implementation(
-    implementation: str | None, q: Array, k: Array, v: Array, mask: BlockMask
+    implementation: str | None, q: Array, k: Array, v: Array, mask: BlockMask, interpret: bool
 ) -> str:
     """The name of the implementation to run; see `pallas_kernels._dispatch.choose`."""
     not_tpu = tpu.why_not(q, k, v, mask)
-    if implementation is None and target_platform() != "tpu":
+    if implementation is None and target_platform() != "tpu" and not interpret:
         not_tpu = f"the program runs on {target_platform()}"
-    return choose(implementation, {"tpu": not_tpu, "xla": None, "reference": None})
+    other = "interpret=True is about the TPU kernels" if interpret else None
+    name = choose(implementation, {"tpu": not_tpu, "xla": other, "reference": other})
+    return "interpreted" if interpret else name

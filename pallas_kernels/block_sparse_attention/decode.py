@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from pallas_kernels.block_sparse_attention.inputs import MASKED
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS
 from pallas_kernels.block_sparse_attention.mask import BlockMask
 
@@ -28,14 +29,15 @@ def block_sparse_decode(
       k_cache, v_cache: `[batch, kv_heads, capacity, dim]`, whole blocks.
       mask: chosen blocks for one query (`q_len=1, block_q=1`), per head of the cache, without
         patterns (`from_dense`, `from_scores` or `from_indices`).
-      lengths: int `[batch]`, how much of each cache is filled; later positions are not seen.
+      lengths: int `[batch]`, how much of each cache is filled; later positions are not seen, and may
+        hold anything, NaN too. (So may blocks that are not chosen.)
       scale: by default `head_dim ** -0.5`.
 
     Returns:
       `[batch, heads, v_dim]` in q's dtype; 0 where nothing is visible.
 
     Raises:
-      ValueError: if shapes and the mask do not fit together.
+      ValueError: if shapes, lengths and the mask do not fit together.
 
     >>> q, cache = jnp.ones((1, 2, 4)), jnp.arange(8.0).reshape(1, 1, 8, 1) * jnp.ones(4)
     >>> mask = BlockMask.from_dense(
@@ -62,28 +64,35 @@ def block_sparse_decode(
             f"mask is for batch {mask.codes.shape[0]} and {mask.codes.shape[1]} heads; it must be "
             f"1 or {batch}, and 1 or {kv_heads} (heads of the cache)"
         )
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; it must be integer "
+            f"[{batch}], one number for each sequence"
+        )
     n, block = mask.capacity, mask.block_kv
     shape = (batch, kv_heads, n)
     indices = jnp.broadcast_to(mask.row_entries >> CODE_BITS, shape)
-    listed = jnp.broadcast_to(jnp.arange(n) < mask.counts[..., None], shape)
+    listed = jnp.broadcast_to(jnp.arange(n).reshape(1, 1, n) < mask.counts[..., None], shape)
 
     def gather(cache: Array) -> Array:
         blocks = cache.reshape(batch, kv_heads, length // block, block, -1)
         chosen = jnp.take_along_axis(blocks, indices[..., None, None], 2)
+        # Room that is not filled may hold anything, and 0 * NaN is NaN.
+        chosen = jnp.where(seen[..., None], chosen, 0)
         return chosen.reshape(batch, kv_heads, n * block, -1)
 
-    positions = indices[..., None] * block + jnp.arange(block)
+    positions = indices[..., None] * block + jnp.arange(block).reshape(1, 1, 1, -1)
     seen = listed[..., None] & (positions < lengths[:, None, None, None])
-    seen = seen.reshape(batch, kv_heads, 1, n * block)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum(
         "bhgd,bhkd->bhgk", grouped, gather(k_cache), preferred_element_type=jnp.float32
     )
-    scores = scores * (dim**-0.5 if scale is None else scale)
-    top = jnp.max(jnp.where(seen, scores, -jnp.inf), -1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isneginf(top), 0.0, top)), 0.0)
+    visible = seen.reshape(batch, kv_heads, 1, n * block)
+    scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), MASKED)
+    top = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
     total = jnp.sum(weights, -1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
+    weights = weights / jnp.where(total == 0, 1.0, total)
     values = gather(v_cache)
     out = jnp.einsum(
         "bhgk,bhkd->bhgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.block_sparse_attention.mask import BlockMask
+from pallas_kernels.block_sparse_attention.rules import Everything
+
+MASKED = -1e30  # finite, so that masked - masked is not NaN
+FLOOR = -0.5e30  # the running maximum never goes below: exp(MASKED - FLOOR) is exactly 0
 
 
 @functools.partial(
@@ -40,3 +44,19 @@ class Inputs:
     def precision(self) -> str | None:
         """Products of float32 are exact to float32; those of bfloat16 are anyway."""
         return "highest" if self.q.dtype == jnp.float32 else None
+
+    @property
+    def hides_pairs(self) -> bool:
+        """Whether kept blocks have pairs that do not see each other (other than behind the end of
+        the keys, which is padded with zeros)."""
+        rules = [rule for rule in self.mask.rules if not isinstance(rule, Everything)]
+        return bool(rules) or self.segments is not None
+
+
+def pad_to(x: Array, axis: int, length: int, value: float = 0) -> Array:
+    """x with its axis extended to `length`."""
+    if x.shape[axis] == length:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)

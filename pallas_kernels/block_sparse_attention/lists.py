@@ -49,7 +49,8 @@ def compact(codes: Array | np.ndarray, capacity: int) -> tuple[Any, Any, Any]:
     counts = xp.sum(codes != DROPPED, -1, dtype=np.int32)
     starts = xp.cumsum(xp.pad(counts, ((0, 0), (0, 0), (1, 0))), -1, dtype=np.int32)
     flat = codes.reshape(b, h, n * m).astype(np.int32)
-    keys = xp.where(flat != DROPPED, xp.arange(n * m, dtype=np.int32) << CODE_BITS | flat, _PADDING)
+    index = xp.arange(n * m, dtype=np.int32).reshape(1, 1, -1)
+    keys = xp.where(flat != DROPPED, index << CODE_BITS | flat, _PADDING)
     # A stable sort would carry positions along, twice the work.
     ordered = np.sort(keys, -1) if xp is np else lax.sort(keys, is_stable=False)
     first = ordered[..., :capacity]

@@ -168,7 +168,7 @@ class BlockMask:
             raise ValueError(f"num_blocks={num_blocks} must not be negative")
         scores = lax.stop_gradient(scores).astype(jnp.float32)
         if forced is not None:
-            scores = jnp.where(forced, jnp.inf, scores)
+            scores = jnp.where(jnp.broadcast_to(forced, scores.shape), jnp.inf, scores)
         fits = capacity is None
         if fits and isinstance(num_blocks, int):
             nq, nk = scores.shape[-2:]
@@ -203,7 +203,8 @@ class BlockMask:
                 f"indices has dtype {indices.dtype} and shape {tuple(indices.shape)}; it must be "
                 "integer with 2 to 4 axes, [..., q_blocks, n]"
             )
-        hits = indices[..., None] == np.arange(num_kv_blocks)
+        blocks = np.arange(num_kv_blocks, dtype=indices.dtype)
+        hits = indices[..., None] == blocks.reshape((1,) * indices.ndim + (-1,))
         if _concrete(indices):
             if bool((np.asarray(hits).sum(-2) > 1).any()):
                 raise ValueError("indices lists a block twice in one row; each may appear once")
@@ -400,7 +401,7 @@ class BlockMask:
         return dataclasses.replace(
             part,
             dropped=self.dropped,
-            offsets=self.offsets + start.astype(jnp.int32),
+            offsets=self.offsets + start.astype(jnp.int32).reshape(1, 1, 2),
             is_window=True,
         )
 
@@ -426,8 +427,8 @@ class BlockMask:
         """The visible pairs, bool `[b, h, q_len, kv_len]`: for tests and small inputs."""
         codes = jnp.repeat(jnp.repeat(self.codes, self.block_q, 2), self.block_kv, 3)
         codes = codes[..., : self.q_len, : self.kv_len]
-        q = self.offsets[..., 0, None, None] + jnp.arange(self.q_len)[:, None]
-        k = self.offsets[..., 1, None, None] + jnp.arange(self.kv_len)
+        q = self.offsets[..., 0, None, None] + jnp.arange(self.q_len).reshape(1, 1, -1, 1)
+        k = self.offsets[..., 1, None, None] + jnp.arange(self.kv_len).reshape(1, 1, 1, -1)
         return visible(codes, self.rules, q, k)
 
 
@@ -525,7 +526,7 @@ def _build(
         if Everything() not in rules:
             rules = (*rules, Everything())
         cut = FULL + 1 + rules.index(Everything())
-        is_last = np.arange(nk) == nk - 1
+        is_last = (np.arange(nk) == nk - 1).reshape(1, 1, 1, nk)
         codes = xp.where(is_last & (codes == FULL), cut, codes).astype(np.int8)
     blocks: int = nq * nk
     if capacity is None:

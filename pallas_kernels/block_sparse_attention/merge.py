@@ -35,7 +35,7 @@ def merge_attention(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]
     top = lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
     weights = [jnp.exp(lse - top) for _, lse in parts]
     total = functools.reduce(jnp.add, weights)
-    some = total > 0
+    some = total != 0  # NaN is not nothing
     safe = jnp.where(some, total, 1.0)
     terms = [(w / safe)[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weights, parts)]
     out = functools.reduce(jnp.add, terms).astype(parts[0][0].dtype)

@@ -18,7 +18,11 @@ def forward(inputs: Inputs) -> tuple[Array, Array]:
     if inputs.segments is not None:
         of_q, of_k = inputs.segments
         seen = seen & (of_q[:, None, :, None] == of_k[:, None, None, :])
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q.astype(jnp.float32), k, precision="highest")
+    # What is not finite reaches the queries that see it, and no others: 0 * NaN is NaN, so that
+    # products are taken of finite numbers.
+    broken = ~(_finite(q)[..., :, None] & (_finite(k) & _finite(v))[..., None, :])
+    q32, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q.astype(jnp.float32), k, v))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q32, k, precision="highest")
     scores = scores * inputs.scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -30,4 +34,11 @@ def forward(inputs: Inputs) -> tuple[Array, Array]:
     total = jnp.where(some, jnp.sum(weights, -1, keepdims=True), 1.0)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights / total, v, precision="highest")
     lse = jnp.where(some, highest + jnp.log(total), -jnp.inf)[..., 0]
+    broken = jnp.any(seen & broken, -1)
+    out, lse = jnp.where(broken[..., None], jnp.nan, out), jnp.where(broken, jnp.nan, lse)
     return out.astype(q.dtype), lse
+
+
+def _finite(x: Array) -> Array:
+    """bool `[batch, heads, length]`: positions of which every number is finite."""
+    return jnp.isfinite(x).all(-1)

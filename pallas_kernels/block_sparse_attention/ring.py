@@ -70,7 +70,7 @@ def ring_block_sparse_attention(
             )
     part = _window(mask, 0, 0, q, k)
     api.check(q, k, v, part, None, softcap, scale)
-    name = api.choose_implementation(implementation, q, k, v, part)
+    name = api.choose_implementation(implementation, q, k, v, part, interpret=False)
     if name == "reference":
         raise ValueError("implementation='reference' has no ring; name 'xla' or 'tpu'")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -107,7 +107,8 @@ def _ring(name: str, axis_name: str, inputs: Inputs) -> tuple[Array, Array]:
         return (*_pass_on((k, v), axis_name), (out, lse)), None
 
     q, v = inputs.q, inputs.v
-    empty = jnp.zeros((*q.shape[:3], v.shape[-1])), jnp.full(q.shape[:3], -jnp.inf)
+    rows = q.shape[:3]
+    empty = jnp.zeros((*rows, v.shape[-1]), jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
     start = inputs.k, v, vary(empty, varying_axes(inputs))
     (*_, (out, lse)), _ = lax.scan(visit, start, jnp.arange(lax.axis_size(axis_name)))
     return out.astype(q.dtype), lse

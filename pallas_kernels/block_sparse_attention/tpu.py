@@ -27,10 +27,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels._tpu import LANES, chip, in_32_bits
+from pallas_kernels.block_sparse_attention.inputs import FLOOR, MASKED, Inputs, pad_to
 from pallas_kernels.block_sparse_attention.mask import BlockMask
 from pallas_kernels.block_sparse_attention.tpu_walk import (
-    LANES,
     LOG2E,
     NT,
     STREAMED_WORDS,
@@ -47,10 +47,8 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
     ring_bytes,
     rings,
     segment_arrays,
-    vmem_bytes,
     walk,
 )
-from pallas_kernels.block_sparse_attention.xla import FLOOR, MASKED, pad_to
 
 
 def why_not(q: Array, k: Array, v: Array, mask: BlockMask) -> str | None:
@@ -114,10 +112,10 @@ def _forward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed, 
         at = pl.ds(pl.multiple_of(i * bq, bq), bq)
         seen = lists.start(i + 1) > lists.start(i)
         sums = jnp.where(seen, jnp.sum(total[at, :], 1, keepdims=True), 0.0)
-        safe = jnp.where(sums > 0, sums, 1.0)
+        safe = jnp.where(sums == 0, 1.0, sums)
         out[0, at, :] = jnp.where(seen, acc[at, :] * (1 / safe), 0.0).astype(out.dtype)
         logs = highest[at, :] * (plan.exponent / LOG2E) + jnp.log(safe)
-        logs = jnp.where(sums > 0, logs, -jnp.inf)
+        logs = jnp.where(sums == 0, -jnp.inf, logs)  # NaN is not nothing
         # A column becomes a row: keep the diagonal, sum over sublanes.
         rows = [
             jnp.sum(jnp.where(eye, logs[j : j + LANES], 0.0), 0, keepdims=True)
@@ -135,6 +133,7 @@ def _lanes(x: Array, width: int) -> Array:
     return jnp.concatenate([x] * copies, 1)[:, :width] if copies > 1 else x[:, :width]
 
 
+@in_32_bits
 def forward(
     inputs: Inputs, *, fetch: bool | None = None, interpret: Any = False
 ) -> tuple[Array, Array]:
@@ -246,6 +245,7 @@ def _backward_kernel(plan: Plan, scalars, inputs, outputs, accumulators, packed,
         dq[0] = (dq_acc[...] * plan.scale).astype(dq.dtype)
 
 
+@in_32_bits
 def backward(
     inputs: Inputs,
     lse: Array,
@@ -364,7 +364,7 @@ def _backward_by_parts(
 
 def _room() -> int:
     """VMEM that a call may plan with."""
-    return vmem_bytes() * 3 // 4
+    return chip().vmem * 3 // 4
 
 
 def _inner_specs(

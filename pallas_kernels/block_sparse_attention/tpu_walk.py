@@ -20,8 +20,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._dispatch import target_platform, vary, varying_axes
-from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels._dispatch import vary, varying_axes
+from pallas_kernels._tpu import LANES, chip, compiler_params, result, round_up
+from pallas_kernels.block_sparse_attention.inputs import MASKED, Inputs, pad_to
 from pallas_kernels.block_sparse_attention.lists import (
     CODE_BITS,
     CODE_MASK,
@@ -30,9 +31,7 @@ from pallas_kernels.block_sparse_attention.lists import (
     SEGMENTS,
 )
 from pallas_kernels.block_sparse_attention.rules import Rule, Window
-from pallas_kernels.block_sparse_attention.xla import MASKED, pad_to
 
-LANES = 128
 LOG2E = math.log2(math.e)
 FAR = 1 << 30  # beyond any position
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
@@ -167,7 +166,7 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
         precision=inputs.precision,
     )
     if not backward and (plan.window is not None or not plan.segments):
-        step = step * _matrix_units_width() // LANES
+        step = step * chip().matrix_width // LANES
     return dataclasses.replace(plan, width=max(1, min(step // outer_block, mask.capacity)))
 
 
@@ -181,11 +180,6 @@ def fetching(plan: Plan, of_position: int) -> Plan:
 def ring_bytes(plan: Plan, of_position: int) -> int:
     """VMEM of fetched inner blocks."""
     return (AHEAD + 1) * plan.width * plan.group * plan.inner_block * of_position
-
-
-def _matrix_units_width() -> int:
-    """Of the device that this is compiled for; that of a v5e where there is none."""
-    return pltpu.get_tpu_info().mxu_column_size if target_platform() == "tpu" else LANES
 
 
 # -------------------------------------------------------------------- lists
@@ -217,10 +211,12 @@ class Lists:
         return self.entries[0, 0, p] if self.plan.tiled_lists else self.entries[self.at_entries + p]
 
     def chunk(self, r: Any, p: Any) -> tuple[list[Any], list[Any]]:
-        """Indices and codes of the chunk at p of row r; code 0 behind the row's end."""
+        """Indices and codes of the chunk at p of row r; behind the row's end code 0 and the first
+        index again: what the list does not name is not read, whatever it holds."""
         end = self.start(r + 1)
         raw = [self.entry(p + g) for g in range(self.plan.group)]
         codes = [jnp.where(p + g < end, e & CODE_MASK, 0) for g, e in enumerate(raw)]
+        raw = [jnp.where(p + g < end, e, raw[0]) if g else e for g, e in enumerate(raw)]
         return [e >> CODE_BITS for e in raw], codes
 
     def hide(self, s: Array, r: Any, p: Any) -> Array:
@@ -232,8 +228,8 @@ class Lists:
         if plan.window is None:
             if plan.group * plan.width == 1:
                 return s  # only blocks that are there are accumulated
-            parts = [jnp.where(c == 0, MASKED, 0.0) for c in codes]
-            return s + join([jnp.full((1, n), x, jnp.float32) for x in parts])
+            present = join([jnp.full((1, n), c, jnp.int32) for c in codes]) != 0
+            return jnp.where(present, s, MASKED)
 
         low, high = plan.window
         q = lax.broadcasted_iota(jnp.int32, s.shape, 0)
@@ -327,9 +323,24 @@ class Fetched:
                     source = ref.at[self.head, at, :]
                     do(pltpu.make_async_copy(source, target, self.arrived.at[slot]))
 
+    def _clear(self, chunk: Any, step: Any, w: int) -> None:
+        """Zeros for blocks that are absent from a chunk: they are multiplied, too, and what was there
+        before may not be finite."""
+        slot, size = lax.rem(step, AHEAD + 1), self.plan.inner_block
+        for g, code in enumerate(self.lists.chunk(*chunk)[1]):
+            if g:  # the first block of a chunk is there, or the chunk is not used
+
+                @pl.when(code == 0)
+                def _absent(g=g):
+                    for ring in self.rings:
+                        ring[slot, w, pl.ds(g * size, size), :] = jnp.zeros(
+                            (size, ring.shape[-1]), ring.dtype
+                        )
+
     def _fetch(self, front: Any, step: Any) -> Any:
         for w in range(self.plan.width):
             self._each(front, step, w, lambda copy: copy.start())
+            self._clear(front, step, w)
             front = self.lists.next(*front)
         return front
 
@@ -339,7 +350,7 @@ class Fetched:
 
     def begin(self, first: list[Any]) -> Any:
         @pl.when(pl.program_id(1) == 0)
-        def _clear():  # blocks that are absent from a chunk are multiplied, too, and must be finite
+        def _zeros():  # memory that nobody wrote may hold anything
             for ring in self.rings:
                 ring[...] = jnp.zeros_like(ring)
 
@@ -471,12 +482,7 @@ def _hide_partial(
 
 def padded(width: int) -> int:
     """Lanes that a row of this width takes."""
-    return -(-width // LANES) * LANES
-
-
-def vmem_bytes() -> int:
-    """VMEM of the device that this is compiled for; that of a v5e where there is none."""
-    return pltpu.get_tpu_info().vmem_capacity_bytes if target_platform() == "tpu" else 128 << 20
+    return round_up(width, LANES)
 
 
 def segment_arrays(plan: Plan, inputs: Inputs, outer_len: int, inner_len: int) -> list[Any]:
@@ -521,10 +527,10 @@ def call(
         of_rows = starts[:, :n].reshape(plan.lists, plan.tiles, plan.outer)
         starts = jnp.concatenate([of_rows, starts[:, plan.outer :: plan.outer, None]], -1)
     starts = starts.reshape(plan.lists, plan.tiles, plan.outer + 1)
-    row = jnp.arange(plan.outer)
+    row = jnp.arange(plan.outer)[None]
     not_empty = (starts[..., 1:] > starts[..., :-1])[..., None, :]
-    later = not_empty & (row >= jnp.arange(plan.outer + 1)[:, None])
-    filled = jnp.min(jnp.where(later, row, plan.outer), -1)
+    later = not_empty & (row >= jnp.arange(plan.outer + 1)[:, None])[None, None]
+    filled = jnp.min(jnp.where(later, row[None, None], plan.outer), -1)
     of_lists = []
     if plan.tiled_lists:
         # The part of the list that belongs to each tile, with starts relative to it.
@@ -550,7 +556,6 @@ def call(
     specs = {name: [spec for _, spec in group] for name, group in pairs.items()}
     axes = varying_axes(prefetched, arrays)
     prefetched, arrays = vary((prefetched, arrays), axes)
-    varying = jax.typeof(prefetched[0]).manual_axis_type
 
     def body(*refs: Any) -> None:
         scalars = list(refs[: len(prefetched)])
@@ -568,14 +573,10 @@ def call(
             scratch_shapes=scratch,
         ),
         out_shape={
-            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), manual_axis_type=varying)
+            name: result(shape, jnp.dtype(dtype), prefetched[0])
             for name, (shape, dtype, _) in outputs.items()
         },
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes() * 7 // 8,
-            disable_bounds_checks=True,
-        ),
+        compiler_params=compiler_params(("parallel", "arbitrary"), chip().vmem * 7 // 8),
         name=f"block_sparse_attention_{plan.name}",
         interpret=interpret,
     )(*prefetched, arrays)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._dispatch import vary, varying_axes
-from pallas_kernels.block_sparse_attention.inputs import Inputs
+from pallas_kernels.block_sparse_attention.inputs import FLOOR, MASKED, Inputs, pad_to
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS, CODE_MASK, visible
 
 Carry = tuple[Array, Array, Array]
@@ -21,17 +21,6 @@ Carry = tuple[Array, Array, Array]
 # Keys (or queries, backward) per step: large enough for the loop's overhead to vanish, small
 # enough for the scores of one step to stay in cache.
 CHUNK = 512
-MASKED = -1e30  # finite, so that masked - masked is not NaN
-FLOOR = -0.5e30  # the running maximum never goes below: exp(MASKED - FLOOR) is exactly 0
-
-
-def pad_to(x: Array, axis: int, length: int, value: float = 0) -> Array:
-    """x with its axis extended to `length`."""
-    if x.shape[axis] == length:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
 
 
 def _chunks(start: Array, end: Array, group: int, step: Callable, carry: Carry) -> Carry:
@@ -89,10 +78,12 @@ class _Heads:
         return x.reshape(x.shape[0] * x.shape[1], n, block, *x.shape[3:])
 
     def chunk(self, entries: Array, start: Array, end: Array, size: int) -> tuple[Array, Array]:
-        """Indices and codes of `size` entries from `start`; code 0 behind `end`."""
+        """Indices and codes of `size` entries from `start`; behind `end` code 0 and the first index
+        again: what the list does not name is not read, whatever it holds."""
         part = lax.dynamic_slice_in_dim(entries, start, size)
-        codes = jnp.where(start + jnp.arange(size) < end, part & CODE_MASK, 0)
-        return part >> CODE_BITS, codes
+        listed = start + jnp.arange(size) < end
+        indices = jnp.where(listed, part >> CODE_BITS, part[0] >> CODE_BITS)
+        return indices, jnp.where(listed, part & CODE_MASK, 0)
 
     def scores(
         self,
@@ -119,8 +110,8 @@ class _Heads:
         codes = codes[:, None] if by_row else codes[None, :]
         seen = codes != 0
         if self.mask.rules:
-            q_local = (rows[:, None] * self.bq + jnp.arange(self.bq)).reshape(-1, 1)
-            k_local = (cols[:, None] * self.bk + jnp.arange(self.bk)).reshape(1, -1)
+            q_local = (rows[:, None] * self.bq + jnp.arange(self.bq)[None]).reshape(-1, 1)
+            k_local = (cols[:, None] * self.bk + jnp.arange(self.bk)[None]).reshape(1, -1)
             q_offset, k_offset = self.offsets[self.mask_index[i]]
             seen = visible(codes, self.mask.rules, q_local + q_offset, k_local + k_offset)
             seen = seen & (k_local < self.mask.kv_len)
@@ -169,7 +160,7 @@ def forward(inputs: Inputs) -> tuple[Array, Array]:
                 jnp.zeros((at.bq, values.shape[-1]), jnp.float32),
             )
             highest, total, acc = _chunks(start, end, group, step, vary(init, axes))
-            some = total > 0
+            some = total != 0  # NaN is not nothing
             total = jnp.where(some, total, 1.0)
             out = (acc / total[:, None]).astype(q.dtype)
             return out, jnp.where(some, highest + jnp.log(total), -jnp.inf)

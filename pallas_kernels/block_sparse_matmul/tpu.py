@@ -25,16 +25,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import target_platform
+from pallas_kernels._tpu import LANES, Chip, chip, compiler_params, in_32_bits, result, round_up
 from pallas_kernels.formats.block_sparse import Array, BlockSparse, decode_pattern
 
-LANES = 128
 MAX_BLOCKS = 16_384  # their coordinates have to fit in the scalar memory
 _ROWS = 64  # rows of a slice: the running sum [64, 128] float32 takes 8 registers
 _PANEL = 1024  # rows of x that stay in VMEM, if they fit
@@ -44,26 +43,7 @@ _CHUNKS = 8  # of a panel, so that columns of y leave early; but not fewer or mo
 _CHUNK = (16, 64)  # 128 x 128 tiles
 _TILES = 32  # tiles whose code is unrolled, in at most so many blocks (the time to compile grows
 _PART = 16  # with their square)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the kernels adapt to."""
-
-    cores: int = 1
-    vmem: int = 64 << 20
-
-    @property
-    def budget(self) -> int:
-        return self.vmem * 7 // 8
-
-
-def chip() -> Chip:
-    """The chip that code traced now is for; a small one in the interpreter."""
-    if target_platform() != "tpu":
-        return Chip()
-    info = pltpu.get_tpu_info()
-    return Chip(info.num_cores, info.vmem_capacity_bytes)
+_SPARE = 8 << 20  # bytes of VMEM beyond what is planned
 
 
 def why_not(x: Array, w: BlockSparse, interpret: bool) -> str | None:
@@ -95,7 +75,7 @@ class _Rows:
     def cut(cls, rows: int, most: int, sublanes: int, parts: int = 1) -> "_Rows":
         """Panels of at most `most` rows, small enough to give every part (core) one."""
         most = 1 << int(math.log2(max(most, sublanes)))
-        panel = min(most, _round_up(-(-rows // parts), sublanes))
+        panel = min(most, round_up(-(-rows // parts), sublanes))
         tiles = -(-rows // panel)
         return cls(panel, tiles, rows - (tiles - 1) * panel)
 
@@ -115,10 +95,6 @@ class _Rows:
             body(pl.ds((self.tiles - 1) * self.panel, self.last), self.last)
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def _chunks(blocks: int, most: int) -> tuple[int, int]:
     """Blocks at a time, `most` or fewer, and how often: of equal length, to waste little."""
     chunks = -(-blocks // max(1, most))
@@ -130,23 +106,14 @@ def _pad(x: Array, sublanes: int, cols: int) -> Array:
     return jnp.pad(x, ((0, -x.shape[0] % sublanes), (0, cols - x.shape[1])))
 
 
+def _budget(this: Chip) -> int:
+    """Bytes of VMEM that a call may plan with."""
+    return this.vmem * 7 // 8
+
+
 def _tiles_of(block: tuple[int, int]) -> int:
     """128 x 128 tiles of a block."""
     return block[0] // LANES * (block[1] // LANES)
-
-
-def _result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """What a kernel returns; inside `shard_map` it varies over the axes over which `like` does."""
-    varying = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
-
-
-def _compiler_params(dimensions: tuple[Any, ...], vmem: int) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=dimensions,
-        disable_bounds_checks=True,  # indices are clipped before; the checks cost 5 %
-        vmem_limit_bytes=vmem + (8 << 20),
-    )
 
 
 # ---- x w and dy w^T -----------------------------------------------------------------------------
@@ -180,6 +147,7 @@ class _Product:
         return self.columns // self.per
 
 
+@in_32_bits
 def matmul(
     x: Array,
     w: BlockSparse,
@@ -207,7 +175,7 @@ def matmul(
     group = part * parts
     per_row = 2 * gk * bk * size + (gj + 1) * bn * out_dtype.itemsize + bn * 4
     fixed = 2 * group * bk * bn * size + (4 << 20)
-    most = min((this.budget - fixed) // per_row, _PANEL, _PANEL * _TILES // (part * area * slow))
+    most = min((_budget(this) - fixed) // per_row, _PANEL, _PANEL * _TILES // (part * area * slow))
     rows = _Rows.cut(x.shape[0], most, sublanes, this.cores)
     p = _Product(
         rows=rows,
@@ -242,7 +210,7 @@ def matmul(
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=_result((x.shape[0], gj * bn), out_dtype, x),
+        out_shape=result((x.shape[0], gj * bn), out_dtype, x),
         name="block_sparse_matmul_t" if transposed else "block_sparse_matmul",
         cost_estimate=pl.CostEstimate(
             flops=2 * x.shape[0] * w.values.size,
@@ -250,7 +218,7 @@ def matmul(
             bytes_accessed=(x.size + rows.tiles * w.values.size) * size
             + x.shape[0] * gj * bn * out_dtype.itemsize,
         ),
-        compiler_params=_compiler_params(("parallel", "arbitrary", "arbitrary"), p.vmem),
+        compiler_params=compiler_params(("parallel", "arbitrary", "arbitrary"), p.vmem + _SPARE),
         interpret=interpret,
     )(_scalars(w, p, gk), x, w.values)
     return y[:tokens, :width]
@@ -456,6 +424,7 @@ class _Gradient:
     vmem: int
 
 
+@in_32_bits
 def weight_gradient(
     x: Array,
     dy: Array,
@@ -479,8 +448,8 @@ def weight_gradient(
     per_block = 4 * bk * bn
     fixed = 2 * group * bk * bn * size + (4 << 20)
     # Fewer rows if the panels would take more than half of the memory.
-    rows = _Rows.cut(x.shape[0], min(_TOKENS, this.budget // 2 // per_row), sublanes)
-    room = max(group, (this.budget - fixed - rows.panel * per_row) // per_block)
+    rows = _Rows.cut(x.shape[0], min(_TOKENS, _budget(this) // 2 // per_row), sublanes)
+    room = max(group, (_budget(this) - fixed - rows.panel * per_row) // per_block)
     lots = min(chunks, this.cores * max(1, -(-chunks * group // (room * this.cores))))
     chunks = -(-chunks // lots)
     cores = this.cores if lots % this.cores == 0 else 1
@@ -514,14 +483,14 @@ def weight_gradient(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=_result((n, bk, bn), w.dtype, x),
+        out_shape=result((n, bk, bn), w.dtype, x),
         name="block_sparse_weight_gradient",
         cost_estimate=pl.CostEstimate(
             flops=2 * x.shape[0] * n * bk * bn,
             transcendentals=0,
             bytes_accessed=lots * (x.size + dy.size) * size + n * bk * bn * w.dtype.itemsize,
         ),
-        compiler_params=_compiler_params(("parallel", *3 * ("arbitrary",)), p.vmem),
+        compiler_params=compiler_params(("parallel", *3 * ("arbitrary",)), p.vmem + _SPARE),
         interpret=interpret,
     )(k, j, used.astype(jnp.int32), x, dy)
 

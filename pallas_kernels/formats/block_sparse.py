@@ -450,8 +450,8 @@ def _to_blocks(dense: Array, grid: tuple[int, int], block_shape: tuple[int, int]
 def _inside(w: BlockSparse) -> Array:
     """bool, like the values: false where an edge block sticks out of the matrix."""
     (bh, bw), (rows, cols, _) = w.block_shape, _decode(w.pattern)
-    r = rows[:, None, None] * bh + jnp.arange(bh)[:, None]
-    c = cols[:, None, None] * bw + jnp.arange(bw)
+    r = rows[:, None, None] * bh + jnp.arange(bh).reshape(1, -1, 1)
+    c = cols[:, None, None] * bw + jnp.arange(bw).reshape(1, 1, -1)
     return (r < w.shape[0]) & (c < w.shape[1])
 
 

@@ -95,7 +95,8 @@ class NMSparse:
     @property
     def rows(self) -> Array:
         """int32 `[N, in / M, out / share]`: the row of each value in the matrix."""
-        return self.places + self.m * jnp.arange(self.shape[0] // self.m)[:, None]
+        groups = self.shape[0] // self.m
+        return self.places + self.m * jnp.arange(groups, dtype=jnp.int32).reshape(1, -1, 1)
 
     def to_dense(self) -> Array:
         """The matrix with its zeros, `[in, out]`."""

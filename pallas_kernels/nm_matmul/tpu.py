@@ -8,13 +8,13 @@ the columns r, M + r, 2M + r, ... of x, which are set apart before the kernel (x
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import target_platform
+from pallas_kernels._tpu import LANES, compiler_params, in_32_bits, result
 from pallas_kernels.formats.block_sparse import Array
 from pallas_kernels.formats.nm import NMSparse, code_bits
 
@@ -34,7 +34,7 @@ def why_not(x: Array, w: NMSparse, interpret: bool) -> str | None:
         return f"it is made for up to {MAX_ROWS} rows of x, not {rows} (dense is faster there)"
     if w.share != 1:
         return f"it takes the element-wise form, not share={w.share}"
-    if groups % unit or w.shape[1] % 128:
+    if groups % unit or w.shape[1] % LANES:
         return (
             f"it takes a multiple of {unit * w.m} rows and 128 columns for m={w.m}, not {w.shape}"
         )
@@ -43,6 +43,7 @@ def why_not(x: Array, w: NMSparse, interpret: bool) -> str | None:
     return None
 
 
+@in_32_bits
 def matmul(
     x: Array,
     w: NMSparse,
@@ -58,8 +59,8 @@ def matmul(
     groups, packed = w.values.shape[1], w.codes.shape[1]
     x = x.reshape(-1, groups, w.m).transpose(2, 0, 1)  # [m, rows, groups]
     # About a megabyte of values at a time: enough to hide the latency of reading them.
-    most = max(128, (1 << 20) // (2 * w.n * groups))
-    tile = next(t for t in range(most // 128 * 128, 0, -128) if width % t == 0)
+    most = max(LANES, (1 << 20) // (2 * w.n * groups))
+    tile = next(t for t in range(most // LANES * LANES, 0, -LANES) if width % t == 0)
     y = pl.pallas_call(
         functools.partial(_kernel, m=w.m, precision=precision),
         grid=(width // tile,),
@@ -69,9 +70,7 @@ def matmul(
             pl.BlockSpec((w.n, packed, tile), lambda t: (0, 0, t)),
         ],
         out_specs=pl.BlockSpec((x.shape[1], tile), lambda t: (0, t)),
-        out_shape=jax.ShapeDtypeStruct(
-            (x.shape[1], width), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-        ),
+        out_shape=result((x.shape[1], width), out_dtype, x),
         scratch_shapes=[pltpu.VMEM((w.m, groups, tile), x.dtype)],
         name="nm_matmul",
         cost_estimate=pl.CostEstimate(
@@ -79,9 +78,7 @@ def matmul(
             transcendentals=0,
             bytes_accessed=w.values.size * 2 + w.codes.size * 4,
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), disable_bounds_checks=True, vmem_limit_bytes=48 << 20
-        ),
+        compiler_params=compiler_params(("parallel",), 48 << 20),
         interpret=interpret,
     )(x, w.values, w.codes)
     return y[:tokens]

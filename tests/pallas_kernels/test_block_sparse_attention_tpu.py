@@ -232,9 +232,12 @@ FULL = [
 ]
 SHARDED = [((2, 4, 2, 1024, 128, 128, 128, 128, "bfloat16", 0, "sharded"), WHOLE)]
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+STRICT = dict(
+    JAX_ENABLE_X64="1", JAX_NUMPY_RANK_PROMOTION="raise", JAX_NUMPY_DTYPE_PROMOTION="strict"
+)
 
 
-def compiles(*cases):
+def compiles(*cases, strict=False):
     """Whether the TPU compiler takes every case and the kernels are in its result. All are compiled
     in one process, which has to be started and to load libtpu."""
     pytest.importorskip("libtpu", reason="needs libtpu, which has wheels for x86-64 Linux only")
@@ -244,6 +247,7 @@ def compiles(*cases):
         XLA_FLAGS="",
         TPU_SKIP_MDS_QUERY="1",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        **(STRICT if strict else {}),
     )
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(cases)],
@@ -256,6 +260,10 @@ def compiles(*cases):
 
 def test_forward_and_backward_compile_for_real_tpus():
     compiles(*((topology, *case) for topology in TOPOLOGIES for case in QUICK))
+
+
+def test_they_compile_under_x64_and_with_promotion_refused():
+    compiles(("v5e:2x2", *QUICK[0]), strict=True)
 
 
 @pytest.mark.slow
