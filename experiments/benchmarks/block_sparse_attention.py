@@ -3,7 +3,7 @@ JAX's flash attention.
 
     python -m experiments.benchmarks.block_sparse_attention --tpu --cpu --out docs/kernels
 
-TPU: the real compiler's static schedule (libtpu needs no TPU; see `tpu_static`), so cycles, not
+TPU: the real compiler's static schedule (libtpu needs no TPU; see `tools.tpu_static`), so cycles, not
 times. CPU: ratios of medians of interleaved runs in one process. Every case is saved as soon as it
 is measured; `--only WORD` repeats the cases whose table or label contains the word, and without
 `--tpu` and `--cpu` the page and the plots are written again from the saved figures.
@@ -272,7 +272,7 @@ DENSE = ("dense_xla", "jax_nn")
 def measure_tpu(
     results: Results, topologies: list[str], only: str, missing: bool, save: Callable
 ) -> None:
-    from experiments.benchmarks.tpu_static import analyze
+    from tools.tpu_static import analyze
 
     def report(factory: str, topology: str, options: dict, **more: Any) -> dict:
         root = str(pathlib.Path(__file__).parents[2])

@@ -110,7 +110,7 @@ def _tpu_cases() -> Iterator[tuple[str, dict[str, Any], bool]]:
 
 def measure_tpu(results: dict, topologies: list[str], wanted: Callable, save: Callable) -> None:
     """Fill `results["tpu"]` with the cases whose key is wanted; `save` after each of them."""
-    from experiments.benchmarks.tpu_static import analyze
+    from tools.tpu_static import analyze
 
     done = results.setdefault("tpu", {})
     results["tpu_versions"] = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
@@ -290,7 +290,7 @@ def _rows(title: str, align: str, rows: list[list[str]]) -> list[str]:
 
 
 def _tpu_tables(results: dict) -> list[str]:
-    from experiments.benchmarks.tpu_static import CHIPS
+    from tools.tpu_static import CHIPS
 
     versions = results["tpu_versions"]
     lines = [
@@ -298,7 +298,7 @@ def _tpu_tables(results: dict) -> list[str]:
         "",
         f"x `[{TOKENS}, K]`, w `[K, K]`, bfloat16, one device; jax {versions['jax']}, libtpu "
         f"{versions['libtpu']}. Nothing was run on a TPU: the real compiler's schedule is walked "
-        "with a model of the memory traffic (`experiments/benchmarks/tpu_static.py` says how far "
+        "with a model of the memory traffic (`tools/tpu_static` says how far "
         "to trust it). *ratio*: cycles over those of the dense product by XLA; *per tile*: cycles "
         "for each stored 128 x 128 x 128 product. Small operations before the kernel are included.",
         "",
@@ -331,8 +331,8 @@ def _tpu_tables(results: dict) -> list[str]:
         lines += [f"### {topology.split(':')[0]}", ""]
         lines += _rows(f"{title} | per tile | compile s", "lrrlrrrrrrr", products)
         if decode:
-            chip: Any = next(c for c in CHIPS.values() if c["gen"] == topology.split(":")[0])
-            bound = 2 * SIZE**2 / (chip["cores"] * chip["hbm"]) * chip["clock"]
+            chip = next(c for c in CHIPS.values() if c.gen == topology.split(":")[0])
+            bound = 2 * SIZE**2 / (chip.cores * chip.hbm) * chip.clock
             lines += [f"Decoding, 16 rows of x, w `[{SIZE}, {SIZE}]`. Reading the dense w takes "]
             lines[-1] += f"{bound / 1e3:.1f} k cycles at least:"
             lines += [""]

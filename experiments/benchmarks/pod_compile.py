@@ -36,11 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import parallel
-from experiments.benchmarks import jaxpruner, tpu_static
+from experiments.benchmarks import jaxpruner
 from experiments.configs import imagenet_resnet50, transformer_1b
 from experiments.datasets import Dataset
 from experiments.optimizer import make_optimizer
 from experiments.task import make_task
+from tools.tpu_static import CHIPS, hlo
 
 EVERY = 100
 
@@ -180,7 +181,7 @@ def steps_of(text: str, passes: int, wire: Wire, torus: list[int]) -> dict[str, 
     listed = _collectives(text, chips)
     found: dict[str, dict] = {}
     for way, branch in {"ordinary": 0, "update": 1}.items():
-        program: dict[str, Any] = tpu_static.parse_hlo(_decided(text, branch, passes))
+        program: dict[str, Any] = hlo.parse_hlo(_decided(text, branch, passes))
         count, total, largest, seconds = Counter(), Counter(), Counter(), 0.0
         for name, (op, size) in listed.items():
             times = program["mult_of"].get(name, 0)
@@ -236,7 +237,7 @@ def _collectives(text: str, chips: int) -> dict[str, tuple[str, int]]:
 
 def _bytes(shape: str, start: str) -> int:
     """Of the result. What starts a collective returns its operand, too, and tokens."""
-    sizes = [tpu_static._shape_bytes(part) for part in re.findall(r"\w+\[[\d,]*\]", shape)]
+    sizes = [hlo.shape_bytes(part) for part in re.findall(r"\w+\[[\d,]*\]", shape)]
     return max(sizes) if start else sum(sizes)
 
 
@@ -263,7 +264,7 @@ def _decided(text: str, branch: int, passes: int) -> str:
 
     def count(match):
         line = match.group(0)
-        if "known_trip_count" in line or tpu_static._trip_count(line, comps) is not None:
+        if "known_trip_count" in line or hlo.trip_count(line, comps) is not None:
             return line
         return line + known
 
@@ -334,7 +335,7 @@ def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> di
         out["error"] = used.group(0) if used else str(error)[:500]
         return out | {"cpu_seconds": round(time.process_time() - start)}
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
-    clock = next(c["clock"] for c in tpu_static.CHIPS.values() if c["gen"] == generation)
+    clock = next(chip.clock for chip in CHIPS.values() if chip.gen == generation)
     parts = {
         k: int(getattr(memory, f"{k}_size_in_bytes"))
         for k in ("argument", "output", "temp", "alias", "generated_code")
