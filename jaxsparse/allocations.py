@@ -4,10 +4,9 @@ Two kinds:
 
 - a *rule of shapes* (`Uniform`, `UniformPlus`, `ErdosRenyi`, `Balanced`, `Pyramidal`, `Explicit`) gives each layer a sparsity of its own;
 - a *ranking* (`Global`) ranks the weights of all layers together by score, perhaps rescaled per
-  layer (LAMP), so that the split follows from the scores.
+  layer, so that the split follows from the scores.
 
-`allocation=` takes one of these objects, or one of the names "uniform", "er", "erk", "global",
-"lamp".
+`allocation=` takes one of these objects, or one of the names in `NAMED`.
 """
 
 from __future__ import annotations
@@ -16,18 +15,17 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxsparse import selection
 from jaxsparse._counts import is_concrete, scale_count
+from jaxsparse.leaves import Leaf
 from jaxsparse.targets import check_matched
-
-if TYPE_CHECKING:
-    from jaxsparse.plan import Leaf
 
 
 class ByShape:
@@ -269,24 +267,41 @@ class Explicit(ByShape):
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """One ranking over all layers.
+    r"""One ranking over all layers.
+
+    Layers whose scores are of another size than those of the others lose all or nothing of their
+    weights, unless scores are put on one scale first:
+
+    - `normalize="l2"`: the scores of a layer are divided by their Euclidean norm, as JaxPruner does by
+      default;
+    - `normalize="mean"`: by the mean of their absolute values, which does not fall with the number of
+      weights, so that small layers are not favoured;
+    - `normalize="lamp"`: the score s of a weight becomes $s^2 / \sum s'^2$ over the weights of its layer
+      that rank no lower (Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021),
+      by which every layer keeps its largest weight. A neighbour of "l2", not its twin: ranks decide
+      within a layer, not sizes alone.
 
     Args:
-      rescale: "none"; "l2" divides each layer's scores by their Euclidean norm; "lamp" replaces the
-        score s of a weight by s^2 / (sum of the s'^2 of the weights of its layer that rank no lower)
-        (Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021), by which every
-        layer keeps its largest weight.
+      normalize: None (scores as they are), "l2", "mean" or "lamp".
       minimum: the number of weights that every layer keeps whatever its scores: an integer, or a
         fraction (below 1) of all weights of the network. Layers that have no more stay dense
         (Gupta et al., Is complexity required for neural network pruning?, 2022, use 0.0005).
+
+    >>> Global(normalize="l2")
+    Global(normalize='l2', minimum=0)
+
+    Raises:
+      ValueError: another `normalize`, a negative `minimum`.
     """
 
-    rescale: str = "none"
+    normalize: Literal["l2", "mean", "lamp"] | None = None
     minimum: int | float = 0
 
     def __post_init__(self):
-        if self.rescale not in ("none", "l2", "lamp"):
-            raise ValueError(f"Global(rescale={self.rescale!r}): use 'none', 'l2' or 'lamp'")
+        if self.normalize not in (None, "l2", "mean", "lamp"):
+            raise ValueError(
+                f"Global(normalize={self.normalize!r}): use None, 'l2', 'mean' or 'lamp'"
+            )
         if self.minimum < 0:
             raise ValueError(f"Global(minimum={self.minimum}): must not be negative")
 
@@ -297,31 +312,37 @@ class Global:
             least = scale_count(sum(sizes), least)
         return [min(int(least), n) for n in sizes]
 
-    def rank(self, scores: Array, lead: int = 0) -> Array:
-        """The scores of one leaf on the scale that is compared across leaves."""
-        if self.rescale == "none":
+    def rank(self, leaf: Leaf, scores: Array) -> Array:
+        """The scores of the units of a leaf on the scale that is compared across leaves."""
+        if self.normalize is None:
             return scores
-        axes = tuple(range(lead, scores.ndim))
+        lead = min(leaf.lead, 1)
         s = scores.astype(jnp.float32)
-        if self.rescale == "l2":
-            return s / jnp.maximum(jnp.sqrt(jnp.sum(s * s, axis=axes, keepdims=True)), 1e-30)
-        from jaxsparse.selection import lamp_scores
-
-        return lamp_scores(s, lead=lead)
+        if self.normalize == "lamp":
+            return selection.lamp_scores(s, lead=lead)
+        axes, tiny = tuple(range(lead, s.ndim)), 1e-30
+        if self.normalize == "mean":
+            return s / jnp.maximum(jnp.mean(jnp.abs(s), axis=axes, keepdims=True), tiny)
+        return s / jnp.maximum(jnp.sqrt(jnp.sum(s * s, axis=axes, keepdims=True)), tiny)
 
 
 Allocation = ByShape | Global
+AllocationLike = str | Mapping[str, float] | Allocation
+"""How the budget is split over the layers: a name, a mapping from path patterns to sparsities, or an
+object of this module."""
 
 NAMED: dict[str, Allocation] = {
     "uniform": Uniform(),
     "er": ErdosRenyi(kernel=False),
     "erk": ErdosRenyi(),
     "global": Global(),
-    "lamp": Global(rescale="lamp"),
+    "global_l2": Global(normalize="l2"),
+    "global_mean": Global(normalize="mean"),
+    "lamp": Global(normalize="lamp"),
 }
 
 
-def resolve(allocation: Any) -> Allocation:
+def resolve(allocation: AllocationLike) -> Allocation:
     """An allocation by name, as a mapping from path patterns to sparsities, or the object itself.
 
     Raises:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import masking, plan, scores, selection
+from jaxsparse import leaves, masking, scores, selection
 from jaxsparse.allocations import Explicit, Global
+from jaxsparse.choose import check_sparsity
+from jaxsparse.post_training import prune
 
 
 def _explicit(by_path: dict[str, float]) -> Explicit:
@@ -40,11 +42,11 @@ def score_ratios(
     >>> sorted(a.by_path.values())
     [0.0, 0.8]
     """
-    _, masks = plan.prune(
+    _, masks = prune(
         params, sparsity, score=score, grads=grads, allocation=Global(minimum=minimum),
         targets=targets, seed=seed,
     )  # fmt: skip
-    made = plan.make(params, targets)
+    made = leaves.find(params, targets)
     kept = [int(np.count_nonzero(np.asarray(m))) for m in made.masks(masks)]
     return _explicit({leaf.path: 1 - k / leaf.size for leaf, k in zip(made.leaves, kept)})
 
@@ -69,11 +71,11 @@ def minimum_threshold(
     Raises:
       ValueError: a budget that the minima alone exceed.
     """
-    sparsity = plan.check_sparsity(sparsity)
-    made = plan.make(params, targets)
+    sparsity = check_sparsity(sparsity)
+    made = leaves.find(params, targets)
     sizes = np.asarray([leaf.size for leaf in made.leaves], np.float64)
     total = sizes.sum()
-    _, masks = plan.prune(params, sparsity, allocation=Global(), targets=targets)
+    _, masks = prune(params, sparsity, allocation=Global(), targets=targets)
     kept = np.asarray([np.count_nonzero(np.asarray(m)) for m in made.masks(masks)], np.float64)
     least = math.floor(total * minimum + 1e-9)
     small = sizes < least

@@ -26,7 +26,7 @@ from jax import Array
 import jaxsparse
 from experiments.report.page import markdown_table
 from jaxsparse import masking, selection
-from jaxsparse import plan as plans
+from jaxsparse.leaves import SparseLeaves, find
 
 TASKS, CLASSES = 5, 10
 
@@ -136,7 +136,7 @@ def class_incremental(
     """Trains on the tasks in turn; returns the accuracy on all classes at the end, and what was spent:
     the densest update of any layer, examples used, density of the weights."""
     params = init_network(seed, CLASSES)
-    plan = plans.make(params)
+    plan = find(params)
     params, drawn = jaxsparse.prune(params, method.sparsity, score="random", seed=seed)
     # As much signal as the dense network passes on: the variance of weights with fewer inputs grows.
     params = jax.tree.map(lambda w: w / np.sqrt(1 - method.sparsity), params)
@@ -251,7 +251,7 @@ class Store(NamedTuple):
     masks: list[list[Array]]
 
 
-def subnetwork(store: Store, plan: plans.Plan, task: int):
+def subnetwork(store: Store, plan: SparseLeaves, task: int):
     """The network of a task: the store behind its mask."""
     return masking.apply(store.weights, plan.scatter(store.masks[task]))
 
@@ -283,7 +283,7 @@ def _learn(weights, frozen, xs, ys, seed, *, make, plan):
 
 
 def learn_task(
-    store: Store, plan: plans.Plan, data: Data, task: int, make: Any, *, steps: int = 300,
+    store: Store, plan: SparseLeaves, data: Data, task: int, make: Any, *, steps: int = 300,
     batch: int = 32, seed: int = 0,
 ) -> Store:  # fmt: skip
     """Finds and trains the mask of `task`, leaving frozen weights at the values of the store.
@@ -313,7 +313,7 @@ def task_incremental(
         )  # fmt: skip
 
     weights = init_network(seed, 2)
-    plan = plans.make(weights)
+    plan = find(weights)
     store = Store(weights, [jnp.zeros(leaf.shape, bool) for leaf in plan.leaves], [])
     answer = jax.jit(logits)
     before: list[np.ndarray] = []

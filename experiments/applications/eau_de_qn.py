@@ -26,9 +26,10 @@ import optax
 from jax import Array
 
 from experiments.report.page import markdown_table
-from jaxsparse import masking, scores
-from jaxsparse import plan as plans
+from jaxsparse import masking
 from jaxsparse.allocations import Global
+from jaxsparse.choose import choose
+from jaxsparse.leaves import SparseLeaves, find
 
 SIDE, ACTIONS, DISCOUNT, SLIP, HORIZON = 13, 4, 0.97, 0.1, 80
 GOAL = (10, 10)
@@ -105,7 +106,7 @@ def next_sparsities(key: Array, sparsity: Array, count: int, speed: Any) -> Arra
     return sparsity + (1 - sparsity) * (1 - (1 - speed) ** 3) * u
 
 
-def select(key: Array, population: Population, plan: plans.Plan, speed: Any) -> Population:
+def select(key: Array, population: Population, plan: SparseLeaves, speed: Any) -> Population:
     """The target update: the winner becomes the target, and parent of all online networks. Its
     optimizer state goes with it; masks of its children lie within its own."""
     winner = jnp.argmin(population.loss)
@@ -115,8 +116,8 @@ def select(key: Array, population: Population, plan: plans.Plan, speed: Any) -> 
     sparsity = next_sparsities(key, population.sparsity[winner], count, speed)
 
     def child(s):
-        ranked = [scores.magnitude(w) for w in plan.take(params)]
-        pruned = plans.choose(plan.leaves, ranked, Global(), s, where=masks)
+        ranked = [jnp.abs(w) for w in plan.take(params)]
+        pruned = choose(plan.leaves, ranked, Global(), s, where=masks)
         return masking.apply(params, plan.scatter(pruned)), pruned
 
     children, child_masks = jax.vmap(child)(sparsity)
@@ -137,7 +138,7 @@ def train(
     keys = jax.random.split(key, networks + 2)
     # All begin dense and equal, as copies of the target.
     target = init_network(keys[-1], hidden)
-    plan = plans.make(target)
+    plan = find(target)
     tx = optax.adam(learning_rate)
     repeat = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (networks, *x.shape)), tree)
     masks = [jnp.ones((networks, *leaf.shape), bool) for leaf in plan.leaves]

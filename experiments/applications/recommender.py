@@ -21,7 +21,7 @@ from jax import Array
 import jaxsparse
 from experiments.report.page import markdown_table
 from jaxsparse import engines, schedules
-from jaxsparse import plan as plans
+from jaxsparse.leaves import find
 
 
 class Ratings(NamedTuple):
@@ -77,7 +77,7 @@ def train(
         name: 0.3 * jax.random.normal(k, (n, dim))
         for name, k, n in zip(("users", "items"), keys, shape)
     }
-    plan = plans.make(params)
+    plan = find(params)
     _, drawn = jaxsparse.prune(params, 1 - density, score="random", seed=seed)
     masks = plan.masks(drawn)
     tx = optax.adam(learning_rate)

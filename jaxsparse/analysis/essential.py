@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsparse import plan
+from jaxsparse.leaves import find
+from jaxsparse.post_training import prune
 
 
 class Sweep(NamedTuple):
@@ -57,9 +58,7 @@ def sweep(
         raise ValueError(f"sparsities={grid}: give at least three, increasing, the first 0")
     metric = [float(evaluate(params))]
     for s in grid[1:]:
-        pruned, _ = plan.prune(
-            params, s, allocation=allocation, structure=structure, targets=targets
-        )
+        pruned, _ = prune(params, s, allocation=allocation, structure=structure, targets=targets)
         metric.append(float(evaluate(pruned)))
     return Sweep(np.array(grid), np.array(metric), knee(grid, metric, tolerance=tolerance))
 
@@ -107,7 +106,7 @@ def near_zero(params: Any, epsilon: float = 1e-3, *, targets: Any = None) -> flo
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}: must be positive")
-    found = plan.make(params, targets)
+    found = find(params, targets)
     small = sum(
         int(np.count_nonzero(np.abs(jax.device_get(w)) < epsilon)) for w in found.take(params)
     )

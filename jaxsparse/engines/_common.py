@@ -17,19 +17,9 @@ from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import masking
+from jaxsparse.leaves import Leaf, SparseLeaves
 from jaxsparse.masking import SparseState
-from jaxsparse.plan import Leaf, Plan
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """One sparse leaf as a rule sees it: `w` the weights (raw where a method keeps them), `g` their
-    gradient (None at `init`), `m` the mask so far (None at `init`)."""
-
-    leaf: Leaf
-    w: Array
-    g: Any
-    m: Any
+from jaxsparse.scores import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +47,10 @@ class Step:
         return [leaf.salt(seed, self.count) for leaf in self.leaves]
 
 
-PlanFor = Callable[[Any], Plan]
+PlanFor = Callable[[Any], SparseLeaves]
 
 
-def views(plan: Plan, ws, gs=None, ms=None) -> list[View]:
+def views(plan: SparseLeaves, ws, gs=None, ms=None) -> list[View]:
     """The views of all sparse leaves."""
     none = [None] * len(plan.leaves)
     return [View(*row) for row in zip(plan.leaves, ws, gs or none, ms or none)]
@@ -152,7 +142,7 @@ def whole(state, init: Callable[[Any], Any], params):
     )
 
 
-def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> Plan:
+def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> SparseLeaves:
     """The plan of an update, whose arguments fit together.
 
     Raises:

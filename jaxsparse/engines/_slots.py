@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse.plan import Plan
+from jaxsparse.leaves import SparseLeaves
 
 
 def restart(
-    inner: optax.GradientTransformation, state, live: Sequence[Array] | None, plan: Plan, params
+    inner: optax.GradientTransformation,
+    state,
+    live: Sequence[Array] | None,
+    plan: SparseLeaves,
+    params,
 ):
     """The inner optimizer's state with the slots of weights that are not `live` as at `init`; with
     `live=None` those of all weights, of dense leaves too. Counts go on.

@@ -8,17 +8,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse import scores, selection, structures
+from jaxsparse import scores, selection
 from jaxsparse._counts import scale_count
 from jaxsparse.engines._common import Step
 from jaxsparse.engines.hold_masks import Rule
-from jaxsparse.plan import Leaf
+from jaxsparse.leaves import Leaf, coupling
 from jaxsparse.schedules import Schedule
 
 
 def drop_and_grow(
-    drop: scores.Score,
-    grow: scores.Score,
+    drop: str | scores.ScoreLike,
+    grow: str | scores.ScoreLike,
     fraction: Schedule,
     *,
     seed: Any = 0,
@@ -31,14 +31,16 @@ def drop_and_grow(
     a gradient of zeros grows at random, not in the first rows.
     """
 
+    worth, promise = scores.resolve(drop), scores.resolve(grow)
+
     def rule(step: Step):
         return swap(
             step.leaves,
             step.masks,
-            [drop(v.w, v.g) for v in step.views],
-            [grow(v.w, v.g) for v in step.views],
+            [worth(v) for v in step.views],
+            [promise(v) for v in step.views],
             fraction(step.count),
-            drop_ties=scores.ties(drop),
+            drop_ties=scores.ties(worth),
             salts=step.salts(seed),
         )
 
@@ -46,38 +48,57 @@ def drop_and_grow(
 
 
 def swap(
-    leaves: Sequence[Leaf], masks: Sequence[Array], drop_scores: Sequence[Array],
-    grow_scores: Sequence[Array], fraction, *, drop_ties: str = "position", salts: Sequence[Any],
-) -> list[Array]:  # fmt: skip
+    leaves: Sequence[Leaf],
+    masks: Sequence[Array],
+    drop_scores: Sequence[Array],
+    grow_scores: Sequence[Array],
+    fraction,
+    *,
+    drop_ties: str = "position",
+    salts: Sequence[Any],
+) -> list[Array]:
     """The new masks of all leaves, see `drop_and_grow`."""
-    axes = [leaf.structure.axes(leaf.shape, leaf.lead) for leaf in leaves]
-    units = [structures.unit_mask(x.structure, m, x.lead) for x, m in zip(leaves, masks)]
-    ones = [selection.count(u, axis=a) for u, a in zip(units, axes)]
+    if (together := coupling(leaves)) is not None:
+        units = swap(
+            together.leaves,
+            together.units(masks),
+            together.pool(drop_scores),
+            together.pool(grow_scores),
+            fraction,
+            drop_ties=drop_ties,
+            salts=together.salts(salts),
+        )
+        return together.expand(units)
+    units = [leaf.units(m) for leaf, m in zip(leaves, masks)]
+    ones = [selection.count(u, axis=leaf.axes) for leaf, u in zip(leaves, units)]
     swapped = [scale_count(n, fraction) for n in ones]
     keep = selection.topk_masks(
-        [leaf.structure.pool(x, leaf.lead) for leaf, x in zip(leaves, drop_scores)],
+        [leaf.pool(x) for leaf, x in zip(leaves, drop_scores)],
         [n - s for n, s in zip(ones, swapped)],
         where=units,
         ties=drop_ties,
         seeds=salts,
-        axes=axes,
+        axes=[leaf.axes for leaf in leaves],
     )
     return refill(leaves, keep, swapped, grow_scores, salts=salts)
 
 
 def refill(
-    leaves: Sequence[Leaf], keep: Sequence[Array], numbers: Sequence, grow_scores: Sequence[Array],
-    *, salts: Sequence[Any],
-) -> list[Array]:  # fmt: skip
+    leaves: Sequence[Leaf],
+    keep: Sequence[Array],
+    numbers: Sequence,
+    grow_scores: Sequence[Array],
+    *,
+    salts: Sequence[Any],
+) -> list[Array]:
     """The masks of all leaves with the units `keep` and, in each slice, the `number` (int32, one per
     slice or for all) units of highest score among the others; equal scores by a seeded hash."""
     grown = selection.topk_masks(
-        [leaf.structure.pool(x, leaf.lead) for leaf, x in zip(leaves, grow_scores)],
+        [leaf.pool(x) for leaf, x in zip(leaves, grow_scores)],
         numbers,
         where=[~k for k in keep],
         ties="hash",
         seeds=[salt ^ jnp.uint32(0x9E3779B9) for salt in salts],
-        axes=[leaf.structure.axes(leaf.shape, leaf.lead) for leaf in leaves],
+        axes=[leaf.axes for leaf in leaves],
     )
-    rows = zip(leaves, keep, grown)
-    return [leaf.structure.expand(k | g, leaf.shape, leaf.lead) for leaf, k, g in rows]
+    return [leaf.expand(k | g) for leaf, k, g in zip(leaves, keep, grown)]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxsparse import plan as plans
 from jaxsparse import scores
 from jaxsparse.allocations import Allocation
+from jaxsparse.choose import choose
 from jaxsparse.engines._common import Step
 from jaxsparse.engines.hold_masks import Rule
 from jaxsparse.schedules import Schedule
 
 
 def keep_best(
-    score: scores.Score,
+    score: str | scores.ScoreLike,
     allocation: Allocation,
     sparsity,
     *,
@@ -24,7 +24,7 @@ def keep_best(
     """The rule that keeps the highest scores at the sparsity `ramp(step) * sparsity`.
 
     Args:
-      score: the score of a weight.
+      score: the score of a weight: a name, a function of a `View`, or of `(w, g)`.
       allocation: how the budget is split over the layers.
       sparsity: the final sparsity.
       ramp: the part of the way that is gone, 0 to 1; None: all of it.
@@ -33,15 +33,17 @@ def keep_best(
       seed: for ties that are ranked by a hash.
     """
 
+    worth = scores.resolve(score)
+
     def rule(step: Step):
-        return plans.choose(
+        return choose(
             step.leaves,
-            [score(v.w, v.g) for v in step.views],
+            [worth(v) for v in step.views],
             allocation,
             sparsity,
             fraction=1.0 if ramp is None else ramp(step.count),
             where=step.masks if nested else None,
-            ties=scores.ties(score),
+            ties=scores.ties(worth),
             seed=seed,
             stream=step.count,
         )

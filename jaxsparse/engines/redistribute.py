@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import selection
-from jaxsparse.plan import Leaf
+from jaxsparse.leaves import Leaf
 
 
 def by_layer(values: Sequence[Array]) -> Array:
@@ -18,10 +18,10 @@ def by_layer(values: Sequence[Array]) -> Array:
 
 
 def by_leaf(leaves: Sequence[Leaf], vector: Array) -> list[Array]:
-    """The inverse of `by_layer`: an array of the stacked axes of each leaf."""
+    """The inverse of `by_layer`: `[layers]` of each leaf, a scalar of one that is no stack."""
     ends = [sum(leaf.layers for leaf in leaves[: i + 1]) for i in range(len(leaves))]
     return [
-        vector[end - leaf.layers : end].reshape(leaf.shape[: leaf.lead])
+        vector[end - leaf.layers : end].reshape((leaf.layers,) if leaf.lead else ())
         for leaf, end in zip(leaves, ends)
     ]
 

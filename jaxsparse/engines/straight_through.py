@@ -25,7 +25,6 @@ from jaxsparse._counts import when
 from jaxsparse.engines._common import (
     PlanFor,
     Step,
-    View,
     broken,
     check_arguments,
     check_inner,
@@ -38,8 +37,9 @@ from jaxsparse.engines._common import (
     whole,
 )
 from jaxsparse.engines.hold_masks import Rule, hidden
+from jaxsparse.leaves import SparseLeaves
 from jaxsparse.masking import SparseState
-from jaxsparse.plan import Plan
+from jaxsparse.scores import View
 
 
 class Projection(NamedTuple):
@@ -56,8 +56,8 @@ class Learner(NamedTuple):
     """Parameters that a method trains besides the weights (thresholds): `init(plan, zs) -> aux`,
     `update(step, grads, plan, extra) -> aux`; the step's views hold z and g, its `aux` theirs."""
 
-    init: Callable[[Plan, list[Array]], Any]
-    update: Callable[[Step, Plan, dict], Any]
+    init: Callable[[SparseLeaves, list[Array]], Any]
+    update: Callable[[Step, SparseLeaves, dict], Any]
 
 
 def straight_through(
@@ -96,7 +96,7 @@ def straight_through(
             return learner.init(plan, zs)
         return None if init_aux is None else init_aux(zs)
 
-    def store(plan: Plan, state_count, zs, projection: Projection, inner_state):
+    def store(plan: SparseLeaves, state_count, zs, projection: Projection, inner_state):
         def tree(values):
             return None if values is None else plan.scatter(values)
 
@@ -169,7 +169,7 @@ def refresh(fires, rule: Rule, step: Step) -> list[Array]:
         return rule(step)
 
     def run(old, count, ws):
-        seen = [View(v.leaf, w, None, m) for v, w, m in zip(step.views, ws, old)]
+        seen = [v.replace(w=w, g=None, m=m) for v, w, m in zip(step.views, ws, old)]
         return rule(Step(count, seen))
 
     return when(fires, run, step.masks, step.count, [v.w for v in step.views])
@@ -193,16 +193,16 @@ def soft_threshold_learner(
     """
     inner = check_inner(inner)
 
-    def init(plan: Plan, zs):
-        s = plan.scatter([jnp.full(leaf.shape[: leaf.lead], init_value, jnp.float32)
+    def init(plan: SparseLeaves, zs):
+        s = plan.scatter([jnp.full(leaf.stack_shape, init_value, jnp.float32)
                           for leaf in plan.leaves])  # fmt: skip
         return s, inner.init(s)
 
-    def update(step: Step, plan: Plan, extra):
+    def update(step: Step, plan: SparseLeaves, extra):
         tree, opt = step.aux
         grads = []
         for v, s in zip(step.views, plan.take(tree)):
-            axes = tuple(range(v.leaf.lead, len(v.leaf.shape)))
+            axes = v.leaf.layer_axes
             g = v.g.astype(jnp.float32) * jnp.sign(v.w).astype(jnp.float32)
             total = jnp.sum(g * backward(v, step.count), axis=axes)
             sigma = jax.nn.sigmoid(s)

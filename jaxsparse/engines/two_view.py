@@ -20,7 +20,7 @@ from jax import Array
 
 from jaxsparse import masking
 from jaxsparse.engines._common import PlanFor, compiled_once, first_state, like, store_masks, whole
-from jaxsparse.plan import Leaf
+from jaxsparse.leaves import Leaf
 from jaxsparse.structures import NM
 
 

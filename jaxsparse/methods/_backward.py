@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse import scores, structures
-from jaxsparse.plan import Leaf
+from jaxsparse import structures
+from jaxsparse.leaves import Leaf
 from jaxsparse.structures import NM
 
 
@@ -31,9 +31,9 @@ def pattern(structure: Any) -> tuple[NM, NM]:
 def along_outputs(leaf: Leaf, kind: NM, w: Array, *, where: Any = None, order: Any = None) -> Array:
     """b: the n largest |w| in each group of m outputs, among those of the mask `where`; groups are
     formed in `order` (`[*stacked, out]`), and b comes back in the weights' own."""
-    score = scores.magnitude(w)
+    score = jnp.abs(w)
     if order is None:
-        return structures.topk(kind, score, kind.n, lead=leaf.lead, where=where)
+        return leaf.with_structure(kind).best(score, kind.n, where=where)
     index = jnp.broadcast_to(aligned(leaf, order), w.shape)
     b = grouped(leaf, kind, score, where, index)
     return jnp.put_along_axis(jnp.zeros_like(b), index, b, axis=-1, inplace=False)
@@ -43,7 +43,7 @@ def grouped(leaf: Leaf, kind: NM, score: Array, where: Any, index: Array) -> Arr
     """b with the outputs in the order `index`, of the weights' shape."""
     there = None if where is None else jnp.take_along_axis(where, index, -1)
     score = jnp.take_along_axis(score, index, -1)
-    return structures.topk(kind, score, kind.n, lead=leaf.lead, where=there)
+    return leaf.with_structure(kind).best(score, kind.n, where=there)
 
 
 def aligned(leaf: Leaf, order: Array) -> Array:

@@ -8,21 +8,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxsparse import allocations, plan, schedules, scores, structures
+from jaxsparse import allocations, schedules, scores, structures
 from jaxsparse._counts import is_concrete
+from jaxsparse.choose import check_sparsity
 from jaxsparse.engines import Step, keep_best
+from jaxsparse.leaves import Leaf, find
 
 
 def plan_for(targets: Any, structure: Any):
     """The function from parameters to the plan; checks `structure`."""
     kind = structure if isinstance(structure, dict) else structures.resolve(structure)
-    return functools.partial(plan.make, target_rules=targets, structure=kind)
+    return functools.partial(find, target_rules=targets, structure=kind)
 
 
 def sparsity_of(sparsity: Any, structure: Any):
     """The sparsity asked for, or that of the structure; checked."""
     kind = structure if isinstance(structure, dict) else structures.resolve(structure)
-    return plan.check_sparsity(sparsity, kind)
+    return check_sparsity(sparsity, kind)
 
 
 def allocation_of(allocation: Any):
@@ -45,7 +47,7 @@ def shape_rule(allocation: Any) -> allocations.ByShape:
     return rule
 
 
-def unstructured(leaf: plan.Leaf) -> plan.Leaf:
+def unstructured(leaf: Leaf) -> Leaf:
     """The same leaf without its structure."""
     return dataclasses.replace(leaf, structure=structures.Unstructured())
 

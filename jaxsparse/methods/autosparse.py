@@ -123,7 +123,7 @@ def autosparse(
         pruned = jnp.asarray(anneal(step), jnp.float32)
         if backward_sparsity is None:
             return jnp.where(v.m, 1.0, pruned)
-        axes = tuple(range(v.leaf.lead, v.w.ndim))
+        axes = v.leaf.layer_axes
         kept = kept_count(v.leaf.layer_size, backward_sparsity)
         near = selection.topk_mask(jnp.abs(v.w), kept, axis=axes)
         return jnp.where(v.m, 1.0, jnp.where(near, pruned, 0.0))

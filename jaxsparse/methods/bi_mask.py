@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import scores, selection
+from jaxsparse import selection
 from jaxsparse._counts import is_concrete, when
 from jaxsparse.engines.two_view import two_view
+from jaxsparse.leaves import Leaf
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import aligned, along_outputs, grouped, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
-from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
 
 
@@ -24,10 +24,10 @@ def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: 
     """The order of the outputs, `[*stacked, out]`, under which `along_outputs` keeps most weights:
     the best of the identity and `candidates - 1` random ones. More candidates never keep fewer."""
     identity = jnp.broadcast_to(
-        jnp.arange(leaf.shape[-1], dtype=jnp.int32), (*leaf.shape[: leaf.lead], leaf.shape[-1])
+        jnp.arange(leaf.shape[-1], dtype=jnp.int32), (*leaf.stack_shape, leaf.shape[-1])
     )
-    axes = tuple(range(leaf.lead, w.ndim))
-    key, score = jax.random.key(salt), scores.magnitude(w)
+    axes = leaf.layer_axes
+    key, score = jax.random.key(salt), jnp.abs(w)
 
     def kept(order):
         index = jnp.broadcast_to(aligned(leaf, order), w.shape)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import masking, selection
-from jaxsparse import plan as plans
+from jaxsparse import masking
 from jaxsparse._counts import is_concrete
+from jaxsparse.choose import unit_budgets
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
 from jaxsparse.engines._common import broken
 from jaxsparse.methods import _recipe as recipe
@@ -99,11 +99,11 @@ def deep_r(
     def spread(step: Step, lost, alive):
         """As many new connections as were lost, over all layers: exact, and on average in proportion
         to their budgets."""
-        shares = by_layer(plans.unit_budgets(step.leaves, budget, sparsity)).astype(jnp.float32)
+        shares = by_layer(unit_budgets(step.leaves, budget, sparsity)).astype(jnp.float32)
         total, start = jnp.sum(lost), jax.random.uniform(draw(step.views[0], step.count, 3))
         ends = jnp.floor(total * jnp.cumsum(shares) / jnp.sum(shares) + start).astype(jnp.int32)
         drawn = jnp.diff(jnp.minimum(ends, total).at[-1].set(total), prepend=0)
-        sizes = by_layer([jnp.full(x.shape[: x.lead], x.layer_size) for x in step.leaves])
+        sizes = by_layer([jnp.full(x.stack_shape, x.layer_size) for x in step.leaves])
         free = sizes - alive
         fit = jnp.minimum(drawn, free)
         return fit + apportion(total - jnp.sum(fit), shares, free - fit)
@@ -111,9 +111,7 @@ def deep_r(
     def settle(step: Step):
         views, signs = step.views, signs_of(step)
         calm = ~broken([], [v.w for v in views])
-        counts = lambda ms: [
-            selection.count(m, axis=tuple(range(v.leaf.lead, m.ndim))) for v, m in zip(views, ms)
-        ]
+        counts = lambda ms: [v.leaf.counts(m) for v, m in zip(views, ms)]
         alive = [v.m & ~((v.w * sign <= 0) & calm) for v, sign in zip(views, signs)]
         left = counts(alive)
         lost = [n - k for n, k in zip(counts(step.masks), left)]
@@ -122,7 +120,7 @@ def deep_r(
         # A position that dies in this step stands at w, and w + (epsilon - w) would round to 0: those
         # that were dormant before it are drawn while there are any.
         masks = refill(
-            step.leaves, alive, lost, [(~v.m).astype(jnp.float32) for v in views],
+            step.leaves, [v.leaf.units(a) for v, a in zip(views, alive)], lost, [(~v.m).astype(jnp.float32) for v in views],
             salts=step.salts(seed),
         )  # fmt: skip
         newborn = lambda w: jnp.asarray(max(1e-12, float(jnp.finfo(w.dtype).tiny)), w.dtype)

@@ -75,18 +75,18 @@ def dsr(
 
     def rule(step: Step):
         height, leaves, held = step.aux, step.leaves, step.masks
-        axes = [tuple(range(leaf.lead, len(leaf.shape))) for leaf in leaves]
+        axes = [leaf.layer_axes for leaf in leaves]
         counts = lambda ms: by_layer([selection.count(m, axis=a) for m, a in zip(ms, axes)])
         width = [jnp.abs(v.w).astype(jnp.float32) for v in step.views]
         best = selection.topk_masks(width, [1] * len(leaves), where=held, axes=axes)
         keep = [m & ((x >= height) | b) for m, x, b in zip(held, width, best)]
         n, left = counts(held), counts(keep)
-        sizes = by_layer([jnp.full(leaf.shape[: leaf.lead], leaf.layer_size) for leaf in leaves])
+        sizes = by_layer([jnp.full(leaf.stack_shape, leaf.layer_size) for leaf in leaves])
         pruned = jnp.sum(n - left)
         free = jnp.where(jnp.sum(sizes - n) >= pruned, sizes - n, sizes - left)
         grown = by_leaf(leaves, apportion(pruned, left.astype(jnp.float32), free))
         masks = refill(
-            leaves, keep, grown, [(~m).astype(jnp.float32) for m in held],
+            leaves, [x.units(k) for x, k in zip(leaves, keep)], grown, [(~m).astype(jnp.float32) for m in held],
             salts=step.salts(seed),
         )  # fmt: skip
         wanted = drop_fraction * jnp.sum(n).astype(jnp.float32)

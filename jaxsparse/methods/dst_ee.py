@@ -75,7 +75,7 @@ def dst_ee(
 
         def worth(v, tried):
             size = jnp.abs(v.g).astype(jnp.float32)
-            mean = jnp.mean(size, axis=tuple(range(v.leaf.lead, size.ndim)), keepdims=True)
+            mean = jnp.mean(size, axis=v.leaf.layer_axes, keepdims=True)
             return size + exploration * mean * log_t / (tried + epsilon)
 
         masks = swap(

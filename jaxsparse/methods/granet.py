@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import plan as plans
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
+from jaxsparse.choose import choose
 from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -91,13 +91,13 @@ def granet(
     ramp = schedules.cubic(prune.begin, prune.end, initial=start)
 
     def rule(step: Step):
-        pruned = plans.choose(
+        pruned = choose(
             step.leaves, [jnp.abs(v.w) for v in step.views], budget, sparsity,
             fraction=ramp(step.count), where=step.masks,
         )  # fmt: skip
         return swap(
-            step.leaves, pruned, [scores.magnitude(v.w) for v in step.views],
-            [scores.gradient(v.w, v.g) for v in step.views], fraction(step.count),
+            step.leaves, pruned, [scores.magnitude(v) for v in step.views],
+            [scores.gradient(v) for v in step.views], fraction(step.count),
             salts=step.salts(seed),
         )  # fmt: skip
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import plan as plans
 from jaxsparse import schedules, scores
+from jaxsparse.choose import choose
 from jaxsparse.engines import Step, hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -68,8 +68,8 @@ def gsm(
     cut = schedules.At((updates.end,))
 
     def active(step: Step):
-        saliency = [scores.saliency(v.w, v.g) for v in step.views]
-        chosen = plans.choose(
+        saliency = [scores.saliency(v) for v in step.views]
+        chosen = choose(
             step.leaves, saliency, budget, sparsity, ties="hash", seed=seed, stream=step.count
         )
         done = step.count >= updates.end

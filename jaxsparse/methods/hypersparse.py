@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import plan as plans
 from jaxsparse import schedules, scores
 from jaxsparse._counts import is_concrete
 from jaxsparse.allocations import Global
+from jaxsparse.choose import choose
 from jaxsparse.engines import Step, hold_masks, keep_best
+from jaxsparse.leaves import find
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 
@@ -25,7 +26,7 @@ _BEND = 0.6584789484624083
 def _statistics(leaves, ws, sparsity) -> tuple[Array, Array, Array]:
     """s = bend / (smallest |w| that is kept), sum |w| and sum tanh(s |w|) over the network."""
     sizes = [jnp.abs(w).astype(jnp.float32) for w in ws]
-    kept = plans.choose(leaves, sizes, Global(), sparsity)
+    kept = choose(leaves, sizes, Global(), sparsity)
     border = jnp.min(jnp.stack([jnp.min(jnp.where(m, x, jnp.inf)) for m, x in zip(kept, sizes)]))
     s = _BEND / jnp.maximum(border, 1e-12)
     total = jnp.sum(jnp.stack([jnp.sum(x) for x in sizes]))
@@ -45,7 +46,7 @@ def hypersparse_loss(params, sparsity, *, targets: Any = None) -> Array:
     >>> float(hypersparse_loss({"kernel": jnp.ones((4, 4))}, 0.5))
     0.0
     """
-    plan = plans.make(params, targets)
+    plan = find(params, targets)
     ws = plan.take(params)
     s, total, squashed = jax.lax.stop_gradient(_statistics(plan.leaves, ws, sparsity))
     now = sum(jnp.sum(jnp.tanh(s * jnp.abs(w))) for w in ws)

@@ -66,7 +66,7 @@ def _itop(
             grow = [(~fired.unpack()).astype(jnp.float32) for fired in step.aux.masks]
         else:
             worth = scores.gradient if by_gradient else scores.random
-            grow = [worth(v.w, v.g) for v in step.views]
+            grow = [worth(v) for v in step.views]
         masks = swap(
             step.leaves, step.masks, [jnp.abs(v.w) for v in step.views], grow,
             fraction(step.count), salts=step.salts(seed),

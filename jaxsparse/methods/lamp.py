@@ -70,7 +70,7 @@ def lamp(
     else:
         ramp = schedules.rounds(sparsity, rounds, updates.begin, updates.end)
     rule = keep_best(
-        scores.magnitude, Global(rescale="lamp"), sparsity, ramp=ramp, nested=True, seed=seed
+        scores.magnitude, Global(normalize="lamp"), sparsity, ramp=ramp, nested=True, seed=seed
     )
     return hold_masks(
         inner,

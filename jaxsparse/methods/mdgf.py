@@ -8,9 +8,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import plan as plans
 from jaxsparse import schedules, structures
 from jaxsparse.engines import Projection, Step, straight_through
+from jaxsparse.leaves import find
 from jaxsparse.methods._registry import register
 from jaxsparse.structures import NM
 
@@ -22,7 +22,7 @@ REFERENCE = (
 
 def largest(v, pattern: NM):
     """The mask of the N largest |z| of each group."""
-    return structures.topk(pattern, jnp.abs(v.w), pattern.n, lead=v.leaf.lead)
+    return v.leaf.with_structure(pattern).best(jnp.abs(v.w), pattern.n)
 
 
 def check_pattern(structure) -> NM:
@@ -116,7 +116,7 @@ def mdgf(
 
     return straight_through(
         inner,
-        lambda params: plans.make(params, targets, pattern),
+        lambda params: find(params, targets, pattern),
         rule,
         pull_back=None if flow == "identity" else lambda v, t: v.g * factor(v, t).astype(v.g.dtype),
         raw_dtype=raw_dtype,

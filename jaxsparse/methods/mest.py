@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsparse import plan as plans
-from jaxsparse import schedules, selection, structures
+from jaxsparse import schedules, selection
 from jaxsparse._counts import is_concrete
 from jaxsparse.allocations import ByShape
+from jaxsparse.choose import unit_budgets
 from jaxsparse.engines import Step, hold_masks, refill
+from jaxsparse.leaves import Leaf
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.plan import Leaf
 
 _REFERENCE = "Yuan et al., MEST: accurate and fast memory-economic sparse training framework on the edge, 2021"
 
@@ -67,7 +67,7 @@ def _mest(
         amount = schedules.phases(table, updates.begin, updates.end)
 
     def units(step: Step, shift):
-        return plans.unit_budgets(step.leaves, _Shifted(budget, shift), sparsity)
+        return unit_budgets(step.leaves, _Shifted(budget, shift), sparsity)
 
     asked = lambda s: s
     denser = lambda moved: lambda s: s - moved
@@ -77,12 +77,11 @@ def _mest(
         moved, views = amount(step.count), step.views
         lower, upper = (asked, denser(moved)) if soft else (sparser(moved), asked)
         low, high = units(step, lower), units(step, upper)
-        pool = lambda v, x: v.leaf.structure.pool(x, v.leaf.lead)
-        axes = [v.leaf.structure.axes(v.leaf.shape, v.leaf.lead) for v in views]
+        axes = [v.leaf.axes for v in views]
         keep = selection.topk_masks(
-            [pool(v, jnp.abs(v.w) + gradient_weight * jnp.abs(v.g)) for v in views],
+            [v.leaf.pool(jnp.abs(v.w) + gradient_weight * jnp.abs(v.g)) for v in views],
             low,
-            where=[structures.unit_mask(v.leaf.structure, v.m, v.leaf.lead) for v in views],
+            where=[v.leaf.units(v.m) for v in views],
             axes=axes,
         )
         missing = [n - selection.count(k, axis=a) for n, k, a in zip(high, keep, axes)]
@@ -110,12 +109,9 @@ def _mest(
 
 def _random(step: Step, units, seed):
     return [
-        structures.topk(
-            v.leaf.structure, jnp.zeros_like(v.w), k, lead=v.leaf.lead, ties="hash",
-            seed=v.leaf.salt(seed, 0),
-        )
+        v.leaf.best(jnp.zeros_like(v.w), k, ties="hash", seed=v.leaf.salt(seed, 0))
         for v, k in zip(step.views, units)
-    ]  # fmt: skip
+    ]
 
 
 _ARGS = """

@@ -189,8 +189,7 @@ def global_magnitude(
     not the minimum threshold of the authors, which takes what a layer lacks from all others in
     proportion: for that give `allocation=jaxsparse.minimum_threshold(params, sparsity)`.
     `allocation` is `allocations.Global(minimum=minimum)` unless another ranking ("lamp") is given.
-    Scores are not
-    divided by the norm of the layer; `allocations.Global(rescale="l2")` does that.
+    Scores are not divided by the norm of the layer; `allocations.Global(normalize="l2")` does that.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.global_magnitude(optax.adam(1e-3), 0.9, total_steps=1000, minimum=0.0005)

@@ -187,7 +187,7 @@ def sap(
             d = jnp.asarray(sum(selection.count(m) for m in masks), jnp.int32)
             c = _prunable(_index_of_all(ws, masks, p, q), d, p, q, eta, gamma, beta)
             return selection.global_topk_masks(sizes, d - c, where=masks)
-        axes = [tuple(range(v.leaf.lead, v.w.ndim - (scope == "neuron"))) for v in step.views]
+        axes = [v.leaf.layer_axes[: -1 if scope == "neuron" else None] for v in step.views]
         stay = []
         for w, m, a in zip(ws, masks, axes):
             d, index = selection.count(m, axis=a), pq_index(w, p=p, q=q, where=m, axis=a)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import plan as plans
 from jaxsparse import schedules
 from jaxsparse.engines import Projection, Step, straight_through
+from jaxsparse.leaves import find
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.mdgf import REFERENCE, check_pattern, largest
 from jaxsparse.structures import NM
@@ -97,7 +97,7 @@ def sdgf(
     window = schedules.window(total_steps, begin_step, end_step)
 
     def plan_for(params):
-        plan = plans.make(params, targets, structure)
+        plan = find(params, targets, structure)
         for leaf in plan.leaves:
             for pattern in patterns:
                 pattern.check(leaf.path, leaf.layer_shape)

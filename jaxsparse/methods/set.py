@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import scores, selection, structures
+from jaxsparse import scores, selection
 from jaxsparse._counts import scale_count
 from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
@@ -19,10 +19,8 @@ from jaxsparse.methods._timing import REWIRING
 def _kept_by_sign(v: View, fraction) -> tuple[Array, Array]:
     """The units without the fraction closest to zero of the positive and of the negative ones, and
     without those that are zero; and the number that is missing."""
-    kind, lead = v.leaf.structure, v.leaf.lead
-    axes = kind.axes(v.leaf.shape, lead)
-    units = structures.unit_mask(kind, v.m, lead)
-    value, size = kind.pool(v.w, lead), kind.pool(jnp.abs(v.w), lead)
+    axes, units = v.leaf.axes, v.leaf.units(v.m)
+    value, size = v.leaf.pool(v.w), v.leaf.pool(jnp.abs(v.w))
     keep = jnp.zeros_like(units)
     for side in (units & (value > 0), units & (value < 0)):
         n = selection.count(side, axis=axes)
@@ -75,7 +73,7 @@ def set_(
         f = fraction(step.count)
         keep, missing = zip(*[_kept_by_sign(v, f) for v in step.views])
         return refill(
-            step.leaves, keep, missing, [scores.random(v.w) for v in step.views],
+            step.leaves, keep, missing, [scores.random(v) for v in step.views],
             salts=step.salts(seed),
         )  # fmt: skip
 

@@ -80,16 +80,14 @@ def snfs(
         return start(step)
 
     def rule(step: Step):
-        axes = [v.leaf.structure.axes(v.leaf.shape, v.leaf.lead) for v in step.views]
         wanted = [jnp.abs(m).astype(jnp.float32) for m in momentum(step)]
-        ones = [selection.count(v.m, axis=a) for v, a in zip(step.views, axes)]
+        ones = [v.leaf.counts(v.m) for v in step.views]
         total = [
-            jnp.sum(jnp.where(v.m, x, 0.0), axis=a) for v, x, a in zip(step.views, wanted, axes)
+            jnp.sum(jnp.where(v.m, x, 0.0), axis=v.leaf.layer_axes)
+            for v, x in zip(step.views, wanted)
         ]
         n = by_layer(ones)
-        sizes = by_layer(
-            [jnp.full(leaf.shape[: leaf.lead], leaf.layer_size) for leaf in step.leaves]
-        )
+        sizes = by_layer([jnp.full(leaf.stack_shape, leaf.layer_size) for leaf in step.leaves])
         share = by_layer(total) / jnp.maximum(n, 1)
         share = share / jnp.maximum(jnp.sum(share), 1e-30)
 
@@ -103,9 +101,11 @@ def snfs(
         caps = jnp.where(jnp.sum(caps) < jnp.sum(dropped), room, caps)  # nearly dense networks
         grown = by_leaf(step.leaves, apportion(jnp.sum(dropped), share, caps))
         keep = selection.topk_masks(
-            [jnp.abs(v.w) for v in step.views], by_leaf(step.leaves, n - dropped),
-            where=step.masks, axes=axes,
-        )  # fmt: skip
+            [v.leaf.pool(jnp.abs(v.w)) for v in step.views],
+            by_leaf(step.leaves, n - dropped),
+            where=[v.leaf.units(v.m) for v in step.views],
+            axes=[v.leaf.axes for v in step.views],
+        )
         return refill(step.leaves, keep, grown, wanted, salts=step.salts(seed))
 
     return hold_masks(

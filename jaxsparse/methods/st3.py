@@ -61,7 +61,9 @@ def _build(
             mask = mask if v.m is None else jnp.where(due, mask, v.m)
             masks.append(mask)
             shifts.append(jnp.maximum(th_l, 0) if soft else jnp.zeros((), v.w.dtype))
-            scales.append(_scale(v.w, mask, v.leaf.lead) if rescale else jnp.ones((), v.w.dtype))
+            scales.append(
+                _scale(v.w, mask, v.leaf.layer_axes[:-1]) if rescale else jnp.ones((), v.w.dtype)
+            )
         return Projection(masks, shifts, scales, th)
 
     return straight_through(
@@ -78,9 +80,8 @@ def _with(view, w):
     return type(view)(view.leaf, w, None, None)
 
 
-def _scale(z: Array, mask: Array, lead: int) -> Array:
+def _scale(z: Array, mask: Array, axes: tuple[int, ...]) -> Array:
     """1.01 / (r + 0.01) per output, r the part of the mean |z| that the (hard) mask leaves."""
-    axes = tuple(range(lead, z.ndim - 1))
     size = jnp.abs(z).astype(jnp.float32)
     left = jnp.mean(jnp.where(mask, size, 0.0), axis=axes, keepdims=True) + 1e-6
     r = left / (jnp.mean(size, axis=axes, keepdims=True) + 1e-6)

@@ -13,6 +13,7 @@ from jaxsparse import masking
 from jaxsparse import targets as targets_
 from jaxsparse._counts import is_concrete
 from jaxsparse.engines import Step, hold_masks
+from jaxsparse.leaves import find
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 
@@ -95,10 +96,9 @@ def _nonzeros(step: Step) -> list:
 
 def _plan_of(params, masks):
     """The plan whose sparse leaves are those that have a mask."""
-    from jaxsparse import plan
 
     wanted = masking.by_path(masks)
-    result = plan.make(params, lambda path, _: path in wanted)
+    result = find(params, lambda path, _: path in wanted)
     missing = sorted(set(wanted) - {leaf.path for leaf in result.leaves})
     if missing and result.treedef.num_leaves:
         paths = [s.path for s in targets_.select(params)]

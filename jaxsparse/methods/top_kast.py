@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,19 +84,19 @@ def top_kast(
 
     def wider(step: Step):
         """B: without the structure, and never without what A holds."""
-        free = [dataclasses.replace(v, leaf=recipe.unstructured(v.leaf)) for v in step.views]
+        free = [v.replace(leaf=v.leaf.with_structure(None)) for v in step.views]
         return in_backward(Step(step.count, free))
 
     def rule(step: Step) -> Projection:
         due = (step.count % update_every == 0) | (step.count == 0)
         a = refresh(due, in_forward, step)
         held = [None] * len(a) if step.aux is None else [masking.unpack(m) for m in step.aux]
-        views = [dataclasses.replace(v, m=m) for v, m in zip(step.views, held)]
+        views = [v.replace(m=m) for v, m in zip(step.views, held)]
         b = [x | y for x, y in zip(a, refresh(due, wider, Step(step.count, views)))]
         return Projection(a, aux=[masking.pack(m) for m in b])
 
     def pull_back(v, _):
-        axes = tuple(range(v.leaf.lead, v.m.ndim))
+        axes = v.leaf.layer_axes
         density = jnp.mean(v.m, axis=axes, keepdims=True, dtype=jnp.float32)
         factor = jnp.where(v.m, 1.0, 1.0 / jnp.maximum(density, 1e-9)).astype(v.w.dtype)
         return v.g + (decay * factor * v.w).astype(v.g.dtype)

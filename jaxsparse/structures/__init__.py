@@ -1,4 +1,5 @@
-"""Which patterns of zeros are allowed: `base` has the protocol and the structures of one leaf."""
+"""Which patterns of zeros are allowed: `base` has the protocol and structures that rank units of a layer,
+`transposable` N:M both ways, `coupled` units that span leaves."""
 
 from jaxsparse.structures.base import (
     NM,
@@ -13,15 +14,20 @@ from jaxsparse.structures.base import (
     topk,
     unit_mask,
 )
-from jaxsparse.structures.transposable import transposable_nm_mask
+from jaxsparse.structures.coupled import Coupled, Group, Part
+from jaxsparse.structures.transposable import TransposableNM, transposable_nm_mask
 
 __all__ = [
     "NM",
     "Block",
     "Channel",
+    "Coupled",
     "FanIn",
+    "Group",
+    "Part",
     "Shape",
     "Structure",
+    "TransposableNM",
     "Unstructured",
     "parse",
     "resolve",

@@ -12,8 +12,8 @@ straight-through projection) is written once, on units and slices:
 | `FanIn()`       | one weight                | the weights of one output        |
 | `NM(n, m)`      | one weight                | a group of m weights             |
 
-A kernel is `[..., in, out]` as everywhere in Flax. `lead` counts leading axes that stack independent
-layers (see `targets.stacked`): they are slices of their own.
+A kernel is `[..., in, out]` as everywhere in Flax. Structures know one layer: of stacked layers
+`leaves.Leaf` gives them one after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -33,24 +33,30 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The base: units are single weights that compete within the whole layer."""
+    """The protocol of structures, and its simplest case: units are single weights that compete within
+    the whole layer. `shape` is that of a layer, without stacked axes.
+
+    A structure that is a ranking of units (`ranks`) says what they are: `pool`, `expand`, `axes`,
+    `unit_size`, `slices`. One that is not chooses the mask of a layer itself: `assign`.
+    """
+
+    ranks: ClassVar[bool] = True
 
     def check(self, path: str, shape: Shape) -> None:
-        """Raises `ValueError` if a layer of this shape (without stacked axes) cannot have this
-        structure."""
+        """Raises `ValueError` if a layer of this shape cannot have this structure."""
 
-    def pool(self, x: Array, lead: int = 0) -> Array:
+    def pool(self, x: Array) -> Array:
         """Sums per-weight scores (or counts) to scores of units, in float32 at least: sums of
         bfloat16 rounded to bfloat16 would tie where the scores do not."""
         return x
 
-    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
+    def expand(self, units: Array, shape: Shape) -> Array:
         """The mask of weights, of `shape`, that a mask of units stands for."""
         return units
 
-    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
-        """The axes of the units of a leaf of `shape` within which units compete."""
-        return tuple(range(lead, len(shape)))
+    def axes(self, shape: Shape) -> tuple[int, ...]:
+        """The axes of the units of a layer of `shape` within which units compete."""
+        return tuple(range(len(shape)))
 
     def unit_size(self, shape: Shape) -> int:
         """Weights in a unit of a layer of `shape`."""
@@ -65,6 +71,11 @@ class Structure:
         no more weights stay than asked."""
         return kept // (self.unit_size(shape) * self.slices(shape))
 
+    def assign(self, scores: Array, kept, *, where: Array | None, ties: str, seed) -> Array:
+        """The mask of a layer, of structures that are no ranking of units: at most `kept` (see
+        `budget`; may be traced) in each slice, within `where`."""
+        raise NotImplementedError  # of structures that rank
+
     @property
     def sparsity(self) -> float | None:
         """The sparsity that the structure fixes by itself, if any."""
@@ -76,7 +87,8 @@ class Unstructured(Structure):
     """Any pattern."""
 
 
-def _sum(x: Array, axes: tuple[int, ...]) -> Array:
+def sum_over(x: Array, axes: tuple[int, ...]) -> Array:
+    """A sum in float32 at least."""
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return x.sum(axes, dtype=jnp.promote_types(x.dtype, jnp.float32) if floating else x.dtype)
 
@@ -102,21 +114,19 @@ class Block(Structure):
                     f"{shape}: {side} must divide its {size} {name}"
                 )
 
-    def _tiles(self, shape: Shape, lead: int) -> Shape:
-        rows, cols = math.prod(shape[lead:-1]), shape[-1]
-        return (*shape[:lead], rows // self.height, self.height, cols // self.width, self.width)
+    def _tiles(self, shape: Shape) -> Shape:
+        rows, cols = math.prod(shape[:-1]), shape[-1]
+        return (rows // self.height, self.height, cols // self.width, self.width)
 
-    def pool(self, x: Array, lead: int = 0) -> Array:
-        return _sum(x.reshape(self._tiles(x.shape, lead)), (lead + 1, lead + 3))
+    def pool(self, x: Array) -> Array:
+        return sum_over(x.reshape(self._tiles(x.shape)), (1, 3))
 
-    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
-        tiles = jnp.broadcast_to(
-            jnp.expand_dims(units, (lead + 1, lead + 3)), self._tiles(shape, lead)
-        )
+    def expand(self, units: Array, shape: Shape) -> Array:
+        tiles = jnp.broadcast_to(jnp.expand_dims(units, (1, 3)), self._tiles(shape))
         return tiles.reshape(shape)
 
-    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
-        return (lead, lead + 1)
+    def axes(self, shape: Shape) -> tuple[int, ...]:
+        return (0, 1)
 
     def unit_size(self, shape: Shape) -> int:
         return self.height * self.width
@@ -135,18 +145,17 @@ class Channel(Structure):
                 f"from {-len(shape)} to {len(shape) - 1}"
             )
 
-    def _others(self, ndim: int, lead: int) -> tuple[int, ...]:
-        axis = self.axis if self.axis < 0 else self.axis + lead - ndim
-        return tuple(a for a in range(lead, ndim) if a != ndim + axis)
+    def _others(self, ndim: int) -> tuple[int, ...]:
+        return tuple(a for a in range(ndim) if a != self.axis % ndim)
 
-    def pool(self, x: Array, lead: int = 0) -> Array:
-        return _sum(x, self._others(x.ndim, lead))
+    def pool(self, x: Array) -> Array:
+        return sum_over(x, self._others(x.ndim))
 
-    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
-        return jnp.broadcast_to(jnp.expand_dims(units, self._others(len(shape), lead)), shape)
+    def expand(self, units: Array, shape: Shape) -> Array:
+        return jnp.broadcast_to(jnp.expand_dims(units, self._others(len(shape))), shape)
 
-    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
-        return (lead,)
+    def axes(self, shape: Shape) -> tuple[int, ...]:
+        return (0,)
 
     def unit_size(self, shape: Shape) -> int:
         return math.prod(shape) // shape[self.axis]
@@ -156,8 +165,8 @@ class Channel(Structure):
 class FanIn(Structure):
     """The same number of weights for every output (the last axis): constant fan-in."""
 
-    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
-        return tuple(range(lead, len(shape) - 1))
+    def axes(self, shape: Shape) -> tuple[int, ...]:
+        return tuple(range(len(shape) - 1))
 
     def slices(self, shape: Shape) -> int:
         return shape[-1]
@@ -196,20 +205,17 @@ class NM(Structure):
                 f"targets=[({path!r}, False)]"
             )
 
-    def _axis(self, ndim: int, lead: int) -> int:
-        return ndim + self.axis if self.axis < 0 else lead + self.axis
-
-    def pool(self, x: Array, lead: int = 0) -> Array:
-        a = self._axis(x.ndim, lead)
+    def pool(self, x: Array) -> Array:
+        a = self.axis % x.ndim
         groups = x.shape[a] // self.m
         split = (self.m, groups) if self.strided else (groups, self.m)
         return x.reshape(*x.shape[:a], *split, *x.shape[a + 1 :])
 
-    def expand(self, units: Array, shape: Shape, lead: int = 0) -> Array:
+    def expand(self, units: Array, shape: Shape) -> Array:
         return units.reshape(shape)
 
-    def axes(self, shape: Shape, lead: int = 0) -> tuple[int, ...]:
-        a = self._axis(len(shape), lead)
+    def axes(self, shape: Shape) -> tuple[int, ...]:
+        a = self.axis % len(shape)
         return (a if self.strided else a + 1,)
 
     def slices(self, shape: Shape) -> int:
@@ -301,23 +307,32 @@ def resolve(structure: Structure | str | None) -> Structure:
 
 
 def topk(
-    structure: Structure, scores: Array, units, *, lead: int = 0, where: Any = None,
-    ties: str = "position", seed: Any = None,
-) -> Array:  # fmt: skip
-    """The mask with the structure that keeps `units` units of highest pooled score in each slice.
+    structure: Structure,
+    scores: Array,
+    units,
+    *,
+    where: Array | None = None,
+    ties: str = "position",
+    seed: Any = None,
+) -> Array:
+    """The mask of one layer with the structure that keeps `units` units of highest pooled score in
+    each slice; `leaves.Leaf.best` does it for stacked layers.
 
     `where` (bool, of the shape of `scores`) restricts the choice to units whose weights it holds.
     """
-    where = None if where is None else unit_mask(structure, where, lead)
     kept = selection.topk_mask(
-        structure.pool(scores, lead), units, where=where, ties=ties, seed=seed,
-        axis=structure.axes(scores.shape, lead),
-    )  # fmt: skip
-    return structure.expand(kept, scores.shape, lead)
+        structure.pool(scores),
+        units,
+        where=None if where is None else unit_mask(structure, where),
+        ties=ties,
+        seed=seed,
+        axis=structure.axes(scores.shape),
+    )
+    return structure.expand(kept, scores.shape)
 
 
-def unit_mask(structure: Structure, mask: Array, lead: int = 0) -> Array:
-    """The units that a mask of weights holds (any weight of the unit)."""
-    if structure.unit_size(mask.shape[lead:]) == 1:
-        return structure.pool(mask, lead)
-    return structure.pool(mask.astype(jnp.int32), lead) > 0
+def unit_mask(structure: Structure, mask: Array) -> Array:
+    """The units of one layer that a mask of weights holds (any weight of the unit)."""
+    if structure.unit_size(mask.shape) == 1:
+        return structure.pool(mask)
+    return structure.pool(mask.astype(jnp.int32)) > 0

@@ -2,17 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from typing import Any
+import math
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from jaxsparse import selection
+from jaxsparse.structures.base import Shape, Structure
 
 _EXACT_UP_TO = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposableNM(Structure):
+    """At most n of each m consecutive weights along the inputs, and along the outputs: see
+    `transposable_nm_mask`. It is no ranking of units but an assignment, chosen anew by every method
+    that keeps the best scores; methods that exchange weights one by one (RigL) refuse it.
+
+    >>> TransposableNM(2, 4).sparsity
+    0.5
+
+    Raises:
+      ValueError: n not in 1 to m; a layer whose last two sides m does not divide.
+    """
+
+    n: int
+    m: int
+    ranks: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not 1 <= self.n <= self.m:
+            raise ValueError(f"TransposableNM({self.n}, {self.m}): need 1 <= n <= m")
+
+    def check(self, path: str, shape: Shape) -> None:
+        if len(shape) < 2 or shape[-2] % self.m or shape[-1] % self.m:
+            raise ValueError(
+                f"structure={self}: m={self.m} must divide the last two sides of {path!r}, which has "
+                f"shape {shape}; keep it dense with targets=[({path!r}, False)]"
+            )
+
+    def pool(self, x: Array) -> Array:
+        raise ValueError(
+            f"structure={self}: its masks are not ranked weight by weight; use a method that chooses "
+            "masks anew (magnitude, static, prune, ...)"
+        )
+
+    def slices(self, shape: Shape) -> int:
+        return math.prod(shape) // self.m
+
+    def budget(self, shape: Shape, kept):
+        """Per group, rounded up: a ramp towards n:m tightens m, m-1, ..., n."""
+        return -(-kept // self.slices(shape))
+
+    def assign(self, scores: Array, kept, *, where: Array | None, ties: str, seed) -> Array:
+        x = jnp.abs(scores).astype(jnp.float32)
+        if ties == "hash":  # noise that decides between equal sums alone
+            noise = jax.random.uniform(jax.random.key(seed), x.shape)
+            x = x + noise * jnp.where(jnp.max(x) > 0, 1e-6 * jnp.max(x), 1.0)
+        x = x if where is None else jnp.where(where, x, 0.0)
+        if isinstance(kept, int):
+            mask = transposable_nm_mask(x, min(kept, self.m), self.m)
+        else:
+            each = [functools.partial(transposable_nm_mask, n=n, m=self.m)
+                    for n in range(1, self.m + 1)]  # fmt: skip
+            mask = lax.switch(jnp.clip(kept, 1, self.m) - 1, each, x)
+        return mask if where is None else mask & where
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.n / self.m
 
 
 @functools.cache
@@ -41,13 +105,7 @@ def transposable_nm_mask(scores: Any, n: int, m: int) -> Array:
     >>> mask.sum(axis=0).tolist(), mask.sum(axis=1).tolist()
     ([2, 2, 2, 2], [2, 2, 2, 2])
 
-    Training with them is `static` with given masks:
-
-    >>> import jaxsparse, optax
-    >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
-    >>> tx = jaxsparse.static(optax.sgd(0.1), masks={"kernel": mask})
-    >>> int(jaxsparse.get_masks(tx.init(params))["kernel"].sum())
-    8
+    As a structure of methods it is `TransposableNM(n, m)`.
 
     Raises:
       ValueError: n not in 1 to m, sides that m does not divide.

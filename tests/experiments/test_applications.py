@@ -9,7 +9,7 @@ import jaxsparse
 from experiments import optimizer, task
 from experiments.applications import continual, eau_de_qn, quick_selection, recommender
 from experiments.studies import teacher
-from jaxsparse import plan as plans
+from jaxsparse.leaves import find
 
 # --- EauDeQN --------------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ from jaxsparse import plan as plans
 def population(losses, sparsity=0.5, hidden=8):
     """Online networks at `sparsity`, with these accumulated losses."""
     params = eau_de_qn.init_network(jax.random.key(0), hidden)
-    plan = plans.make(params)
+    plan = find(params)
     sparse, masks = jaxsparse.prune(params, sparsity)
     count = len(losses)
     repeat = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * count), tree)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsparse
-from jaxsparse import allocations, plan
+from jaxsparse import allocations
 from jaxsparse.allocations import ErdosRenyi, Explicit, Global, Uniform
+from jaxsparse.leaves import find
 from jaxsparse.testing import by_path
 
 SHAPES = {"layer_1": (784, 300), "layer_2": (300, 100), "layer_10": (100, 10)}
@@ -20,7 +21,7 @@ SHAPES = {"layer_1": (784, 300), "layer_2": (300, 100), "layer_10": (100, 10)}
 
 def leaves_of(shapes):
     tree = {k: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for k, s in shapes.items()}
-    return sorted(plan.make(tree).leaves, key=lambda leaf: list(shapes).index(leaf.path[:-7]))
+    return sorted(find(tree).leaves, key=lambda leaf: list(shapes).index(leaf.path[:-7]))
 
 
 LEAVES = leaves_of(SHAPES)
@@ -95,10 +96,40 @@ def test_scores_divided_by_their_norm_rank_layers_of_different_scale_alike():
     w = jax.random.normal(jax.random.key(0), (20, 20))
     tree = {"large": {"kernel": 100 * w}, "small": {"kernel": w}}
     _, plain = jaxsparse.prune(tree, 0.5, allocation="global")
-    _, scaled = jaxsparse.prune(tree, 0.5, allocation=Global(rescale="l2"))
+    _, scaled = jaxsparse.prune(tree, 0.5, allocation=Global(normalize="l2"))
     kept = lambda masks: [int(m.sum()) for m in by_path(masks).values()]
     assert kept(plain)[1] < 40 and sum(kept(plain)) == 400
     assert abs(kept(scaled)[0] - 200) <= 2 and sum(kept(scaled)) == 400
+
+
+@pytest.mark.parametrize("normalize", ["l2", "mean"])
+def test_layers_are_put_on_one_scale_as_divided_by_hand(normalize):
+    rng = np.random.default_rng(0)
+    tree = {f"l{i}": {"kernel": jnp.asarray(rng.normal(size=s) * c, jnp.float32)}
+            for i, (s, c) in enumerate([((3, 4), 1.0), ((20, 10), 0.01), ((2, 30), 50.0)])}  # fmt: skip
+    _, masks = jaxsparse.prune(tree, 0.7, allocation=f"global_{normalize}")
+    _, again = jaxsparse.prune(
+        jax.tree.map(lambda w: 8.0 * w, tree), 0.7, allocation=Global(normalize=normalize)
+    )
+    scale = {"l2": np.linalg.norm, "mean": lambda x: np.mean(np.abs(x))}[normalize]
+    every = np.concatenate([np.abs(np.asarray(x, np.float64) / scale(x)).ravel()
+                            for x in by_path(tree).values()])  # fmt: skip
+    cut = np.sort(every)[-(272 - 190)]
+    found = np.concatenate([m.ravel() for m in by_path(masks).values()])
+    assert np.array_equal(found, every >= cut)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), masks, again))
+
+
+def test_stacked_layers_are_put_on_one_scale_each():
+    w = jax.random.normal(jax.random.key(0), (20, 20))
+    tree = {"layers": {"kernel": jnp.stack([100 * w, w])}}
+    for normalize in ("l2", "mean", "lamp"):
+        _, masks = jaxsparse.prune(
+            tree, 0.5, allocation=Global(normalize=normalize),
+            targets=[("layers", jaxsparse.targets.stacked())],
+        )  # fmt: skip
+        kept = np.asarray(masks["layers"]["kernel"]).sum(axis=(1, 2))
+        assert kept.sum() == 400 and abs(kept[0] - 200) <= 2, normalize
 
 
 @pytest.mark.parametrize(
@@ -112,7 +143,7 @@ def test_scores_divided_by_their_norm_rank_layers_of_different_scale_alike():
             "no pattern matches 'layer_1/",
         ),
         (lambda: Uniform(dense=("no",)).sparsities(LEAVES, 0.9), "no leaf matches 'no'"),
-        (lambda: Global(rescale="l1"), "use 'none', 'l2' or 'lamp'"),
+        (lambda: Global(normalize="l1"), "use None, 'l2', 'mean' or 'lamp'"),
         (lambda: Global(minimum=-1), "must not be negative"),
     ],
 )

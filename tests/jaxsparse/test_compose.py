@@ -11,8 +11,8 @@ import pytest
 from contracts import QUICK
 
 import jaxsparse
-from jaxsparse import plan as plans
 from jaxsparse.engines._slots import restart
+from jaxsparse.leaves import find
 from jaxsparse.testing import by_path, close, gradients, masks_of, parameters, same, target
 
 
@@ -100,7 +100,7 @@ def small():
 def test_the_slots_of_weights_that_start_anew_are_those_of_init_and_no_others_change(name):
     inner = optax.with_extra_args_support(INNER[name]())
     params = small()
-    plan = plans.make(params)
+    plan = find(params)
     live = [jax.random.bernoulli(jax.random.key(0), 0.5, leaf.shape) for leaf in plan.leaves]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -365,6 +365,6 @@ def test_seeds_and_leaves_draw_different_masks_and_one_seed_the_same():
 
 
 def test_updates_of_one_run_draw_different_positions_and_seeds_do_not_share_streams():
-    (leaf,) = plans.make({"kernel": jnp.ones((4, 4))}).leaves
+    (leaf,) = find({"kernel": jnp.ones((4, 4))}).leaves
     salts = {int(leaf.salt(seed, stream)) for seed in range(20) for stream in range(20)}
     assert len(salts) == 400

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsparse import _counts, allocations, plan
+from jaxsparse import _counts, allocations
+from jaxsparse.choose import unit_budgets
+from jaxsparse.leaves import find
 
 traced = jax.jit(_counts.scale_count)
 
@@ -53,10 +55,10 @@ def test_the_ends_of_the_fraction_are_exact_when_traced():
 
 def test_budgets_beyond_2_to_the_31_are_exact_integers():
     size = 2**33
-    leaves = plan.make(
+    leaves = find(
         {"kernel": jax.ShapeDtypeStruct((size // 8, 8), jnp.float32)}, lambda *_: True
     ).leaves
-    (kept,) = plan.unit_budgets(leaves, allocations.Uniform(), 0.9)
+    (kept,) = unit_budgets(leaves, allocations.Uniform(), 0.9)
     assert kept == size - size * 9 // 10
 
 

@@ -10,7 +10,9 @@ import pytest
 from contracts import QUICK
 
 import jaxsparse
-from jaxsparse import allocations, masking, plan, schedules, selection, structures
+from jaxsparse import allocations, masking, schedules, selection, structures
+from jaxsparse.choose import unit_budgets
+from jaxsparse.leaves import find
 from jaxsparse.testing import by_path
 
 
@@ -45,9 +47,9 @@ def train(tx, params, grads, steps):
     return tuple(np.asarray(jax.tree.leaves(x)[0]).reshape(steps, -1) for x in run(params))
 
 
-def shapes_plan(shapes):
+def leaves_of(shapes):
     tree = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
-    return plan.make(tree, lambda *_: True).leaves
+    return find(tree, lambda *_: True).leaves
 
 
 # -- Allocations -----------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ MLP = {"a": (784, 300), "b": (300, 100), "c": (100, 10)}
     ],
 )
 def test_erk_gives_the_published_sparsities(shapes, sparsity, expected, epsilon):
-    leaves = shapes_plan(shapes)
+    leaves = leaves_of(shapes)
     found = allocations.ErdosRenyi().sparsities(leaves, sparsity)
     assert found == pytest.approx(expected, abs=1e-6)
     if epsilon is not None:
@@ -77,10 +79,10 @@ def test_erk_gives_the_published_sparsities(shapes, sparsity, expected, epsilon)
 
 
 def test_erk_at_one_half_keeps_exactly_10144_weights():
-    leaves = shapes_plan(CNN)
+    leaves = leaves_of(CNN)
     found = allocations.ErdosRenyi().sparsities(leaves, 0.5)
     assert round(sum((1 - s) * leaf.size for leaf, s in zip(leaves, found)), 6) == 10144
-    kept = sum(plan.unit_budgets(leaves, allocations.ErdosRenyi(), 0.5))
+    kept = sum(unit_budgets(leaves, allocations.ErdosRenyi(), 0.5))
     assert 10144 <= kept < 10144 + len(leaves)  # each layer rounds its zeros down
 
 
@@ -218,7 +220,7 @@ def test_set_grows_uniformly_over_the_empty_positions():
     """Chi-square over 2000 seeds; the 99.9 % point with 11 degrees of freedom is 31.3."""
     from jaxsparse.engines.drop_and_grow import swap
 
-    (leaf,) = shapes_plan({"w": (16, 1)})
+    (leaf,) = leaves_of({"w": (16, 1)})
     mask = (jnp.arange(16) < 4).reshape(16, 1)
     w = jnp.where(mask, 1.0 + jnp.arange(16.0).reshape(16, 1), 0.0)
 

@@ -13,7 +13,7 @@ from training import masks, matrix, start, stepper
 
 import jaxsparse
 from jaxsparse import allocations, schedules
-from jaxsparse import plan as plans
+from jaxsparse.leaves import find
 from jaxsparse.structures.transposable import _greedy, transposable_nm_mask
 
 SGD = optax.sgd(0.1)
@@ -23,7 +23,7 @@ SIZES = np.array([a * b for a, b in SHAPES.values()])
 
 
 def densities(rule, sparsity):
-    return 1 - np.array([float(s) for s in rule.sparsities(plans.make(MLP).leaves, sparsity)])
+    return 1 - np.array([float(s) for s in rule.sparsities(find(MLP).leaves, sparsity)])
 
 
 RULES = [
@@ -36,7 +36,7 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 def test_budgets_meet_the_total_also_where_the_sparsity_is_traced(rule):
-    traced = jax.jit(lambda s: jnp.stack(list(map(jnp.asarray, rule.sparsities(plans.make(MLP).leaves, s)))))  # fmt: skip
+    traced = jax.jit(lambda s: jnp.stack(list(map(jnp.asarray, rule.sparsities(find(MLP).leaves, s)))))  # fmt: skip
     floor = 0.0 if not isinstance(rule, allocations.UniformPlus) else SIZES[0] / SIZES.sum()
     for sparsity in (0.05, 0.08, 0.1) if floor else (0.5, 0.9, 0.98):
         found = densities(rule, sparsity)
@@ -55,7 +55,7 @@ def test_erk_plus_pays_for_its_dense_last_layer():
 
 def test_uniform_plus_keeps_the_first_layer_dense_and_a_fifth_of_the_last():
     params = {"l1": jnp.zeros((10, 10)), "l2": jnp.zeros((100, 100)), "l3": jnp.zeros((100, 10))}
-    leaves = plans.make(params).leaves
+    leaves = find(params).leaves
     found = 1 - np.array(allocations.UniformPlus().sparsities(leaves, 0.9))
     assert found[0] == 1.0 and found[2] == pytest.approx(0.2)
     assert found[1] == pytest.approx((1110 - 100 - 200) / 10_000)

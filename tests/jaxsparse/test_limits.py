@@ -13,11 +13,11 @@ not here:
 10. NaN passes a mask, -0.0 appears: `test_masking.py`, `test_contracts.py`;
 11. the first forward pass is dense: `test_contracts.py`;
 12. the target is reached only if an interval divides another: `test_schedules.py`;
-13. one constant key: `test_compose.py`, `test_plan.py`;
+13. one constant key: `test_compose.py`, `test_leaves.py`;
 14. a byte per mask entry: `test_masking.py`, `test_sharding.py`;
 15. ties keep the first rows: `test_goldens.py`, `test_selection.py`;
-16. counts in float32 and int32: `test_counts.py`, `test_plan.py`;
-17. one structure for all leaves: here, and `test_plan.py`;
+16. counts in float32 and int32: `test_counts.py`, `test_leaves.py`;
+17. one structure for all leaves: here, and `test_leaves.py`;
 18. the sparsity is a constant of the program: `test_contracts.py` (swept under `vmap`);
 19. no speed-up ever: `tests/pallas_kernels`;
 20. no way to test a change: `make test`, `.ci/run`.

@@ -11,8 +11,8 @@ from training import masks, matrix, start, stepper
 
 import jaxsparse
 from jaxsparse import nn
-from jaxsparse import plan as plans
 from jaxsparse.engines import View, apportion
+from jaxsparse.leaves import find
 from jaxsparse.methods.srigl import _rewire
 from pallas_kernels import condensed_matmul
 
@@ -27,7 +27,7 @@ def constant(value):
 
 
 def rewire(w, g, m, kept, fraction, gamma, ablate=True):
-    leaf = plans.make({"kernel": w}).leaves[0]
+    leaf = find({"kernel": w}).leaves[0]
     view = View(leaf, w, g, m)
     return np.asarray(_rewire(view, kept, fraction, gamma, ablate, jnp.uint32(1)))
 

@@ -13,6 +13,7 @@ from flax import nnx
 import jaxsparse
 from jaxsparse import METHODS
 from jaxsparse.engines.two_view import backward_views
+from jaxsparse.leaves import Leaf
 from jaxsparse.methods import bdwp, bi_mask
 from jaxsparse.methods._backward import along_outputs
 from jaxsparse.methods.bi_mask import best_order
@@ -27,7 +28,6 @@ from jaxsparse.nn.two_view import (
     step_cost,
     two_view_matmul,
 )
-from jaxsparse.plan import Leaf
 from jaxsparse.structures import NM
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import jaxsparse
 from jaxsparse import structures
+from jaxsparse.leaves import Leaf
 from jaxsparse.structures import NM, Block, Channel, FanIn, Unstructured
 
 KINDS = [
@@ -47,7 +48,7 @@ def test_units_expand_to_the_weights_that_pool_to_them(kind, shape):
 def test_stacked_layers_are_masked_as_if_alone(kind):
     stack = jnp.abs(normal((3, 8, 12)))
     k = kind.budget((8, 12), 48)
-    together = structures.topk(kind, stack, k, lead=1)
+    together = Leaf(0, "w", stack.shape, 1, kind).best(stack, k)
     alone = [structures.topk(kind, layer, k) for layer in stack]
     assert np.array_equal(together, np.stack(alone))
 
@@ -190,3 +191,51 @@ def test_a_mapping_of_structures_takes_texts():
     written = jaxsparse.prune(params, 0.5, structure={"^a": "2:4", "^b": "block:4x4"})
     built = jaxsparse.prune(params, 0.5, structure={"^a": NM(2, 4), "^b": Block(4, 4)})
     jax.tree.map(np.testing.assert_array_equal, written, built)
+
+
+@pytest.mark.parametrize("name", ["static", "magnitude", "magnitude_ste"])
+def test_n_m_both_ways_is_a_structure_of_methods(name):
+    kind = structures.TransposableNM(2, 4)
+    params = {"kernel": normal((8, 12)), "stack": normal((2, 4, 8), 1)}
+    more = {"magnitude": {"total_steps": 9, "update_every": 3}}.get(name, {})
+    more |= {} if name == "magnitude_ste" else {"allocation": "uniform"}
+    tx = jaxsparse.make(
+        name,
+        optax.sgd(0.1),
+        structure=kind,
+        targets=[("stack", jaxsparse.targets.stacked())],
+        **more,
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(9):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    masks = jaxsparse.get_masks(state)
+    for m in (masks["kernel"], *masks["stack"]):
+        tiles = np.asarray(m).reshape(-1, 4, m.shape[1] // 4, 4)
+        assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all()
+    if name == "magnitude":
+        best = structures.transposable_nm_mask(jnp.abs(normal((4, 4))), 2, 4)
+        (m,) = jaxsparse.prune({"w": normal((4, 4))}, structure=kind)[1].values()
+        assert np.array_equal(m, best)
+
+
+def test_random_masks_that_are_n_m_both_ways_differ_between_seeds():
+    kind = structures.TransposableNM(1, 2)
+    found = {
+        jaxsparse.prune({"w": normal((8, 8))}, score="random", structure=kind, seed=s)[1]["w"]
+        .__array__().tobytes() for s in range(4)
+    }  # fmt: skip
+    assert len(found) == 4
+
+
+def test_weights_of_masks_that_are_no_ranking_are_not_exchanged_one_by_one():
+    tx = jaxsparse.rigl(
+        optax.sgd(0.1), structure=structures.TransposableNM(2, 4), total_steps=9, update_every=3,
+        allocation="uniform",
+    )  # fmt: skip
+    params = {"w": normal((8, 8))}
+    with pytest.raises(ValueError, match="masks are not ranked weight by weight"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"m=4 must divide the last two sides of 'w'"):
+        jaxsparse.prune({"w": normal((8, 6))}, structure=structures.TransposableNM(2, 4))

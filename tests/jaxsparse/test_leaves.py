@@ -1,4 +1,4 @@
-"""A plan finds the sparse leaves of a tree, and `choose` keeps exactly the budget that is asked."""
+"""The sparse leaves of a tree, and what speaks for their structure; `choose` keeps exactly the budget that is asked."""
 
 import warnings
 
@@ -9,7 +9,9 @@ import optax
 import pytest
 
 import jaxsparse
-from jaxsparse import _counts, _search, allocations, plan, structures
+from jaxsparse import _counts, _search, allocations, structures
+from jaxsparse.choose import choose, unit_budgets
+from jaxsparse.leaves import Leaf, find
 from jaxsparse.testing import by_path
 
 
@@ -22,7 +24,7 @@ def shapes(**sizes):
 
 def test_values_move_between_the_tree_and_the_list_of_sparse_leaves():
     tree = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": (jnp.ones((4, 4)), None)}
-    p = plan.make(tree)
+    p = find(tree)
     assert [leaf.path for leaf in p.leaves] == ["a/kernel", "b/0"]
     assert [x.shape for x in p.take(tree)] == [(2, 3), (4, 4)]
     put = p.put(tree, [1, 2])
@@ -31,25 +33,25 @@ def test_values_move_between_the_tree_and_the_list_of_sparse_leaves():
 
 
 def test_structures_may_be_given_by_path():
-    p = plan.make(shapes(a=(8, 8), b=(8, 8)), None, {"^a": structures.NM(2, 4)})
+    p = find(shapes(a=(8, 8), b=(8, 8)), None, {"^a": structures.NM(2, 4)})
     assert [str(leaf.structure) for leaf in p.leaves] == [
         str(structures.NM(2, 4)), str(structures.Unstructured())
     ]  # fmt: skip
     with pytest.raises(ValueError, match="structure.*no_such_layer"):
-        plan.make(shapes(a=(8, 8)), None, {"no_such_layer": structures.NM(2, 4)})
+        find(shapes(a=(8, 8)), None, {"no_such_layer": structures.NM(2, 4)})
 
 
 def test_salts_differ_between_seeds_streams_and_leaves_and_never_by_their_sum():
-    a, b = plan.make(shapes(a=(4, 4), b=(4, 4))).leaves
+    a, b = find(shapes(a=(4, 4), b=(4, 4))).leaves
     found = {int(leaf.salt(s, t)) for leaf in (a, b) for s in range(8) for t in range(8)}
     assert len(found) == 2 * 8 * 8
 
 
 def test_a_global_ranking_breaks_ties_differently_at_every_seed_and_step():
-    leaves = plan.make(shapes(a=(16, 16))).leaves
+    leaves = find(shapes(a=(16, 16))).leaves
 
     def mask(seed, step):
-        (m,) = plan.choose(
+        (m,) = choose(
             leaves, [jnp.zeros((16, 16))], allocations.Global(), 0.5, ties="hash", seed=seed,
             stream=step,
         )  # fmt: skip
@@ -67,13 +69,13 @@ def test_an_n_m_structure_decides_whatever_traced_sparsity_is_swept():
 
     @jax.jit
     def masks(sparsity):
-        return plan.prune(w, sparsity, structure=kind)[1]
+        return jaxsparse.prune(w, sparsity, structure=kind)[1]
 
     (m,) = by_path(masks(jnp.float32(0.5))).values()
     assert m.reshape(2, 4, 4).sum(1).tolist() == [[2] * 4] * 2
     # A layer that the allocation keeps dense stays dense.
-    leaves = plan.make(w, None, kind).leaves
-    assert plan.unit_budgets(leaves, allocations.Uniform(first_dense=True), 0.5) == [4]
+    leaves = find(w, None, kind).leaves
+    assert unit_budgets(leaves, allocations.Uniform(first_dense=True), 0.5) == [4]
 
 
 def test_a_schedule_of_a_global_budget_counts_beyond_2_to_the_31(monkeypatch):
@@ -89,10 +91,10 @@ def test_a_schedule_of_a_global_budget_counts_beyond_2_to_the_31(monkeypatch):
     jax.clear_caches()
     monkeypatch.setattr(_search, "WIDE", 2**7)
     monkeypatch.setattr(_counts, "MAX_TRACED", 2**7 - 1)
-    leaves = plan.make(shapes(a=(20, 10), b=(10, 10))).leaves
+    leaves = find(shapes(a=(20, 10), b=(10, 10))).leaves
     values = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    choose = jax.jit(lambda f: plan.choose(leaves, values, allocations.Global(), 0.9, fraction=f))
-    kept = [int(sum(m.sum() for m in choose(jnp.float32(f)))) for f in (0.0, 0.5, 1.0)]
+    chosen = jax.jit(lambda f: choose(leaves, values, allocations.Global(), 0.9, fraction=f))
+    kept = [int(sum(m.sum() for m in chosen(jnp.float32(f)))) for f in (0.0, 0.5, 1.0)]
     assert kept == [300, 300 - 135, 30]
     jax.clear_caches()
 
@@ -107,30 +109,54 @@ def test_a_gradual_global_method_can_be_traced_on_a_network_of_ten_billion_weigh
 
 
 def test_budgets_at_the_end_of_a_ramp_are_those_of_the_final_sparsity():
-    leaves = plan.make(shapes(a=(10, 10))).leaves
+    leaves = find(shapes(a=(10, 10))).leaves
     for f, kept in ((0.0, 100), (0.5, 55), (1.0, 10)):
-        (found,) = plan.unit_budgets(leaves, allocations.Uniform(), 0.9, jnp.float32(f))
+        (found,) = unit_budgets(leaves, allocations.Uniform(), 0.9, jnp.float32(f))
         assert int(found) == kept
 
 
 def test_choosing_within_masks_never_brings_a_weight_back():
-    leaves = plan.make(shapes(a=(10, 10))).leaves
+    leaves = find(shapes(a=(10, 10))).leaves
     values = [jax.random.normal(jax.random.key(0), (10, 10))]
     where = [jax.random.bernoulli(jax.random.key(1), 0.5, (10, 10))]
-    (m,) = plan.choose(leaves, values, allocations.Uniform(), 0.8, where=where)
+    (m,) = choose(leaves, values, allocations.Uniform(), 0.8, where=where)
     assert int(m.sum()) == 20 and not np.any(np.asarray(m & ~where[0]))
 
 
 def test_a_leaf_of_which_a_global_ranking_leaves_nothing_is_named():
     tree = {"base": jax.random.normal(jax.random.key(0), (8, 8)), "lora_b": jnp.zeros((2, 8))}
     with pytest.warns(UserWarning, match=r"nothing of 'lora_b'; allocation=Global\(minimum=1\)"):
-        plan.prune(tree, 0.75, allocation="global")
+        jaxsparse.prune(tree, 0.75, allocation="global")
     with warnings.catch_warnings(action="error"):
-        _, masks = plan.prune(tree, 0.75, allocation=allocations.Global(minimum=1))
+        _, masks = jaxsparse.prune(tree, 0.75, allocation=allocations.Global(minimum=1))
     assert {k: int(m.sum()) for k, m in masks.items()} == {"base": 19, "lora_b": 1}
 
 
 def test_a_traced_sparsity_leaves_no_layer_without_a_unit():
-    leaves = plan.make(shapes(a=(8, 8)), None, structures.Block(4, 4)).leaves
-    (found,) = plan.unit_budgets(leaves, allocations.Uniform(), jnp.float32(0.9))
+    leaves = find(shapes(a=(8, 8)), None, structures.Block(4, 4)).leaves
+    (found,) = unit_budgets(leaves, allocations.Uniform(), jnp.float32(0.9))
     assert int(found) == 1
+
+
+KINDS = [structures.Unstructured(), structures.Block(2, 4), structures.Channel(0),
+         structures.Channel(-2), structures.FanIn(), structures.NM(2, 4), structures.NM(1, 4, 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("stack", [(), (3,), (3, 2)])
+def test_a_leaf_asks_its_structure_layer_by_layer(kind, stack):
+    layer = (8, 12)
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (*stack, *layer)))
+    leaf = Leaf(0, "w", x.shape, len(stack), kind)
+    layers = x.reshape(-1, *layer)
+    pooled = leaf.pool(x)
+    assert pooled.ndim == kind.pool(layers[0]).ndim + bool(stack)
+    each = pooled if stack else pooled[None]
+    assert all(np.array_equal(u, kind.pool(y)) for u, y in zip(each, layers))
+    k = kind.budget(layer, 48)
+    best = leaf.best(x, k).reshape(-1, *layer)
+    assert all(np.array_equal(m, structures.topk(kind, y, k)) for m, y in zip(best, layers))
+    mask = best.reshape(x.shape)
+    assert np.array_equal(leaf.expand(leaf.units(mask)), mask)
+    assert leaf.counts(mask).sum() == k * kind.slices(layer) * max(len(each), 1)
+    assert leaf.layer_axes == tuple(range(len(stack), x.ndim)) and leaf.stack_shape == stack
