@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxsparse import masking
+from jaxsparse.state import find_states, get_masks
 from jaxsparse.targets import named_leaves, select
 
 _LEFT = (0, 1, 7)  # columns of words
@@ -164,9 +165,9 @@ def summarize(params, opt_state=None) -> Summary:
     tree = masking.plain(params)
     leaves, by_default = named_leaves(tree), select(tree)
     masks = [None] * len(leaves)
-    if opt_state is not None and masking.find_states(opt_state):
-        masks = masking.at_leaves(masking.get_masks(opt_state), tree)
-    updated = any(int(np.max(s.count)) > 0 for s in masking.find_states(opt_state))
+    if opt_state is not None and find_states(opt_state):
+        masks = masking.at_leaves(get_masks(opt_state), tree)
+    updated = any(int(np.max(s.count)) > 0 for s in find_states(opt_state))
     left_out = "left out" if any(m is not None for m in masks) else ""
     rows = []
     for (path, leaf), chosen, mask in zip(leaves, by_default, masks):

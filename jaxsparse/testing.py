@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsparse import masking
+from jaxsparse.state import apply_masks, find_states, get_masks, get_raw_params
 from jaxsparse.targets import named_leaves
 
 # Tests compile much and run little: this halves the time of XLA on CPU.
@@ -89,7 +89,7 @@ def by_path(tree) -> dict[str, np.ndarray]:
 
 def masks_of(state):
     """The masks in a state; None if it holds no method with masks."""
-    return masking.get_masks(state) if masking.find_states(state) else None
+    return get_masks(state) if find_states(state) else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -194,7 +194,7 @@ def check_first_forward(subject: Subject):
     params, state = parameters(), subject.start
     if masks_of(state) is None:
         return
-    sparse = by_path(masking.apply_masks(params, state))
+    sparse = by_path(apply_masks(params, state))
     for path, m in by_path(masks_of(state)).items():
         assert not np.any(sparse[path][~m]), f"apply_masks left pruned weights in {path!r}"
 
@@ -318,8 +318,8 @@ def check_traces_inside_wrappers(subject: Subject):
     _, new = jax.eval_shape(tx.update, params, state, params)
     assert jax.tree.structure(state) == jax.tree.structure(new), "the state changes structure"
     if masks_of(subject.run.states[-1]) is not None:
-        found = jax.eval_shape(lambda s: (masking.get_masks(s), masking.get_raw_params(s)), new)
-        alone = (subject.run.masks[-1], masking.get_raw_params(subject.run.states[-1]))
+        found = jax.eval_shape(lambda s: (get_masks(s), get_raw_params(s)), new)
+        alone = (subject.run.masks[-1], get_raw_params(subject.run.states[-1]))
         assert jax.tree.structure(found) == jax.tree.structure(alone), "masks inside wrappers"
 
 
@@ -388,8 +388,8 @@ def check_ownership(subject: Subject):
     state = subject.tx.init(params)
     masks, raw = masks_of(state), None
     if masks is not None:
-        raw = masking.get_raw_params(state)
-        first = masking.apply_masks(params, state)
+        raw = get_raw_params(state)
+        first = apply_masks(params, state)
     else:
         first = jax.tree.map(jnp.copy, params)
 
@@ -422,7 +422,7 @@ def check_map_params(subject: Subject):
     assert count(marked) >= count(slots), "slots of the inner optimizer are not found"
     narrow = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
     cast = optax.tree.map_params(subject.tx, narrow, state)
-    for old, new in zip(masking.find_states(state), masking.find_states(cast)):
+    for old, new in zip(find_states(state), find_states(cast)):
         kinds = lambda s: [x.dtype for x in jax.tree.leaves((s.masks, s.raw, s.shift, s.scale))]
         assert kinds(old) == kinds(new), "masks or raw weights were taken for parameters"
 

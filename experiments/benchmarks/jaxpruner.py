@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse.masking import SparseState
+from jaxsparse.state import SparseState
 
 
 def argsort_mask(x, k):

@@ -76,7 +76,7 @@ def final_state(method: str, strategy_name: str, steps: int):
     for batch in datasets.batches(data, config.batch_size, stop=config.steps, host=host):
         state, _ = step(state, strategy.put(batch))
     logical = hosts.to_host(strategy.to_save(state))
-    sparse = jaxsparse.masking.find_states(logical.opt_state)
+    sparse = jaxsparse.find_states(logical.opt_state)
     by_path = lambda tree: {
         jax.tree_util.keystr(path): np.asarray(x)
         for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))

@@ -264,7 +264,7 @@ def _points(
 
 def _masked_leaves(state) -> list[str]:
     """The paths of the leaves that have a mask."""
-    if not jaxsparse.masking.find_states(state.opt_state):
+    if not jaxsparse.find_states(state.opt_state):
         return []
     masks = jax.eval_shape(jaxsparse.get_masks, state.opt_state)
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(masks)[0]]

@@ -115,7 +115,7 @@ def make_run(name: str, *, width: int, density: float, steps: int, **options):
         given = options_of(name, sparsity=1 - density, steps=steps, seed=seed)
         tx = jaxsparse.make(name, inner, **given | options)
         state = tx.init(params)
-        if jaxsparse.masking.find_states(state):
+        if jaxsparse.find_states(state):
             params = jaxsparse.apply_masks(params, state)
 
         def loss_fn(params, x, views=None):

@@ -7,6 +7,7 @@ import math
 import jax
 
 from jaxsparse import masking
+from jaxsparse.state import find_states
 
 
 def _bytes(tree) -> int:
@@ -32,7 +33,7 @@ def training_memory(params, opt_state) -> dict[str, int]:
     >>> training_memory(params, tx.init(params))
     {'weights': 4000, 'masks': 130, 'raw weights': 0, 'method': 4, 'inner optimizer': 8004}
     """
-    states = masking.find_states(opt_state)
+    states = find_states(opt_state)
     found = {
         "weights": _bytes(masking.plain(params)),
         "masks": sum(_bytes(s.masks) for s in states),

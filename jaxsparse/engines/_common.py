@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import masking
 from jaxsparse.leaves import Leaf, SparseLeaves
-from jaxsparse.masking import SparseState
 from jaxsparse.scores import View
+from jaxsparse.state import SparseState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,9 @@ from jaxsparse.engines._common import (
     whole,
 )
 from jaxsparse.engines._slots import restart, stand_still
-from jaxsparse.masking import SparseState, unpack
+from jaxsparse.masking import unpack
 from jaxsparse.schedules import At, Both, Updates
+from jaxsparse.state import SparseState
 
 Rule = Callable[[Step], list[Array]]
 RuleWithAux = Callable[[Step], tuple[list[Array], Any]]

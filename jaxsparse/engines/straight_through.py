@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import masking
 from jaxsparse._counts import when
 from jaxsparse.engines._common import (
     PlanFor,
@@ -38,8 +37,8 @@ from jaxsparse.engines._common import (
 )
 from jaxsparse.engines.hold_masks import Rule, hidden
 from jaxsparse.leaves import SparseLeaves
-from jaxsparse.masking import SparseState
 from jaxsparse.scores import View
+from jaxsparse.state import SparseState, project
 
 
 class Projection(NamedTuple):
@@ -149,7 +148,7 @@ def straight_through(
         found = found._replace(masks=[jnp.where(bad, *pair) for pair in zip(masks, found.masks)])
         none = [None] * len(zs)
         ps = [
-            masking.project(z, m, shift, scale, w.dtype)
+            project(z, m, shift, scale, w.dtype)
             for z, w, m, shift, scale in zip(
                 zs, ws, found.masks, found.shift or none, found.scale or none
             )

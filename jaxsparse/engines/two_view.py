@@ -21,6 +21,7 @@ from jax import Array
 from jaxsparse import masking
 from jaxsparse.engines._common import PlanFor, compiled_once, first_state, like, store_masks, whole
 from jaxsparse.leaves import Leaf
+from jaxsparse.state import find_states
 from jaxsparse.structures import NM
 
 
@@ -98,7 +99,7 @@ def backward_views(opt_state) -> dict[str, tuple[Array, Any]]:
       ValueError: `opt_state` holds no state of a two-view method.
     """
     found = {}
-    for state in masking.find_states(opt_state):
+    for state in find_states(opt_state):
         if not isinstance(state.aux, BackwardView):
             continue
         raw = {} if state.raw is None else masking.by_path(state.raw)

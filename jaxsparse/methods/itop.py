@@ -14,6 +14,7 @@ from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
+from jaxsparse.state import find_states
 
 _REFERENCE = (
     "Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in "
@@ -45,8 +46,8 @@ def exploration_rate(fired: Any) -> float:
     Raises:
       ValueError: a state that keeps no record.
     """
-    found = [s.aux for s in masking.find_states(fired) if isinstance(s.aux, Fired)]
-    if not found and masking.find_states(fired):
+    found = [s.aux for s in find_states(fired) if isinstance(s.aux, Fired)]
+    if not found and find_states(fired):
         raise ValueError("fired: this method keeps no record of the weights that it has tried")
     trees = [f.masks for f in found] or fired
     masks = [m for m in jax.tree.leaves(trees, is_leaf=masking.is_mask) if m is not None]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsparse.masking import get_masks
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.condensed import CondensedLinear
 from jaxsparse.nn.nm_linear import NMLinear
+from jaxsparse.state import get_masks
 
 BLOCKS = ((512, 512), (256, 256), (128, 128), (64, 64), (32, 32), (16, 16))
 BLOCKS_PAY_BELOW = 0.7  # density; above, the dense product is about as fast

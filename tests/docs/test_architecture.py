@@ -1,20 +1,38 @@
-"""Imports point one way, as the page on architecture says."""
+"""Imports point one way, as the page on architecture says; those for type checkers as well."""
 
 import ast
+import graphlib
 import pathlib
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-AXES = "structures scores allocations schedules targets masking plan initial summary"
-# From the bottom to the top: a module may import from its own floor and from those below it.
+# From the bottom to the top: a room may import from those below it only.
 FLOORS = [
-    {"_version", "_search", "_counts", "selection"},
-    set(AXES.split()),
-    {"engines"},
-    {"methods"},
-    {"nn", "analysis", "testing"},
+    "_version",
+    "_search",
+    "_counts",
+    "selection",
+    "structures",
+    "targets",
+    "masking",
+    "state",
+    "leaves",
+    "scores",
+    "allocations",
+    "choose",
+    "schedules",
+    "typing",
+    "engines",
+    "methods",
+    "post_training",
+    "initial",
+    "summary",
+    "nn",
+    "analysis",
+    "testing",
 ]
 MODULES = [p for p in (ROOT / "jaxsparse").rglob("*.py") if p.parent != ROOT / "jaxsparse" or
            p.name != "__init__.py"]  # fmt: skip
@@ -25,34 +43,51 @@ def room(path):
     return path.relative_to(ROOT / "jaxsparse").parts[0].removesuffix(".py")
 
 
-def floor(name):
-    return next(i for i, names in enumerate(FLOORS) if name in names)
+def dotted(path):
+    """The name by which a module is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(path):
-    """Dotted names that a module imports when it runs (not for types only)."""
-    found, todo = [], [ast.parse(path.read_text())]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
+    """Dotted names of every import in a module: of functions, and of type checkers, too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
-        todo += ast.iter_child_nodes(node)
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_module_imports_from_its_own_floor_or_below(path):
+def test_a_module_imports_from_rooms_below_its_own(path):
     for name in imported(path):
         package, _, rest = name.partition(".")
-        assert package != "experiments", name
+        assert package not in ("experiments", "tools"), name
         if package == "pallas_kernels":
-            assert room(path) == "nn", name
+            assert room(path) in ("nn", "attention"), name
         if package == "jaxsparse" and rest:
-            assert floor(rest.split(".")[0]) <= floor(room(path)), name
+            other = rest.split(".")[0]
+            assert other == room(path) or FLOORS.index(other) < FLOORS.index(room(path)), name
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {dotted(p): p for p in MODULES}
+    graph = {}
+    for name, path in names.items():
+        targets = [n if n in names else n.rpartition(".")[0] for n in imported(path)]
+        graph[name] = {t for t in targets if t in names and t != name}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(names)
+
+
+def test_the_core_imports_no_other_packages_than_it_declares():
+    allowed = {"jax", "flax", "optax", "chex", "numpy", "jaxsparse"}
+    core = FLOORS[: FLOORS.index("nn")]
+    for path in (p for p in MODULES if room(p) in core):
+        known = {n.split(".")[0] for n in imported(path)}
+        foreign = known - allowed - set(sys.stdlib_module_names)
+        assert not foreign, (path.name, foreign)
 
 
 def test_kernels_know_nothing_of_the_library():
@@ -61,7 +96,10 @@ def test_kernels_know_nothing_of_the_library():
         assert not packages & {"jaxsparse", "experiments"}, path.name
 
 
-def test_every_room_is_on_the_page():
-    rooms = {room(p) for p in MODULES} - {"_version"}
-    missing = [name for name in rooms if f"{name}.py" not in PAGE and f"{name}/" not in PAGE]
+def test_every_room_has_a_floor_and_is_on_the_page():
+    rooms = {room(p) for p in MODULES}
+    assert rooms <= set(FLOORS)
+    missing = [
+        name for name in rooms - {"_version"} if f"`{name}" not in PAGE and f"/{name}" not in PAGE
+    ]
     assert missing == []

@@ -10,9 +10,10 @@ import pytest
 from contracts import QUICK
 
 import jaxsparse
-from jaxsparse import allocations, masking, schedules, selection, structures
+from jaxsparse import allocations, schedules, selection, structures
 from jaxsparse.choose import unit_budgets
 from jaxsparse.leaves import find
+from jaxsparse.state import get_masks
 from jaxsparse.testing import by_path
 
 
@@ -260,7 +261,7 @@ def regression(method, **options):
 
     start = {"kernel": jnp.zeros((inputs, outputs))}
     (_, state), _ = jax.lax.scan(one, (start, tx.init(start)), None, length=300)
-    return float((masking.get_masks(state)["kernel"] & support).sum() / support.sum())
+    return float((get_masks(state)["kernel"] & support).sum() / support.sum())
 
 
 def test_rigl_finds_a_planted_support_and_fixed_masks_do_not():
