@@ -1,4 +1,5 @@
-"""Kernels that compute only with what is stored, and the formats they read.
+"""Kernels that compute only with what is stored, and the formats they read: frozen dataclasses,
+registered as pytrees, of floating-point values and integer places.
 
 Independent of `jaxsparse`: use them with any JAX code.
 """
@@ -11,9 +12,11 @@ from pallas_kernels.block_sparse_attention import (
     ring_block_sparse_attention,
 )
 from pallas_kernels.block_sparse_matmul.api import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul.format import BlockSparse
 from pallas_kernels.condensed_matmul.api import condensed_matmul
-from pallas_kernels.formats import BlockSparse, Condensed, NMSparse
+from pallas_kernels.condensed_matmul.format import Condensed
 from pallas_kernels.nm_matmul.api import nm_matmul
+from pallas_kernels.nm_matmul.format import NMSparse
 
 __all__ = [
     "BlockMask",

@@ -60,7 +60,7 @@ def tpu_block_sparse(product="forward", size=SIZE, block=128, sparsity=0.75, bal
     with jax.ensure_compile_time_eval():
         shape, blocks = (size, size), (block, block)
         w = BlockSparse.from_block_mask(jnp.zeros(shape, jnp.int8), mask, blocks)
-        pattern = np.asarray(w.pattern)
+        pattern = np.asarray(w.places)
     x = jax.ShapeDtypeStruct((TOKENS, size), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((w.num_blocks, block, block), jnp.bfloat16)
     build = lambda v, p: BlockSparse(v, p, shape, blocks)
@@ -153,15 +153,13 @@ def _ratios(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return dict(dense_ms=1e3 * base, **{name: t / base for name, t in times.items()})
 
 
-def _step(product):
-    """Forward and both gradients of `product(x, w)`, jitted."""
-
-    @jax.jit
-    def run(x, w, dy):
-        y, pull = jax.vjp(product, x, w)
-        return y, *pull(dy)
-
-    return run
+@jax.jit
+def _step(x, values, dy, w=None):
+    """Forward and both gradients of x times a dense matrix, or a block-sparse w, of these values."""
+    dense = lambda x, values: jnp.matmul(x, values)
+    sparse = lambda x, values: block_sparse_matmul(x, w.with_values(values))
+    y, pull = jax.vjp(dense if w is None else sparse, x, values)
+    return y, *pull(dy)
 
 
 def _peers(dense: jax.Array, x: jax.Array, block: int | None) -> dict[str, Callable[[], Any]]:
@@ -196,8 +194,7 @@ def cpu_block_sparse(block: int, density: float, rows: int, rounds: int) -> dict
     x, dy = (jax.random.normal(k, (rows, SIZE)) for k in keys[1:])
     matmul, sparse = jax.jit(jnp.matmul), jax.jit(block_sparse_matmul)
     forward = dict(dense=lambda: matmul(x, dense), ours=lambda: sparse(x, w))
-    dense_step, sparse_step = _step(jnp.matmul), _step(block_sparse_matmul)
-    step = dict(dense=lambda: dense_step(x, dense, dy), ours=lambda: sparse_step(x, w, dy))
+    step = dict(dense=lambda: _step(x, dense, dy), ours=lambda: _step(x, w.values, dy, w))
     return dict(
         forward=_ratios({**forward, **_peers(dense, x, block)}, rounds),
         step=_ratios(step, rounds),

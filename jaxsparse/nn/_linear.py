@@ -1,11 +1,14 @@
 """What the sparse linear layers share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+
+from pallas_kernels import BlockSparse, Condensed, NMSparse
 
 
 class Pattern(nnx.Variable):
@@ -15,20 +18,44 @@ class Pattern(nnx.Variable):
 class SparseLinear(nnx.Module):
     """`x [..., in]` to `x W + b [..., out]`, where W is a sparse format and stored in pieces.
 
-    A layer holds the trained `values` of W, the `Pattern` variables of its places, and what
-    `weight` needs to put them together.
+    A layer of a format adds the `Pattern` variables of its places, and `weight`, which puts W together.
+
+    Attributes:
+      values: the trained values of W, in the shape of its format.
+      bias: `[out]`, or None.
+      shape: `(in, out)`.
+      dtype: of the computation; None: that of x and the parameters, promoted.
+      precision: of the product, as in `jax.lax.dot_general`.
+      implementation: of the product; None: the best that supports the arguments.
     """
 
-    product: Callable[..., jax.Array]  # (x, w, implementation=, precision=) -> y
+    product: ClassVar[Callable[..., jax.Array]]  # (x, w, implementation=, precision=) -> y
+
+    values: nnx.Param
+    bias: nnx.Param | None
+    shape: tuple[int, int]
+    dtype: jax.typing.DTypeLike | None
+    precision: lax.PrecisionLike
+    implementation: str | None
+
+    def __init__(
+        self,
+        weight: BlockSparse | NMSparse | Condensed,
+        bias: jax.Array | None,
+        *,
+        dtype: jax.typing.DTypeLike | None,
+        precision: lax.PrecisionLike,
+        implementation: str | None,
+    ):
+        self.values = nnx.Param(weight.values)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.shape = weight.shape
+        self.dtype, self.precision, self.implementation = dtype, precision, implementation
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> BlockSparse | NMSparse | Condensed:
         """W in its format."""
         raise NotImplementedError
-
-    def _set_rest(self, bias, dtype, precision, implementation) -> None:
-        self.bias = None if bias is None else nnx.Param(bias)
-        self.dtype, self.precision, self.implementation = dtype, precision, implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in]` to `[..., out]`."""
@@ -39,8 +66,15 @@ class SparseLinear(nnx.Module):
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def split_linear(linear: nnx.Linear, mask: jax.Array | None):
-    """Kernel `[in, out]`, mask, and (bias, dtype, precision) of a dense layer, checked."""
+def split_linear(
+    linear: nnx.Linear, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Kernel `[in, out]`, mask and bias of a dense layer, checked.
+
+    Raises:
+      ValueError: if linear is not an `nnx.Linear`, its kernel is a stack, or the mask has another
+        shape.
+    """
     if not isinstance(linear, nnx.Linear):
         raise ValueError(f"linear must be a flax.nnx.Linear, not {type(linear).__name__}")
     kernel = linear.kernel[...]
@@ -49,5 +83,4 @@ def split_linear(linear: nnx.Linear, mask: jax.Array | None):
     mask = kernel != 0 if mask is None else jnp.asarray(mask).astype(bool)
     if mask.shape != kernel.shape:
         raise ValueError(f"mask.shape={mask.shape} must be that of the kernel, {kernel.shape}")
-    bias = None if linear.bias is None else linear.bias[...]
-    return kernel, mask, (bias, linear.dtype, linear.precision)
+    return kernel, mask, None if linear.bias is None else linear.bias[...]

@@ -1,10 +1,9 @@
 """`BlockSparseLinear`: a linear layer that stores, multiplies and trains only some blocks."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxsparse.nn._linear import Pattern, SparseLinear, split_linear
 from pallas_kernels import BlockSparse, block_sparse_matmul
@@ -13,22 +12,33 @@ from pallas_kernels import BlockSparse, block_sparse_matmul
 class BlockSparseLinear(SparseLinear):
     r"""$y = x W + b$ with W `[in, out]` block-sparse: time and memory follow the stored blocks.
 
-    The blocks are parameters, their places are not: an optimizer trains the blocks where they are.
+    The blocks are parameters (`nnx.Param`), their places are not (`Pattern`): an optimizer trains the
+    blocks where they are, and averages or noise belong on the parameters alone.
     To change them: `layer.set_weight(layer.weight.with_pattern(block_mask))`; nothing is compiled
     anew. For the products see `pallas_kernels.block_sparse_matmul`.
     Use it from Linen through `flax.nnx.bridge.to_linen`.
+
+    Attributes:
+      values: the stored blocks, `[num_blocks, bh, bw]`.
+      places: where they are, int32 (see `pallas_kernels.BlockSparse`).
+      block_shape: `(bh, bw)`.
 
     Args:
       in_features: size of the last axis of x.
       out_features: size of the last axis of y.
       block_shape: `(bh, bw)`; blocks at the edges may stick out of the matrix.
       density: share of the blocks that is stored, at random places.
-      use_bias: add a bias.
+      weight: W, in place of a random one (then without `density` and `rngs`).
+      use_bias: add a bias, zero at first.
       dtype: of the computation; default: that of x and the parameters, promoted.
       param_dtype: of the parameters.
       precision: of the product, as in `jax.lax.dot_general`.
       implementation: see `pallas_kernels.block_sparse_matmul`.
       rngs: key for places and values (`params`).
+
+    Raises:
+      ValueError: if not exactly one of `density` with `rngs` and `weight` is given, or the weight has
+        another shape or block shape.
 
     >>> layer = BlockSparseLinear(64, 32, block_shape=(16, 16), density=0.5, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((3, 64))).shape, layer.values[...].shape
@@ -37,35 +47,40 @@ class BlockSparseLinear(SparseLinear):
 
     product = staticmethod(block_sparse_matmul)
 
+    places: Pattern
+    block_shape: tuple[int, int]
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
         block_shape: tuple[int, int],
-        density: float,
+        density: float | None = None,
+        weight: BlockSparse | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
         implementation: str | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ):
-        w = BlockSparse.random(
-            rngs.params(),
-            (in_features, out_features),
-            block_shape,
-            density=density,
-            dtype=param_dtype,
-            pad=True,
-        )
+        shape = in_features, out_features
+        if weight is None:
+            if density is None or rngs is None:
+                raise ValueError("density=None or rngs=None: give both, or a weight")
+            key = rngs.params()
+            weight = BlockSparse.random(
+                key, shape, block_shape, density=density, dtype=param_dtype, pad=True
+            )
+        elif density is not None:
+            raise ValueError(f"density={density} and a weight are given; give one of them")
+        _check_shapes(weight, shape, tuple(block_shape))
         bias = jnp.zeros(out_features, param_dtype) if use_bias else None
-        self._set(w)
-        self._set_rest(bias, dtype, precision, implementation)
-
-    def _set(self, w: BlockSparse) -> None:
-        self.shape, self.block_shape = w.shape, w.block_shape
-        self.values, self.pattern = nnx.Param(w.values), Pattern(w.pattern)
+        super().__init__(
+            weight, bias, dtype=dtype, precision=precision, implementation=implementation
+        )
+        self.places, self.block_shape = Pattern(weight.places), weight.block_shape
 
     @classmethod
     def from_dense(
@@ -93,22 +108,39 @@ class BlockSparseLinear(SparseLinear):
         >>> layer.values[...].shape
         (2, 2, 2)
         """
-        kernel, mask, rest = split_linear(linear, mask)
-        layer = cls(*kernel.shape, block_shape=block_shape, density=0.0, rngs=nnx.Rngs(0))
-        layer._set(BlockSparse.from_mask(kernel, mask, block_shape, pad=True))
-        layer._set_rest(*rest, implementation)
+        kernel, mask, bias = split_linear(linear, mask)
+        layer = cls(
+            *kernel.shape,
+            block_shape=block_shape,
+            weight=BlockSparse.from_mask(kernel, mask, block_shape, pad=True),
+            use_bias=bias is not None,
+            dtype=linear.dtype,
+            param_dtype=kernel.dtype,
+            precision=linear.precision,
+            implementation=implementation,
+        )
+        if bias is not None and layer.bias is not None:
+            layer.bias[...] = bias
         return layer
 
     @property
     def weight(self) -> BlockSparse:
         """W as `BlockSparse`."""
-        return BlockSparse(self.values[...], self.pattern[...], self.shape, self.block_shape)
+        return BlockSparse(self.values[...], self.places[...], self.shape, self.block_shape)
 
     def set_weight(self, w: BlockSparse) -> None:
-        """Take values and pattern of another `BlockSparse` of the same shape and block shape."""
-        if (w.shape, w.block_shape) != (self.shape, self.block_shape):
-            raise ValueError(
-                f"weight has shape={w.shape}, block_shape={w.block_shape}; "
-                f"they must stay {self.shape}, {self.block_shape}"
-            )
-        self.values[...], self.pattern[...] = w.values, w.pattern
+        """Take values and places of another `BlockSparse` of the same shape and block shape.
+
+        Raises:
+          ValueError: for another shape or block shape.
+        """
+        _check_shapes(w, self.shape, self.block_shape)
+        self.values[...], self.places[...] = w.values, w.places
+
+
+def _check_shapes(w: BlockSparse, shape: tuple[int, int], block_shape: tuple[int, ...]) -> None:
+    if (w.shape, w.block_shape) != (shape, block_shape):
+        raise ValueError(
+            f"weight has shape={w.shape}, block_shape={w.block_shape}; "
+            f"they must stay {shape}, {block_shape}"
+        )

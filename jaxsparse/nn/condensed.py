@@ -1,11 +1,10 @@
 """`CondensedLinear`: a linear layer that stores a few weights of each output, wherever they are."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from jaxsparse.nn._linear import Pattern, SparseLinear, split_linear
 from pallas_kernels import Condensed, condensed_matmul
@@ -17,6 +16,10 @@ class CondensedLinear(SparseLinear):
     Made from a trained layer, by `from_dense` or `jaxsparse.compact`: outputs that are switched off
     store nothing, the others as many weights as the fullest of them. On CPU the forward product is
     faster than dense from about 90 % sparsity; gradients cost what dense ones do.
+
+    Attributes:
+      values: the stored weights, `[stored outputs, fan_in]`.
+      rows, outputs: their places, int32 (see `pallas_kernels.Condensed`).
 
     Args:
       weight: W.
@@ -32,18 +35,22 @@ class CondensedLinear(SparseLinear):
 
     product = staticmethod(condensed_matmul)
 
+    rows: Pattern
+    outputs: Pattern
+
     def __init__(
         self,
         weight: Condensed,
         bias: jax.Array | None = None,
         *,
-        dtype: Any = None,
-        precision: Any = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        precision: lax.PrecisionLike = None,
         implementation: str | None = None,
     ):
-        self.shape, self.values = weight.shape, nnx.Param(weight.values)
+        super().__init__(
+            weight, bias, dtype=dtype, precision=precision, implementation=implementation
+        )
         self.rows, self.outputs = Pattern(weight.rows), Pattern(weight.outputs)
-        self._set_rest(bias, dtype, precision, implementation)
 
     @classmethod
     def from_dense(
@@ -67,9 +74,15 @@ class CondensedLinear(SparseLinear):
         >>> CondensedLinear.from_dense(dense, jnp.eye(4) > 0).values[...].shape
         (4, 1)
         """
-        kernel, mask, (bias, dtype, precision) = split_linear(linear, mask)
+        kernel, mask, bias = split_linear(linear, mask)
         w = Condensed.from_mask(kernel, mask)
-        return cls(w, bias, dtype=dtype, precision=precision, implementation=implementation)
+        return cls(
+            w,
+            bias,
+            dtype=linear.dtype,
+            precision=linear.precision,
+            implementation=implementation,
+        )
 
     @property
     def weight(self) -> Condensed:
@@ -77,7 +90,7 @@ class CondensedLinear(SparseLinear):
         return Condensed(self.values[...], self.rows[...], self.outputs[...], self.shape)
 
 
-def condense(kernel: jax.Array, mask: Any = None) -> Condensed:
+def condense(kernel: jax.Array, mask: jax.Array | np.ndarray | None = None) -> Condensed:
     """A kernel `[..., in, out]` as SRigL leaves it, condensed; leading axes of a convolution are
     merged with its inputs. (Lasby et al., Dynamic sparse training with structured sparsity, 2024.)
 

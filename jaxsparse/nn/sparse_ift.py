@@ -60,9 +60,7 @@ def branches(sparsity: float) -> int:
     return round(1 / (1 - _exact(sparsity)))
 
 
-def factorized_rank(
-    fan_in: int, fan_out: int, sparsity: float, *, sparse: str = "both"
-) -> int:  # fmt: skip
+def factorized_rank(fan_in: int, fan_out: int, sparsity: float, *, sparse: str = "both") -> int:
     """r of the factorized family; `fan_in` is $k^2 f_{in}$.
 
     `sparse` is "both" factors or only the "first".
@@ -133,10 +131,18 @@ class SparseWide(_Transformed):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, sparsity: float, window: Sequence[int] = (),
-        strides: int = 1, widen_in: bool = True, widen_out: bool = True, use_bias: bool = True,
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float,
+        window: Sequence[int] = (),
+        strides: int = 1,
+        widen_in: bool = True,
+        widen_out: bool = True,
+        use_bias: bool = True,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         super().__init__(in_features, out_features, sparsity, window)
         features_in = widened(in_features, sparsity) if widen_in else in_features
         features_out = widened(out_features, sparsity) if widen_out else out_features
@@ -168,10 +174,17 @@ class SparseParallel(_Transformed):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, sparsity: float, window: Sequence[int] = (),
-        strides: int = 1, norm: Callable[..., nnx.Module] | None = nnx.BatchNorm,
-        use_bias: bool = True, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float,
+        window: Sequence[int] = (),
+        strides: int = 1,
+        norm: Callable[..., nnx.Module] | None = nnx.BatchNorm,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(in_features, out_features, sparsity, window)
         n = branches(sparsity)
         self.branches = nnx.List(
@@ -210,10 +223,18 @@ class SparseFactorized(_Transformed):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, sparsity: float, window: Sequence[int] = (),
-        strides: int = 1, sparse: str = "both", between: Callable[[Array], Array] | None = None,
-        use_bias: bool = True, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float,
+        window: Sequence[int] = (),
+        strides: int = 1,
+        sparse: str = "both",
+        between: Callable[[Array], Array] | None = None,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(in_features, out_features, sparsity, window)
         rank = factorized_rank(self.fan_in, self.fan_out, sparsity, sparse=sparse)
         self.sparse, self.between = sparse, between
@@ -248,9 +269,16 @@ class SparseDoped(_Transformed):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, sparsity: float, window: Sequence[int] = (),
-        strides: int = 1, use_bias: bool = True, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float,
+        window: Sequence[int] = (),
+        strides: int = 1,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(in_features, out_features, sparsity, window)
         rank = doped_rank(self.fan_in, self.fan_out, sparsity)
         if rank < 1:

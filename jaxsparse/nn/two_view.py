@@ -104,10 +104,16 @@ class TwoViewLinear(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: Any = None,
-        param_dtype: Any = jnp.float32, kernel_init: Any = _lecun,
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = _lecun,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         self.kernel = nnx.Param(kernel)
         self.backward = Backward(jnp.array(kernel, copy=True))
@@ -131,11 +137,19 @@ class TwoViewConv(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, kernel_size: Sequence[int], *,
-        strides: int | Sequence[int] = 1, padding: str = "SAME", use_bias: bool = True,
-        dtype: Any = None, param_dtype: Any = jnp.float32,
-        kernel_init: Any = _lecun, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        padding: str = "SAME",
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = _lecun,
+        rngs: nnx.Rngs,
+    ):
         shape = (*kernel_size, in_features, out_features)
         kernel = kernel_init(rngs.params(), shape, param_dtype)
         self.kernel = nnx.Param(kernel)

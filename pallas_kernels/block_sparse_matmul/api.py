@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels._dispatch import check_operands, choose, vary_alike
+from pallas_kernels._formats import Array, integer_places
 from pallas_kernels.block_sparse_matmul import reference, tpu, xla
-from pallas_kernels.formats.block_sparse import Array, BlockSparse
+from pallas_kernels.block_sparse_matmul.format import BlockSparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,7 @@ def block_sparse_matmul(
 ) -> Array:
     """The product `y = x w` with a block-sparse w: work and memory follow the stored blocks.
 
-    Gradients with respect to x and to the stored blocks of w cost the like; the gradient of w is
-    a `BlockSparse` (its pattern is that of w: `w.with_values(g.values)`).
+    Gradients with respect to x and to the stored blocks, `w.values`, cost the like.
     A NaN in a row of x reaches that row of y only.
 
     Args:
@@ -64,7 +65,8 @@ def block_sparse_matmul(
     >>> w = BlockSparse.from_dense(jnp.diag(jnp.arange(4.0)), block_shape=(2, 2))
     >>> block_sparse_matmul(jnp.ones((1, 4)), w)
     Array([[0., 1., 2., 3.]], dtype=float32)
-    >>> jax.grad(lambda w: block_sparse_matmul(jnp.ones((1, 4)), w).sum())(w).values.shape
+    >>> loss = lambda values: block_sparse_matmul(jnp.ones((1, 4)), w.with_values(values)).sum()
+    >>> jax.grad(loss)(w.values).shape
     (2, 2, 2)
     """
     if not isinstance(w, BlockSparse):
@@ -83,66 +85,64 @@ def block_sparse_matmul(
     if w.num_blocks == 0 or x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
     rows = jnp.reshape(x, (-1, w.shape[0]))
-    y = _product(static, *vary_alike(rows, w.values, w.pattern))
+    y = _product(static, *vary_alike(rows, w.values, integer_places("places", w.places)))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: _Static, x: Array, values: Array, pattern: Array) -> Array:
-    return _multiply(static, False, static.out_dtype, x, values, pattern)
+def _product(static: _Static, x: Array, values: Array, places: Array) -> Array:
+    return _multiply(static, False, static.out_dtype, x, values, places)
 
 
-def _product_fwd(static: _Static, x: Array, values: Array, pattern: Array):
-    return _product(static, x, values, pattern), (x, values, pattern)
+def _product_fwd(static: _Static, x: Array, values: Array, places: Array):
+    return _product(static, x, values, places), (x, values, places)
 
 
 def _product_bwd(static: _Static, residuals, dy: Array):
-    x, values, pattern = residuals
+    x, values, places = residuals
     dy = dy.astype(x.dtype)
-    dx = _multiply(static, True, x.dtype, dy, values, pattern)
-    dvalues = _weight_gradient(static, x, dy, values, pattern)
-    return dx, dvalues, jnp.zeros_like(pattern)
+    dx = _multiply(static, True, x.dtype, dy, values, places)
+    dvalues = _weight_gradient(static, x, dy, values, places)
+    return dx, dvalues, np.zeros(places.shape, jax.dtypes.float0)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
 def _multiply(
-    static: _Static, transposed: bool, out_dtype: jnp.dtype, x: Array, values: Array, pattern: Array
+    static: _Static, transposed: bool, out_dtype: jnp.dtype, x: Array, values: Array, places: Array
 ) -> Array:
     kwargs: dict[str, Any] = dict(
         transposed=transposed, precision=static.precision, out_dtype=out_dtype
     )
 
-    def run(x, values, pattern):
-        w = BlockSparse(values, pattern, static.shape, static.block_shape)
+    def run(x, values, places):
+        w = BlockSparse(values, places, static.shape, static.block_shape)
         if static.implementation == "tpu":
             return tpu.matmul(x, w, interpret=static.interpret, **kwargs)
         return {"xla": xla, "reference": reference}[static.implementation].matmul(x, w, **kwargs)
 
     if static.implementation != "tpu":
-        return run(x, values, pattern)
+        return run(x, values, places)
     kernel = jax.custom_batching.custom_vmap(run)
 
     @kernel.def_vmap
-    def batched(size, is_batched, x, values, pattern):
+    def batched(size, is_batched, x, values, places):
         if is_batched == [True, False, False]:  # the same w: more rows of x
-            y = _multiply(
-                static, transposed, out_dtype, x.reshape(-1, x.shape[-1]), values, pattern
-            )
+            y = _multiply(static, transposed, out_dtype, x.reshape(-1, x.shape[-1]), values, places)
             return y.reshape(size, -1, y.shape[-1]), True
         return _one_by_one(
             functools.partial(_multiply, static, transposed, out_dtype),
             is_batched,
-            (x, values, pattern),
+            (x, values, places),
         )
 
-    return kernel(x, values, pattern)
+    return kernel(x, values, places)
 
 
-def _weight_gradient(static: _Static, x: Array, dy: Array, values: Array, pattern: Array) -> Array:
-    def run(x, dy, values, pattern):
-        w = BlockSparse(values, pattern, static.shape, static.block_shape)
+def _weight_gradient(static: _Static, x: Array, dy: Array, values: Array, places: Array) -> Array:
+    def run(x, dy, values, places):
+        w = BlockSparse(values, places, static.shape, static.block_shape)
         if static.implementation == "tpu":
             return tpu.weight_gradient(
                 x, dy, w, precision=static.precision, interpret=static.interpret
@@ -151,14 +151,14 @@ def _weight_gradient(static: _Static, x: Array, dy: Array, values: Array, patter
         return module.weight_gradient(x, dy, w, precision=static.precision)
 
     if static.implementation != "tpu":
-        return run(x, dy, values, pattern)
+        return run(x, dy, values, places)
     kernel = jax.custom_batching.custom_vmap(run)
 
     @kernel.def_vmap
     def batched(size, is_batched, *args):
         return _one_by_one(functools.partial(_weight_gradient, static), is_batched, args)
 
-    return kernel(x, dy, values, pattern)
+    return kernel(x, dy, values, places)
 
 
 def _one_by_one(function, is_batched, args):

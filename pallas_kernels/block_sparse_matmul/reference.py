@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.formats.block_sparse import Array, BlockSparse
+from pallas_kernels._formats import Array
+from pallas_kernels.block_sparse_matmul.format import BlockSparse
 
 
 def matmul(

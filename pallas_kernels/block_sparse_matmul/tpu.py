@@ -31,8 +31,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import target_platform
+from pallas_kernels._formats import Array
 from pallas_kernels._tpu import LANES, Chip, chip, compiler_params, in_32_bits, result, round_up
-from pallas_kernels.formats.block_sparse import Array, BlockSparse, decode_pattern
+from pallas_kernels.block_sparse_matmul.format import BlockSparse
 
 MAX_BLOCKS = 16_384  # their coordinates have to fit in the scalar memory
 _ROWS = 64  # rows of a slice: the running sum [64, 128] float32 takes 8 registers
@@ -233,7 +234,7 @@ def _scalars(w: BlockSparse, p: _Product, rows_of_blocks: int) -> Array:
     """
     of_j = 0 if p.transposed else 1
     spare = p.chunks * p.group + 1 - w.num_blocks
-    plan = jnp.pad(decode_pattern(w.pattern), ((0, 0), (0, spare)), constant_values=-1)
+    plan = jnp.pad(w.places, ((0, 0), (0, spare)), constant_values=-1)
     kind, at = (lax.broadcasted_iota(jnp.int32, plan.shape, a) for a in (0, 1))
     end = jnp.where(kind == of_j, p.columns, rows_of_blocks)
     inside = (plan >= 0) & (plan < end) & (at < w.num_blocks)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._dispatch import vary_alike
+from pallas_kernels._formats import Array
 from pallas_kernels.block_sparse_matmul import reference
-from pallas_kernels.formats.block_sparse import Array, BlockSparse
+from pallas_kernels.block_sparse_matmul.format import BlockSparse
 
 _CACHE = 1 << 21  # bytes of gathered slabs at a time
 _DENSE_FROM = 0.7  # density from which the dense product is faster

@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
+from pallas_kernels._formats import Array, integer_places
 from pallas_kernels.condensed_matmul import reference, xla
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.condensed import Condensed
+from pallas_kernels.condensed_matmul.format import Condensed
 
 
 def condensed_matmul(
@@ -51,6 +51,7 @@ def condensed_matmul(
     why_not_xla = not_cpu if implementation is None else None
     name = choose(implementation, {"xla": why_not_xla, "reference": None})
     dtype = jnp.result_type(x.dtype, w.dtype)
+    integer_places("rows", w.rows), integer_places("outputs", w.outputs)
     rows, w = jnp.reshape(x, (-1, w.shape[0])).astype(dtype), w.astype(dtype)
     if w.values.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), dtype)

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.condensed import Condensed
+from pallas_kernels._formats import Array
+from pallas_kernels.condensed_matmul.format import Condensed
 
 
 def matmul(x: Array, w: Condensed, *, precision=None) -> Array:

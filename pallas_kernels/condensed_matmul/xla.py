@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._dispatch import vary_alike
+from pallas_kernels._formats import Array
 from pallas_kernels.condensed_matmul import reference
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.condensed import Condensed
+from pallas_kernels.condensed_matmul.format import Condensed
 
 _UNROLL = 8
 _OUTPUTS = 256  # at a time: their sums stay in the cache

@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.nm import NMSparse
+from pallas_kernels._formats import Array, integer_places
 from pallas_kernels.nm_matmul import reference, tpu, xla
+from pallas_kernels.nm_matmul.format import NMSparse
 
 
 def nm_matmul(
@@ -65,7 +65,7 @@ def nm_matmul(
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
     rows = jnp.reshape(x, (-1, w.shape[0]))
-    y = _product(static, *vary_alike(rows, w.values, w.codes))
+    y = _product(static, *vary_alike(rows, w.values, integer_places("codes", w.codes)))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 

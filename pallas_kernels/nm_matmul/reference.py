@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.nm import NMSparse, from_planes
+from pallas_kernels._formats import Array
+from pallas_kernels.nm_matmul.format import NMSparse, from_planes
 
 
 def matmul(x: Array, w: NMSparse, *, precision: lax.PrecisionLike = None, out_dtype=None) -> Array:

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import target_platform
+from pallas_kernels._formats import Array
 from pallas_kernels._tpu import LANES, compiler_params, in_32_bits, result
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.nm import NMSparse, code_bits
+from pallas_kernels.nm_matmul.format import NMSparse, code_bits
 
 MAX_ROWS = 64  # beyond, the product is not bound by reading the weights
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._dispatch import vary_alike
-from pallas_kernels.formats.block_sparse import Array
-from pallas_kernels.formats.nm import NMSparse
+from pallas_kernels._formats import Array
 from pallas_kernels.nm_matmul import reference
+from pallas_kernels.nm_matmul.format import NMSparse
 
 _SHARED_FROM = 32  # outputs with a common pattern from which gathering pays
 _TOKENS = 256  # at a time

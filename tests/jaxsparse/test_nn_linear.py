@@ -69,6 +69,35 @@ def test_a_new_pattern_keeps_shared_blocks():
         layer.set_weight(before.T)
 
 
+def test_averaging_layers_needs_one_pattern_and_takes_the_parameters():
+    _, _, layer = next(layers())
+    other = nnx.clone(layer)
+    other.set_weight(layer.weight.with_pattern(np.roll(layer.weight.block_mask, 1, 0)))
+    whole = [nnx.state(x) for x in (layer, other)]
+    mixed = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda a, b: (a + b) / 2, *whole))
+    with pytest.raises(ValueError, match="places.dtype=float32 must be an integer type"):
+        mixed(jnp.ones((1, 64)))
+    params = nnx.state(layer, nnx.Param)
+    nnx.update(layer, jax.tree.map(lambda a: 3 * a / 2, params))
+    assert layer(jnp.ones((1, 64))).shape == (1, 48)
+
+
+def test_a_layer_is_made_of_a_weight_or_of_a_density():
+    w = next(layers())[2].weight
+    layer = BlockSparseLinear(64, 48, block_shape=(16, 16), weight=w)
+    np.testing.assert_array_equal(layer.weight.to_dense(), w.to_dense())
+    with pytest.raises(ValueError, match="density=0.5 and a weight are given"):
+        BlockSparseLinear(64, 48, block_shape=(16, 16), weight=w, density=0.5)
+    with pytest.raises(ValueError, match="density=None or rngs=None: give both, or a weight"):
+        BlockSparseLinear(64, 48, block_shape=(16, 16), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"weight has shape=\(64, 48\)"):
+        BlockSparseLinear(64, 32, block_shape=(16, 16), weight=w)
+    with pytest.raises(ValueError, match="rngs=None: give a key, or a weight"):
+        NMLinear(8, 8, n=2, m=4)
+    with pytest.raises(ValueError, match=r"weight has \(shape, n, m, share\)"):
+        NMLinear(8, 8, n=1, m=4, weight=NMLinear(8, 8, n=2, m=4, rngs=nnx.Rngs(0)).weight)
+
+
 @pytest.mark.parametrize(
     "layer, options",
     [

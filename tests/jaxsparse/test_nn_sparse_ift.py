@@ -104,9 +104,12 @@ def test_rigl_makes_the_doped_layer_sparse_where_it_should_be():
     layer = SparseDoped(16, 16, sparsity=0.75, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     tx = jaxsparse.rigl(
-        optax.sgd(0.1), 0.75, total_steps=1000, allocation="uniform",
+        optax.sgd(0.1),
+        0.75,
+        total_steps=1000,
+        allocation="uniform",
         targets=[("(down|up)/kernel", False)],
-    )  # fmt: skip
+    )
     masks = jaxsparse.get_masks(tx.init(params))
     assert masks["down"]["kernel"] is None and masks["up"]["kernel"] is None
     assert int(masks["sparse"]["kernel"].sum()) == 64

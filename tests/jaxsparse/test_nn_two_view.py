@@ -168,7 +168,9 @@ def test_weights_that_are_n_m_both_ways_lose_nothing_to_the_second_mask():
         np.testing.assert_array_equal(view_of(state), w != 0)
 
 
-@pytest.mark.parametrize(("n", "m", "loss"), [(1, 2, 0.125), (2, 4, 0.09375), (2, 8, 0.0584), (4, 8, 0.0684)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "m", "loss"), [(1, 2, 0.125), (2, 4, 0.09375), (2, 8, 0.0584), (4, 8, 0.0684)]
+)
 def test_pruning_twice_costs_what_the_binomial_formula_says(n, m, loss):
     assert double_pruning_loss(n, m) == pytest.approx(loss, abs=5e-5)
     tx = slope(optax.sgd(0.1), total_steps=10, structure=NM(n, m))

@@ -61,7 +61,7 @@ def test_coordinates_may_come_in_any_order(matrix, random):
         w.values[p], w.block_rows[p], w.block_cols[p], w.shape, pad=True
     )
     np.testing.assert_array_equal(again.values, w.values)
-    np.testing.assert_array_equal(again.pattern, w.pattern)
+    np.testing.assert_array_equal(again.places, w.places)
 
 
 @given(matrices(), st.integers(0, 3))
@@ -82,7 +82,7 @@ def test_transposing_twice_gives_the_matrix_back(matrix):
     w = BlockSparse.from_dense(dense, block_shape, pad=True)
     np.testing.assert_array_equal(w.T.to_dense(), dense.T)
     np.testing.assert_array_equal(w.T.T.values, w.values)
-    np.testing.assert_array_equal(w.T.T.pattern, w.pattern)
+    np.testing.assert_array_equal(w.T.T.places, w.places)
     assert (np.diff(w.T.block_cols) >= 0).all()
 
 
@@ -131,29 +131,73 @@ def test_random_has_the_asked_density_and_balance():
     assert not np.array_equal(a.block_mask, b.block_mask)
 
 
-def test_gradients_have_no_pattern_and_say_so():
-    w = BlockSparse.from_dense(DENSE, (2, 2))
-    g = jax.grad(lambda w: block_sparse_matmul(jnp.ones((3, 6)), w).sum())(w)
-    with pytest.raises(ValueError, match=r"no pattern.*with_values\(gradient.values\)"):
-        g.to_dense()
-    np.testing.assert_array_equal(
-        w.with_values(g.values).to_dense(), 3.0 * np.kron(w.block_mask, np.ones((2, 2)))
-    )
+def loss(values, w):
+    return (block_sparse_matmul(jnp.eye(6), w.with_values(values)) ** 2).sum()
 
 
-@pytest.mark.parametrize(
-    "optimizer", [optax.sgd(0.1), optax.adamw(0.1, weight_decay=0.1), optax.lion(0.1)]
-)
-def test_an_optimizer_leaves_the_pattern_alone(optimizer):
+def test_the_gradient_of_values_is_that_of_the_stored_blocks():
     w = BlockSparse.from_dense(DENSE, (2, 2))
-    grads = jax.grad(lambda w: (block_sparse_matmul(jnp.eye(6), w) ** 2).sum())(w)
-    state, new = optimizer.init(w), w
-    for _ in range(30):
-        updates, state = optimizer.update(grads, state, new)
-        new = optax.apply_updates(new, updates)
-    np.testing.assert_array_equal(new.order, w.order)
-    np.testing.assert_array_equal(new.block_mask, w.block_mask)
-    assert not np.array_equal(new.values, w.values)
+    g = jax.grad(lambda values: loss(values, w))(w.values)
+    np.testing.assert_array_equal(w.with_values(g).to_dense(), 2 * DENSE)
+
+
+def test_a_whole_format_is_no_argument_of_grad_and_the_error_says_what_to_write():
+    w = BlockSparse.from_dense(DENSE, (2, 2))
+    whole = lambda w: loss(w.values, w)
+    with pytest.raises(TypeError, match="requires real- or complex-valued inputs.*int32"):
+        jax.grad(whole)(w)
+    g = jax.grad(whole, allow_int=True)(w)  # as that error proposes
+    np.testing.assert_array_equal(w.with_values(g.values).to_dense(), 2 * DENSE)
+    for use in (g.to_dense, lambda: g.T, lambda: block_sparse_matmul(jnp.eye(6), g)):
+        with pytest.raises(
+            ValueError, match=r"a gradient has no places.*jax.grad\(lambda values: "
+        ):
+            use()
+
+
+WRITE = r"places.dtype=float32 must be an integer type.*dataclasses.replace\(w, values=values\)"
+
+
+def test_noise_and_complete_decay_of_the_values_leave_every_block_where_it_is():
+    w = BlockSparse.from_dense(DENSE, (2, 2))
+    for tx in (
+        optax.chain(optax.sgd(0.1), optax.add_noise(1.0, 0.5, 0)),
+        optax.chain(optax.add_decayed_weights(1.0), optax.sgd(1.0)),  # decays to zero
+        optax.adamw(0.1, weight_decay=0.1),
+        optax.lion(0.1),
+    ):
+        values, state = w.values, tx.init(w.values)
+        for _ in range(3):
+            grads = jax.tree.map(jnp.zeros_like, values)
+            updates, state = tx.update(grads, state, values)
+            values = optax.apply_updates(values, updates)
+        new = w.with_values(values)
+        np.testing.assert_array_equal(new.block_mask, w.block_mask)
+        stored = np.kron(w.block_mask, np.ones((2, 2)))
+        np.testing.assert_array_equal(new.to_dense() * (1 - stored), 0)
+
+
+def test_noise_on_a_whole_format_is_refused_by_name():
+    w = BlockSparse.from_dense(DENSE, (2, 2))
+    tx = optax.add_noise(1.0, 0.5, 0)
+    as_float = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), w)
+    noisy, _ = tx.update(as_float, tx.init(as_float))
+    for use in (noisy.to_dense, lambda: noisy.T, lambda: block_sparse_matmul(jnp.eye(6), noisy)):
+        with pytest.raises(ValueError, match=WRITE):
+            use()
+
+
+def test_the_average_of_two_patterns_is_refused_by_name_and_that_of_values_is_not():
+    a = BlockSparse.from_dense(DENSE, (2, 2))
+    b = a.with_pattern(np.roll(a.block_mask, 1, 0))
+    for other in (a, b):
+        mean = jax.tree.map(lambda x, y: (x + y) / 2, a, other)
+        slow = optax.incremental_update(other, a, 0.5)
+        for bad in (mean, slow):
+            with pytest.raises(ValueError, match=WRITE):
+                bad.to_dense()
+    twice = a.with_values((a.values + 3 * a.values) / 2)
+    np.testing.assert_array_equal(twice.to_dense(), 2 * DENSE)
 
 
 def test_orbax_restores_it(tmp_path):
@@ -181,27 +225,83 @@ def test_vmap_runs_over_a_stack_of_matrices():
 
 
 REFUSED = [
-    (lambda: BlockSparse.from_dense(DENSE, (4, 2)), r"block_shape=\(4, 2\) must divide shape=\(6, 4\)"),
+    (
+        lambda: BlockSparse.from_dense(DENSE, (4, 2)),
+        r"block_shape=\(4, 2\) must divide shape=\(6, 4\)",
+    ),
     (lambda: BlockSparse.from_dense(DENSE, (0, 2)), r"block_shape=\(0, 2\) must be two positive"),
     (lambda: BlockSparse.from_dense(DENSE[0], (2, 2)), r"shape=\(4,\) must have two dimensions"),
-    (lambda: BlockSparse.from_dense(DENSE, (2, 2), num_blocks=2), r"num_blocks=2 must be at least 4"),
-    (lambda: jax.jit(lambda d: BlockSparse.from_dense(d, (2, 2)))(DENSE), r"num_blocks=None must be a number"),
-    (lambda: BlockSparse.from_mask(DENSE, DENSE[:2] != 0, (2, 2)), r"mask.shape=\(2, 4\) must equal"),
-    (lambda: BlockSparse.from_block_mask(DENSE, np.ones((2, 2)), (2, 2)), r"block_mask.shape=\(2, 2\) must be \(3, 2\)"),
-    (lambda: BlockSparse.from_block_mask(DENSE, np.ones(3)), r"block_mask.shape=\(3,\) must have two"),
-    (lambda: BlockSparse.from_coordinates(np.ones((2, 2, 2)), [0, 0], [1, 1], (6, 4)), r"block \(row 0, column 1\) is given twice"),
-    (lambda: BlockSparse.from_coordinates(np.ones((1, 2, 2)), [3], [0], (6, 4)), r"block_rows holds 3; it must be in \[0, 3\)"),
-    (lambda: BlockSparse.from_coordinates(np.ones((1, 2, 2)), [0], [-1], (6, 4)), r"block_cols holds -1; it must be in \[0, 2\)"),
-    (lambda: BlockSparse.from_coordinates(np.ones((1, 2, 2)), [0, 1], [0], (6, 4)), r"block_rows.shape=\(2,\) must be \(1,\)"),
-    (lambda: BlockSparse.from_coordinates(np.ones((2, 2)), [0], [0], (6, 4)), r"values.shape=\(2, 2\) must be"),
-    (lambda: BlockSparse.random(jax.random.key(0), (4, 4), (2, 2), density=1.5), r"density=1.5 must be between"),
-    (lambda: BlockSparse.from_dense(DENSE, (2, 2)).with_values(np.ones((4, 2, 1))), r"values.shape=\(4, 2, 1\) must be \(4, 2, 2\)"),
-    (lambda: BlockSparse.from_dense(DENSE, (2, 2)).with_pattern(np.ones((2, 2))), r"block_mask.shape=\(2, 2\) must be \(3, 2\)"),
-    (lambda: BlockSparse.from_dense(DENSE, (2, 2)).with_pattern(np.ones((3, 2))), r"num_blocks=4 must be at least 6"),
-    (lambda: BlockSparse.from_dense(DENSE, (2, 2)).split(4), r"parts=4 must divide the 2 block columns"),
-    (lambda: BlockSparse.from_dense(DENSE, (2, 2)).split(2, "diagonal"), r"axis='diagonal' must be"),
-    (lambda: jax.tree.map(lambda a: a.astype(jnp.bfloat16), BlockSparse.from_dense(DENSE, (2, 2))).to_dense(), r"pattern.dtype=bfloat16 must be float32"),
-]  # fmt: skip
+    (
+        lambda: BlockSparse.from_dense(DENSE, (2, 2), num_blocks=2),
+        r"num_blocks=2 must be at least 4",
+    ),
+    (
+        lambda: jax.jit(lambda d: BlockSparse.from_dense(d, (2, 2)))(DENSE),
+        r"num_blocks=None must be a number",
+    ),
+    (
+        lambda: BlockSparse.from_mask(DENSE, DENSE[:2] != 0, (2, 2)),
+        r"mask.shape=\(2, 4\) must equal",
+    ),
+    (
+        lambda: BlockSparse.from_block_mask(DENSE, np.ones((2, 2)), (2, 2)),
+        r"block_mask.shape=\(2, 2\) must be \(3, 2\)",
+    ),
+    (
+        lambda: BlockSparse.from_block_mask(DENSE, np.ones(3)),
+        r"block_mask.shape=\(3,\) must have two",
+    ),
+    (
+        lambda: BlockSparse.from_coordinates(np.ones((2, 2, 2)), [0, 0], [1, 1], (6, 4)),
+        r"block \(row 0, column 1\) is given twice",
+    ),
+    (
+        lambda: BlockSparse.from_coordinates(np.ones((1, 2, 2)), [3], [0], (6, 4)),
+        r"block_rows holds 3; it must be in \[0, 3\)",
+    ),
+    (
+        lambda: BlockSparse.from_coordinates(np.ones((1, 2, 2)), [0], [-1], (6, 4)),
+        r"block_cols holds -1; it must be in \[0, 2\)",
+    ),
+    (
+        lambda: BlockSparse.from_coordinates(np.ones((1, 2, 2)), [0, 1], [0], (6, 4)),
+        r"block_rows.shape=\(2,\) must be \(1,\)",
+    ),
+    (
+        lambda: BlockSparse.from_coordinates(np.ones((2, 2)), [0], [0], (6, 4)),
+        r"values.shape=\(2, 2\) must be",
+    ),
+    (
+        lambda: BlockSparse.random(jax.random.key(0), (4, 4), (2, 2), density=1.5),
+        r"density=1.5 must be between",
+    ),
+    (
+        lambda: BlockSparse.from_dense(DENSE, (2, 2)).with_values(np.ones((4, 2, 1))),
+        r"values.shape=\(4, 2, 1\) must be \(4, 2, 2\)",
+    ),
+    (
+        lambda: BlockSparse.from_dense(DENSE, (2, 2)).with_pattern(np.ones((2, 2))),
+        r"block_mask.shape=\(2, 2\) must be \(3, 2\)",
+    ),
+    (
+        lambda: BlockSparse.from_dense(DENSE, (2, 2)).with_pattern(np.ones((3, 2))),
+        r"num_blocks=4 must be at least 6",
+    ),
+    (
+        lambda: BlockSparse.from_dense(DENSE, (2, 2)).split(4),
+        r"parts=4 must divide the 2 block columns",
+    ),
+    (
+        lambda: BlockSparse.from_dense(DENSE, (2, 2)).split(2, "diagonal"),
+        r"axis='diagonal' must be",
+    ),
+    (
+        lambda: jax.tree.map(
+            lambda a: a.astype(jnp.bfloat16), BlockSparse.from_dense(DENSE, (2, 2))
+        ).to_dense(),
+        r"places.dtype=bfloat16 must be an integer type",
+    ),
+]
 
 
 @pytest.mark.parametrize("build, message", REFUSED, ids=[m[:40] for _, m in REFUSED])

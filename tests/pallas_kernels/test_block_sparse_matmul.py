@@ -60,11 +60,12 @@ def forward_and_gradients(x, w, dy, implementation, interpret, settings):
     """One function for all tests, so that equal shapes are compiled once. `settings`: what a test
     has patched in the modules, as the compiled code depends on it."""
 
-    def loss(x, w):
-        y = block_sparse_matmul(x, w, implementation=implementation, interpret=interpret)
+    def loss(x, values):
+        w_here = w.with_values(values)
+        y = block_sparse_matmul(x, w_here, implementation=implementation, interpret=interpret)
         return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(), y
 
-    (dx, dw), y = jax.grad(loss, (0, 1), has_aux=True)(x, w)
+    (dx, dw), y = jax.grad(loss, (0, 1), has_aux=True)(x, w.values)
     return y, dx, dw
 
 
@@ -81,9 +82,9 @@ def check(x, w, dy, implementation, settings=None):
     same(dx, dyf @ wf.T)
     full = np.tensordot(xf, dyf, (range(xf.ndim - 1), range(xf.ndim - 1)))
     stored = np.kron(w.block_mask, np.ones(w.block_shape))[: w.shape[0], : w.shape[1]]
-    same(w.with_values(dw.values).to_dense(), full * stored)
+    same(w.with_values(dw).to_dense(), full * stored)
     assert dx.dtype == x.dtype and dw.dtype == w.dtype
-    assert not np.any(np.asarray(dw.values, np.float32)[~np.asarray(w.used)])
+    assert not np.any(np.asarray(dw, np.float32)[~np.asarray(w.used)])
 
 
 # Few shapes, one capacity, many patterns: examples of one shape share their compiled code.
@@ -204,9 +205,10 @@ def test_vmap_over_x_and_over_w(implementation):
     expected = np.asarray(x @ w.to_dense())
     np.testing.assert_allclose(jax.vmap(f, (0, None))(x, w), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.vmap(f)(x[:2], stack), expected[:2], rtol=1e-5, atol=1e-5)
-    per_example = jax.vmap(jax.grad(lambda x, w: f(x, w).sum(), 1), (0, None))(x, w).values
+    of_values = lambda x, values: f(x, w.with_values(values)).sum()
+    per_example = jax.vmap(jax.grad(of_values, 1), (0, None))(x, w.values)
     assert per_example.shape == (3, *w.values.shape)
-    one = jax.grad(lambda w: f(x[1], w).sum())(w).values
+    one = jax.grad(of_values, 1)(x[1], w.values)
     np.testing.assert_allclose(per_example[1], one, rtol=1e-5, atol=1e-5)
 
 
@@ -246,7 +248,8 @@ def test_shard_map_over_split_weights_gives_the_whole_product_and_gradients(axis
 def test_mixed_dtypes_are_promoted():
     x, w, _ = problem((4,), (8, 8), (2, 2), "random", jnp.bfloat16)
     assert block_sparse_matmul(x.astype(jnp.float32), w).dtype == jnp.float32
-    assert jax.grad(lambda w: block_sparse_matmul(x.astype("f"), w).sum())(w).dtype == jnp.bfloat16
+    loss = lambda values: block_sparse_matmul(x.astype("f"), w.with_values(values)).sum()
+    assert jax.grad(loss)(w.values).dtype == jnp.bfloat16
 
 
 SMALL = BlockSparse.from_dense(jnp.eye(6), (2, 3))
@@ -257,12 +260,34 @@ REFUSED = [
     (lambda: block_sparse_matmul(jnp.ones((2, 6)), jnp.eye(6)), "w must be a BlockSparse"),
     (lambda: block_sparse_matmul(jnp.ones((2, 6), int), SMALL), "x.dtype=int32 must be"),
     (lambda: block_sparse_matmul(jnp.ones((2, 6)), INTEGERS), "w.dtype=int32 must be"),
-    (lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="gpu"), "implementation='gpu' is unknown"),
-    (lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="tpu"), "runs on TPU, not on cpu"),
-    (lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="tpu", interpret=True), r"multiples of 128, not \(2, 3\)"),
-    (lambda: block_sparse_matmul(jnp.ones((2, 256), jnp.float16), LARGE.astype(jnp.float16), implementation="tpu", interpret=True), "bfloat16 and float32, not float16"),
-    (lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="xla", interpret=True), "interpret=True is about the TPU"),
-]  # fmt: skip
+    (
+        lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="gpu"),
+        "implementation='gpu' is unknown",
+    ),
+    (
+        lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="tpu"),
+        "runs on TPU, not on cpu",
+    ),
+    (
+        lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="tpu", interpret=True),
+        r"multiples of 128, not \(2, 3\)",
+    ),
+    (
+        lambda: block_sparse_matmul(
+            jnp.ones((2, 256), jnp.float16),
+            LARGE.astype(jnp.float16),
+            implementation="tpu",
+            interpret=True,
+        ),
+        "bfloat16 and float32, not float16",
+    ),
+    (
+        lambda: block_sparse_matmul(
+            jnp.ones((2, 256)), LARGE, implementation="xla", interpret=True
+        ),
+        "interpret=True is about the TPU",
+    ),
+]
 
 
 @pytest.mark.parametrize("call, message", REFUSED, ids=[m[:40] for _, m in REFUSED])

@@ -90,14 +90,20 @@ def test_nan_in_a_row_of_x_stays_in_that_row():
 W = Condensed.from_dense(np.eye(4, dtype="f"))
 REFUSED = [
     (lambda: Condensed.from_dense(np.ones((4, 2)), fan_in=3), "fan_in=3 must be at least 4"),
-    (lambda: Condensed.from_mask(np.ones((4, 2)), np.ones((2, 4))), r"mask.shape=\(2, 4\) must equal"),
+    (
+        lambda: Condensed.from_mask(np.ones((4, 2)), np.ones((2, 4))),
+        r"mask.shape=\(2, 4\) must equal",
+    ),
     (lambda: jax.jit(Condensed.from_dense)(np.ones((4, 2))), "fan_in=None must be a number"),
     (lambda: W.with_values(np.ones((4, 2))), r"values.shape=\(4, 2\) must be \(4, 1\)"),
     (lambda: condensed_matmul(np.ones((2, 3), "f"), W), r"x.shape=\(2, 3\) must end in 4"),
     (lambda: condensed_matmul(np.ones((2, 4), int), W), "x.dtype=int32 must be"),
     (lambda: condensed_matmul(np.ones((2, 4), "f"), np.eye(4)), "w must be a Condensed"),
-    (lambda: condensed_matmul(np.ones((2, 4), "f"), W, implementation="tpu"), "implementation='tpu' is unknown"),
-]  # fmt: skip
+    (
+        lambda: condensed_matmul(np.ones((2, 4), "f"), W, implementation="tpu"),
+        "implementation='tpu' is unknown",
+    ),
+]
 
 
 @pytest.mark.parametrize("call, message", REFUSED, ids=[m[:40] for _, m in REFUSED])

@@ -27,11 +27,11 @@ def abstract(*shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 def block_sparse(rows, shape, block, blocks, dtype):
-    def loss(x, values, pattern):
-        w = BlockSparse(values, pattern, tuple(shape), tuple(block))
+    def loss(x, values, places):
+        w = BlockSparse(values, places, tuple(shape), tuple(block))
         return block_sparse_matmul(x, w).astype("float32").sum()
     args = (abstract(rows, shape[0], dtype=dtype), abstract(blocks, *block, dtype=dtype),
-            abstract(4, blocks, dtype="float32"))
+            abstract(3, blocks, dtype="int32"))
     names = ["", "_t", "_weight_gradient"]
     kernels = ["block_sparse_" + ("matmul" + n if n != names[2] else n[1:]) for n in names]
     return jax.value_and_grad(loss, (0, 1)), args, kernels
@@ -39,12 +39,12 @@ def block_sparse(rows, shape, block, blocks, dtype):
 def sharded(rows, shape, block, blocks, dtype):
     # block columns of w over the devices
     shape = shape[0], shape[1] // mesh.size
-    def local(x, values, pattern):
-        return block_sparse_matmul(x, BlockSparse(values[0], pattern[0], shape, tuple(block)))
+    def local(x, values, places):
+        return block_sparse_matmul(x, BlockSparse(values[0], places[0], shape, tuple(block)))
     split, columns = jax.P("x"), jax.P(None, "x")
     run = jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), split, split), out_specs=columns)
-    def loss(x, values, pattern):
-        return run(x, values, pattern).astype("float32").sum()
+    def loss(x, values, places):
+        return run(x, values, places).astype("float32").sum()
     _, args, kernels = block_sparse(rows, shape, block, blocks, dtype)
     place = jax.sharding.NamedSharding(mesh, split)
     args = args[:1] + tuple(

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import NMSparse, nm_matmul
-from pallas_kernels.formats.nm import code_bits
 from pallas_kernels.nm_matmul import xla
+from pallas_kernels.nm_matmul.format import code_bits
 
 # n, m, share; rows of x; dtype. Examples of one of them share their compiled code.
 CASES = [
@@ -42,7 +42,10 @@ def test_every_pattern_of_a_group_survives_packing(n, m):
 def test_from_dense_is_the_nearest_matrix_of_its_kind():
     a = np.asarray(dense(4, 50, seed=3))
     kept = np.asarray(NMSparse.from_dense(a, 2, 4).to_dense())
-    errors = [((a * np.isin(np.arange(4), p)[:, None] - a) ** 2).sum(0) for p in itertools.combinations(range(4), 2)]  # fmt: skip
+    errors = [
+        ((a * np.isin(np.arange(4), p)[:, None] - a) ** 2).sum(0)
+        for p in itertools.combinations(range(4), 2)
+    ]
     np.testing.assert_allclose(((kept - a) ** 2).sum(0), np.min(errors, 0))
 
 
@@ -158,10 +161,19 @@ W = NMSparse.from_dense(jnp.eye(8), 2, 4)
 REFUSED = [
     (lambda: NMSparse.from_dense(jnp.ones((6, 4)), 2, 4), "m=4 must divide the 6 rows"),
     (lambda: NMSparse.from_dense(jnp.ones((8, 4)), 5, 4), "n=5, m=4 must satisfy"),
-    (lambda: NMSparse.from_dense(jnp.ones((8, 4)), 2, 4, share=3), "share=3 must divide the 4 columns"),
+    (
+        lambda: NMSparse.from_dense(jnp.ones((8, 4)), 2, 4, share=3),
+        "share=3 must divide the 4 columns",
+    ),
     (lambda: NMSparse.from_dense(jnp.ones(8), 2, 4), r"dense.shape=\(8,\) must have two"),
-    (lambda: NMSparse.from_mask(jnp.ones((8, 4)), jnp.ones((8, 4)), 2, 4), "mask keeps 4 of a group of m=4 rows; at most n=2"),
-    (lambda: NMSparse.from_mask(jnp.ones((8, 4)), jnp.ones((4, 4)), 2, 4), r"mask.shape=\(4, 4\) must equal"),
+    (
+        lambda: NMSparse.from_mask(jnp.ones((8, 4)), jnp.ones((8, 4)), 2, 4),
+        "mask keeps 4 of a group of m=4 rows; at most n=2",
+    ),
+    (
+        lambda: NMSparse.from_mask(jnp.ones((8, 4)), jnp.ones((4, 4)), 2, 4),
+        r"mask.shape=\(4, 4\) must equal",
+    ),
     (lambda: W.with_values(jnp.ones((2, 2, 4))), r"values.shape=\(2, 2, 4\) must be \(2, 2, 8\)"),
     (lambda: W.split(4, "rows"), "parts=4 must divide the 2 groups of 4 rows"),
     (lambda: W.split(3), "parts=3 must divide the 8 groups of 1 columns"),
@@ -170,10 +182,29 @@ REFUSED = [
     (lambda: nm_matmul(jnp.ones((2, 8), int), W), "x.dtype=int32 must be"),
     (lambda: nm_matmul(jnp.ones((2, 8)), jnp.eye(8)), "w must be an NMSparse"),
     (lambda: nm_matmul(jnp.ones((2, 8)), W, implementation="tpu"), "runs on TPU, not on cpu"),
-    (lambda: nm_matmul(jnp.ones((2, 8)), W, implementation="tpu", interpret=True), "it takes bfloat16, not float32"),
-    (lambda: nm_matmul(jnp.ones((2, 8), jnp.bfloat16), W.astype(jnp.bfloat16), implementation="tpu", interpret=True), "multiple of 512 rows and 128 columns"),
-    (lambda: nm_matmul(jnp.ones((99, 8), jnp.bfloat16), W.astype(jnp.bfloat16), implementation="tpu", interpret=True), "up to 64 rows of x, not 99"),
-]  # fmt: skip
+    (
+        lambda: nm_matmul(jnp.ones((2, 8)), W, implementation="tpu", interpret=True),
+        "it takes bfloat16, not float32",
+    ),
+    (
+        lambda: nm_matmul(
+            jnp.ones((2, 8), jnp.bfloat16),
+            W.astype(jnp.bfloat16),
+            implementation="tpu",
+            interpret=True,
+        ),
+        "multiple of 512 rows and 128 columns",
+    ),
+    (
+        lambda: nm_matmul(
+            jnp.ones((99, 8), jnp.bfloat16),
+            W.astype(jnp.bfloat16),
+            implementation="tpu",
+            interpret=True,
+        ),
+        "up to 64 rows of x, not 99",
+    ),
+]
 
 
 @pytest.mark.parametrize("call, message", REFUSED, ids=[m[:40] for _, m in REFUSED])

@@ -6,11 +6,7 @@ which `x @ w` visits them. `order` lists them by block row, then block column: t
 (the transposed metadata of block-sparse libraries: Gale, Narayanan, Young, Zaharia,
 MegaBlocks: Efficient Sparse Training with Mixture-of-Experts, 2023).
 
-Why the pattern is stored as float32: `jax.grad` refuses a pytree with an integer leaf, and so
-does an optimizer that is mapped over it. Integers up to 2^24 are exact in float32 and have a zero
-gradient, so updates leave them alone; but for weight decay, which scales them all alike. Hence the
-coordinates are homogeneous: a fourth row holds the unit to divide by. The pattern of a gradient is
-all zeros, unit included, and recognised by that: it is no pattern, not block (0, 0).
+Places are integers and values are what is trained (see `pallas_kernels._formats`).
 """
 
 import dataclasses
@@ -20,18 +16,11 @@ import math
 from typing import Any
 
 import jax
-import jax.core
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-Array = Any  # jax.Array, numpy.ndarray, or what stands for them while tracing
-
-
-def concrete(*arrays: Array) -> bool:
-    """Whether the values of the arrays are known now (not being traced, not mere shapes)."""
-    leaves = jax.tree.leaves(arrays)
-    return not any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in leaves)
+from pallas_kernels._formats import Array, concrete, integer_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +32,14 @@ class BlockSparse:
     number of stored blocks runs the same compiled code. A stored block may be unused (padding),
     so that `num_blocks` is a capacity and the pattern may have fewer blocks.
 
-    The fields are leaves of a pytree in the usual way, so an instance can be jitted over, sharded,
-    saved, and differentiated: the gradient is a `BlockSparse` whose `values` are the gradients of
-    the stored blocks. Its pattern is that of the weights: `w.with_values(g.values)`.
-    Optimizers may be mapped over it: they leave the pattern as it is, weight decay included.
+    The fields are leaves of a pytree in the usual way, so an instance can be jitted over, sharded and
+    saved. Gradients are taken with respect to `values`, and optimizers train `values`:
+    `jax.grad(lambda values: loss(w.with_values(values)))(w.values)`.
 
     Attributes:
       values: the stored blocks, `[num_blocks, bh, bw]`.
-      pattern: float32 `[4, num_blocks]`: block rows, block columns, transposed order, and the unit
-        they are given in (see the head of this file). Read it as `block_rows`, `block_cols`,
-        `order`.
+      places: int32 `[3, num_blocks]`: block rows, block columns, transposed order. Read it as
+        `block_rows`, `block_cols`, `order`.
       shape: of the matrix. Blocks at its lower and right edge may stick out; what sticks out is
         ignored in a product.
       block_shape: `(bh, bw)`.
@@ -65,7 +52,7 @@ class BlockSparse:
     """
 
     values: Array
-    pattern: Array
+    places: Array
     shape: tuple[int, int]
     block_shape: tuple[int, int]
 
@@ -139,10 +126,10 @@ class BlockSparse:
                 f"block_mask.shape={block_mask.shape} must be {grid} for a matrix "
                 f"{dense.shape} in blocks of {tuple(block_shape)}"
             )
-        pattern = _pattern_of_mask(block_mask, num_blocks)
+        places = _places_of_mask(block_mask, num_blocks)
         bh, bw = block_shape
-        values = _take_blocks(dense, pattern, grid, (bh, bw))
-        return cls(values, pattern, tuple(dense.shape), (bh, bw))
+        values = _take_blocks(dense, places, grid, (bh, bw))
+        return cls(values, places, tuple(dense.shape), (bh, bw))
 
     @classmethod
     def from_coordinates(
@@ -175,12 +162,13 @@ class BlockSparse:
         if validate and concrete(block_rows, block_cols):
             _check_coordinates(np.asarray(block_rows), np.asarray(block_cols), grid)
         rows, cols = jnp.asarray(block_rows, jnp.int32), jnp.asarray(block_cols, jnp.int32)
-        where = jnp.full(grid, n, jnp.int32).at[rows, cols].set(jnp.arange(n), mode="drop")
-        pattern = _pattern_of_mask(where < n, n)
-        new_rows, new_cols, _ = _decode(pattern)
+        index = jnp.arange(n, dtype=jnp.int32)
+        where = jnp.full(grid, n, jnp.int32).at[rows, cols].set(index, mode="drop")
+        places = _places_of_mask(where < n, n)
+        new_rows, new_cols, _ = places
         source = where.at[new_rows, new_cols].get(mode="fill", fill_value=n)
         values = values.at[source].get(mode="fill", fill_value=0)
-        return cls(values, pattern, (int(shape[0]), int(shape[1])), (bh, bw))
+        return cls(values, places, (int(shape[0]), int(shape[1])), (bh, bw))
 
     @classmethod
     def random(
@@ -210,11 +198,11 @@ class BlockSparse:
         else:
             ranks = rng.permutation(grid[0] * grid[1]).reshape(grid)
             mask = ranks < round(density * grid[0] * grid[1])
-        pattern = _pattern_of_mask(jnp.asarray(mask), None)
+        places = _places_of_mask(jnp.asarray(mask), None)
         scale = 1 / math.sqrt(max(1.0, density * shape[0]))
-        values = scale * jax.random.normal(key, (pattern.shape[1], *block_shape), jnp.float32)
+        values = scale * jax.random.normal(key, (places.shape[1], *block_shape), jnp.float32)
         w = cls(
-            values.astype(dtype), pattern, (shape[0], shape[1]), (block_shape[0], block_shape[1])
+            values.astype(dtype), places, (shape[0], shape[1]), (block_shape[0], block_shape[1])
         )
         return w.with_values(jnp.where(_inside(w), w.values, 0).astype(dtype))
 
@@ -237,42 +225,44 @@ class BlockSparse:
     @property
     def block_rows(self) -> Array:
         """int32 `[num_blocks]`; what is not in `[0, grid[0])` marks an unused block."""
-        return _decode(self.pattern)[0]
+        return self._places[..., 0, :]
 
     @property
     def block_cols(self) -> Array:
         """int32 `[num_blocks]`, ascending."""
-        return _decode(self.pattern)[1]
+        return self._places[..., 1, :]
 
     @property
     def order(self) -> Array:
         """int32 `[num_blocks]`: the stored blocks by block row, then block column."""
-        return _decode(self.pattern)[2]
+        return self._places[..., 2, :]
 
     @property
     def used(self) -> Array:
         """bool `[num_blocks]`: which stored blocks are part of the pattern."""
-        rows, cols, _ = _decode(self.pattern)
+        rows, cols = self.block_rows, self.block_cols
         return (rows >= 0) & (rows < self.grid[0]) & (cols >= 0) & (cols < self.grid[1])
 
     @property
     def block_mask(self) -> Array:
         """bool `[block rows, block columns]`: where a block is stored."""
-        rows, cols, _ = _decode(self.pattern)
-        rows = jnp.where(rows < 0, self.grid[0], rows)
-        return jnp.zeros(self.grid, bool).at[rows, cols].set(True, mode="drop")
+        rows = jnp.where(self.used, self.block_rows, self.grid[0])
+        return jnp.zeros(self.grid, bool).at[rows, self.block_cols].set(True, mode="drop")
+
+    @property
+    def _places(self) -> Array:
+        return integer_places("places", self.places)
 
     def to_dense(self) -> Array:
         """The matrix with its zeros, `[rows, columns]`."""
-        self._require_pattern()
-        return _to_dense(self)
+        return _to_dense(dataclasses.replace(self, places=self._places))
 
     # ---- making another -----------------------------------------------------------------------
 
     @property
     def T(self) -> "BlockSparse":
         """The transposed matrix; its order is the transposed order of this one."""
-        return _transpose(self)
+        return _transpose(dataclasses.replace(self, places=self._places))
 
     def with_values(self, values: Array) -> "BlockSparse":
         """The same pattern with other values `[num_blocks, bh, bw]`."""
@@ -301,14 +291,14 @@ class BlockSparse:
         if block_mask.shape != self.grid:
             raise ValueError(f"block_mask.shape={block_mask.shape} must be {self.grid}")
         n = self.num_blocks
-        rows, cols, _ = _decode(self.pattern)
-        rows = jnp.where(rows < 0, self.grid[0], rows)
-        where = jnp.full(self.grid, n, jnp.int32).at[rows, cols].set(jnp.arange(n), mode="drop")
-        pattern = _pattern_of_mask(block_mask, n)
-        new_rows, new_cols, _ = _decode(pattern)
+        rows = jnp.where(self.used, self.block_rows, self.grid[0])
+        index = jnp.arange(n, dtype=jnp.int32)
+        where = jnp.full(self.grid, n, jnp.int32).at[rows, self.block_cols].set(index, mode="drop")
+        places = _places_of_mask(block_mask, n)
+        new_rows, new_cols, _ = places
         source = where.at[new_rows, new_cols].get(mode="fill", fill_value=n)
         values = self.values.at[source].get(mode="fill", fill_value=0)
-        return dataclasses.replace(self, values=values, pattern=pattern)
+        return dataclasses.replace(self, values=values, places=places)
 
     def split(self, parts: int, axis: str = "columns") -> "BlockSparse":
         """Cut the matrix into `parts` equal ones by block columns or block rows, stacked.
@@ -326,7 +316,7 @@ class BlockSparse:
             raise ValueError(
                 f"parts={parts} must divide the {self.grid[dim]} block {axis}, without ragged edge"
             )
-        if not concrete(self.values, self.pattern):
+        if not concrete(self.values, self.places):
             raise ValueError("split needs a known pattern: call it outside of jit")
         mask, dense = np.asarray(self.block_mask), self.to_dense()
         masks = np.split(mask, parts, dim)
@@ -337,39 +327,9 @@ class BlockSparse:
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
 
-    def _require_pattern(self) -> None:
-        if concrete(self.pattern) and self.num_blocks and not np.any(np.asarray(self.pattern)):
-            raise ValueError(
-                "this BlockSparse has no pattern, as a gradient has none of its own: "
-                "use w.with_values(gradient.values), where w are the weights"
-            )
 
-
-# ---- pattern: the only place that knows how coordinates are stored ----------------------------
-
-
-def _encode(rows: Array, cols: Array, order: Array) -> Array:
-    return jnp.stack([rows, cols, order, jnp.ones_like(rows)], -2).astype(jnp.float32)
-
-
-def decode_pattern(pattern: Array) -> Array:
-    """int32 `[3, num_blocks]`: rows, columns, order; all -1 for the pattern of a gradient."""
-    if pattern.dtype != jnp.float32:
-        raise ValueError(
-            f"pattern.dtype={pattern.dtype} must be float32, in which coordinates are exact; "
-            "cast a BlockSparse with its own astype, which leaves the pattern alone"
-        )
-    numbers, unit = pattern[..., :3, :], pattern[..., 3:, :]
-    return jnp.where(unit > 0, jnp.rint(numbers / unit), -1).astype(jnp.int32)
-
-
-def _decode(pattern: Array) -> tuple[Array, Array, Array]:
-    ints = decode_pattern(pattern)
-    return ints[..., 0, :], ints[..., 1, :], ints[..., 2, :]
-
-
-def _pattern_of_mask(block_mask: Array, num_blocks: int | None) -> Array:
-    """The pattern of a block mask, without sorting: a block's place is a running count."""
+def _places_of_mask(block_mask: Array, num_blocks: int | None) -> Array:
+    """The places of a block mask, without sorting: that of a block is a running count."""
     if concrete(block_mask):
         count = int(np.asarray(block_mask).sum())
         num_blocks = count if num_blocks is None else num_blocks
@@ -379,8 +339,6 @@ def _pattern_of_mask(block_mask: Array, num_blocks: int | None) -> Array:
             )
     elif num_blocks is None:
         raise ValueError("num_blocks=None must be a number where the pattern is not known (jit)")
-    if num_blocks >= 1 << 24:
-        raise ValueError(f"num_blocks={num_blocks} must be less than 2**24; use larger blocks")
     return _place_blocks(block_mask, num_blocks)
 
 
@@ -396,23 +354,22 @@ def _place_blocks(block_mask: Array, n: int) -> Array:
     place_t = jnp.where(by_row, jnp.cumsum(by_row) - 1, n)
     stored = place.reshape(gc, gr).T.reshape(-1).astype(jnp.int32)
     order = jnp.arange(n, dtype=jnp.int32).at[place_t].set(stored, mode="drop")
-    return _encode(rows, cols, order)
+    return jnp.stack([rows, cols, order])
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _take_blocks(
-    dense: Array, pattern: Array, grid: tuple[int, int], block_shape: tuple[int, int]
+    dense: Array, places: Array, grid: tuple[int, int], block_shape: tuple[int, int]
 ) -> Array:
-    rows, cols, _ = _decode(pattern)
+    rows, cols, _ = places
     return _to_blocks(dense, grid, block_shape).at[rows, cols].get(mode="fill", fill_value=0)
 
 
 @jax.jit
 def _to_dense(w: "BlockSparse") -> Array:
     (bh, bw), (gr, gc) = w.block_shape, w.grid
-    rows, cols, _ = _decode(w.pattern)
-    rows = jnp.where(rows < 0, gr, rows)
-    blocks = jnp.zeros((gr, gc, bh, bw), w.dtype).at[rows, cols].set(w.values, mode="drop")
+    rows = jnp.where(w.used, w.block_rows, gr)
+    blocks = jnp.zeros((gr, gc, bh, bw), w.dtype).at[rows, w.block_cols].set(w.values, mode="drop")
     dense = blocks.transpose(0, 2, 1, 3).reshape(gr * bh, gc * bw)
     return dense[: w.shape[0], : w.shape[1]]
 
@@ -420,11 +377,11 @@ def _to_dense(w: "BlockSparse") -> Array:
 @jax.jit
 def _transpose(w: "BlockSparse") -> "BlockSparse":
     (rows_n, cols_n), (bh, bw) = w.shape, w.block_shape
-    rows, cols, order = _decode(w.pattern)
+    rows, cols, order = w.places
     back = jnp.zeros_like(order).at[order].set(jnp.arange(w.num_blocks, dtype=jnp.int32))
-    pattern = _encode(cols[order], rows[order], back)
+    places = jnp.stack([cols[order], rows[order], back])
     values = w.values[order].swapaxes(1, 2)
-    return BlockSparse(values, pattern, (cols_n, rows_n), (bw, bh))
+    return BlockSparse(values, places, (cols_n, rows_n), (bw, bh))
 
 
 def _grid(shape: tuple[int, ...], block_shape: tuple[int, int], pad: bool) -> tuple[int, int]:
@@ -449,7 +406,7 @@ def _to_blocks(dense: Array, grid: tuple[int, int], block_shape: tuple[int, int]
 
 def _inside(w: BlockSparse) -> Array:
     """bool, like the values: false where an edge block sticks out of the matrix."""
-    (bh, bw), (rows, cols, _) = w.block_shape, _decode(w.pattern)
+    (bh, bw), (rows, cols, _) = w.block_shape, w.places
     r = rows[:, None, None] * bh + jnp.arange(bh).reshape(1, -1, 1)
     c = cols[:, None, None] * bw + jnp.arange(bw).reshape(1, 1, -1)
     return (r < w.shape[0]) & (c < w.shape[1])
@@ -468,7 +425,7 @@ def _check_coordinates(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]
 
 def _flatten(w: BlockSparse):
     key = jax.tree_util.GetAttrKey
-    return ((key("values"), w.values), (key("pattern"), w.pattern)), (w.shape, w.block_shape)
+    return ((key("values"), w.values), (key("places"), w.places)), (w.shape, w.block_shape)
 
 
 def _unflatten(static, leaves) -> BlockSparse:
@@ -476,7 +433,7 @@ def _unflatten(static, leaves) -> BlockSparse:
 
 
 jax.tree_util.register_pytree_with_keys(
-    BlockSparse, _flatten, _unflatten, lambda w: ((w.values, w.pattern), (w.shape, w.block_shape))
+    BlockSparse, _flatten, _unflatten, lambda w: ((w.values, w.places), (w.shape, w.block_shape))
 )
 
 jax.export.register_pytree_node_serialization(

@@ -21,15 +21,15 @@ import jax.core
 import jax.export
 import jax.numpy as jnp
 
-from pallas_kernels.formats.block_sparse import Array
+from pallas_kernels._formats import Array, integer_places
 
 
 @dataclasses.dataclass(frozen=True)
 class NMSparse:
     """A matrix `[in, out]` with at most N nonzeros in every M consecutive rows of a column.
 
-    Build it with `from_dense` (keeps the largest) or `from_mask`. To differentiate, take the
-    gradient with respect to `values`: `jax.grad(lambda v: f(w.with_values(v)))(w.values)`.
+    Build it with `from_dense` (keeps the largest) or `from_mask`. Gradients are taken with respect to
+    `values`: `jax.grad(lambda values: loss(w.with_values(values)))(w.values)`.
 
     Attributes:
       values: `[N, in / M, out]` if `share` is 1, else `[out / share, share, N * in / M]`, by
@@ -85,7 +85,8 @@ class NMSparse:
     @property
     def places(self) -> Array:
         """int32 `[N, in / M, out / share]`: the place of each value in its group."""
-        return unpack(self.codes, self.m)[:, : self.shape[0] // self.m]
+        codes = integer_places("codes", self.codes)
+        return unpack(codes, self.m)[:, : self.shape[0] // self.m]
 
     @property
     def planes(self) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.formats.block_sparse import Array, concrete
+from pallas_kernels._formats import Array, concrete, integer_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Condensed:
 
     Columns with fewer nonzeros are filled up with zeros, so that any unstructured matrix can be
     held; masks of constant fan-in waste nothing. (The condensed representation of Lasby, Golubeva,
-    Evci, Nica, Ioannou, Dynamic Sparse Training with Structured Sparsity, 2024.) To differentiate,
-    take the gradient with respect to `values`.
+    Evci, Nica, Ioannou, Dynamic Sparse Training with Structured Sparsity, 2024.) Gradients are taken
+    with respect to `values`: `jax.grad(lambda values: loss(w.with_values(values)))(w.values)`.
 
     Attributes:
       values: `[stored outputs, fan_in]`.
@@ -79,7 +79,7 @@ class Condensed:
 
     def to_dense(self) -> Array:
         """The matrix with its zeros, `[in, out]`."""
-        at = self.rows, self.outputs[:, None]
+        at = integer_places("rows", self.rows), integer_places("outputs", self.outputs)[:, None]
         return jnp.zeros(self.shape, self.dtype).at[at].add(self.values)
 
     def with_values(self, values: Array) -> "Condensed":
