@@ -26,6 +26,7 @@ from jax import Array
 import jaxsparse
 from experiments.report.page import markdown_table
 from jaxsparse import masking, selection
+from jaxsparse._counts import kept_count, scale_count
 from jaxsparse.leaves import SparseLeaves, find
 
 TASKS, CLASSES = 5, 10
@@ -96,7 +97,7 @@ def importance(w: Array, g_data: Array, g_buffer: Array, alpha: float, beta: flo
 
 def gradient_mask(gradient: Array, weight_mask: Array, q: float) -> Array:
     """The 1 - q of *all* entries of a layer with the largest |gradient| inside the weight mask."""
-    k = gradient.size - int(q * gradient.size)
+    k = kept_count(gradient.size, q)
     return selection.topk_mask(jnp.abs(gradient), k, where=weight_mask)
 
 
@@ -105,6 +106,14 @@ def rewire(mask: Array, score: Array, lower: int, upper: int, key: Array) -> Arr
     kept = selection.topk_mask(score, lower, where=mask)
     grown = selection.topk_mask(jax.random.uniform(key, mask.shape), upper - lower, where=~kept)
     return kept | grown
+
+
+def counts(size: int, sparsity: float, surplus: float) -> tuple[int, int, int]:
+    """Weights of a layer of `size`: what a rewiring prunes to, what it grows back to, and what the
+    layer is raised to when a task begins."""
+    kept = kept_count(size, sparsity)
+    more = scale_count(kept, surplus)
+    return kept - more, kept, min(kept + more, size)
 
 
 _top = jax.jit(selection.topk_mask)
@@ -134,7 +143,8 @@ def class_incremental(
     seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Trains on the tasks in turn; returns the accuracy on all classes at the end, and what was spent:
-    the densest update of any layer, examples used, density of the weights."""
+    the densest update of any layer, examples used and removed, density of the weights at the end and
+    while a new task begins."""
     params = init_network(seed, CLASSES)
     plan = find(params)
     params, drawn = jaxsparse.prune(params, method.sparsity, score="random", seed=seed)
@@ -144,7 +154,8 @@ def class_incremental(
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     slots: list[tuple[np.ndarray, int, np.ndarray]] = []  # pixels, label, logits when it was stored
     seen = used = 0
-    busiest = 0.0
+    busiest = raised = 0.0
+    removed, removals = 0, sorted({epochs // 4, epochs // 2})
 
     def replay_loss(params, bx, by, bz):
         distilled = jnp.mean((logits(params, bx) - bz) ** 2)
@@ -164,12 +175,20 @@ def class_incremental(
         new = [jnp.where(a, w - learning_rate * g, w) for w, g, a in zip(ws, grads, allowed)]
         return plan.put(params, new), jnp.max(jnp.stack([jnp.mean(a) for a in allowed]))
 
-    @jax.jit
-    def rewired(params, masks, fresh, buffered, key):
-        weights = (alpha, beta)
-        return _rewired(
-            plan, params, masks, fresh, buffered, key, weights, surplus, method.sparsity
-        )
+    @functools.partial(jax.jit, static_argnames="raised")
+    def rewired(params, masks, fresh, buffered, key, raised=False):
+        """Prunes and grows to the density; `raised`: only grows, by the surplus of a new task."""
+        rows = zip(plan.take(params), masks, plan.take(fresh), plan.take(buffered))
+        new = []
+        for i, (w, m, g, b) in enumerate(rows):
+            lower, kept, more = counts(m.size, method.sparsity, surplus)
+            lower, upper = (kept, more) if raised else (lower, kept)
+            score = importance(w, g, b, alpha, beta)
+            new.append(rewire(m, score, lower, upper, jax.random.fold_in(key, i)))
+        return masking.apply(params, plan.scatter(new)), new
+
+    def density() -> float:
+        return sum(int(m.sum()) for m in masks) / sum(m.size for m in masks)
 
     answer = jax.jit(logits)
     nothing = jax.tree.map(jnp.zeros_like, params)
@@ -191,9 +210,12 @@ def class_incremental(
                 else:
                     fresh, _ = gradients(params, x, y, x, y, np.zeros((batch, CLASSES), np.float32))
                     buffered = nothing
-                if method.sparsity and i == 0 and epoch and epoch % 2 == 0 and epoch < epochs - 1:
+                begins = bool(task) and epoch == 0
+                due = begins or (epoch and epoch % 2 == 0 and epoch < epochs - 1)
+                if method.sparsity and i == 0 and due:
                     fold = jax.random.fold_in(key, task * epochs + epoch)
-                    params, masks = rewired(params, masks, fresh, buffered, fold)
+                    params, masks = rewired(params, masks, fresh, buffered, fold, raised=begins)
+                    raised = max(raised, density())
                 params, share = update(params, masks, fresh, buffered)
                 busiest = max(busiest, float(share))
                 used += len(rows)
@@ -212,30 +234,22 @@ def class_incremental(
             now = np.argmax(answer(params, data.x), -1) == data.y
             forgotten += correct & ~now
             correct = now
-            if method.removed and epoch in (epochs // 4, epochs // 2):
-                active[easiest(forgotten, active, int(method.removed * active.mean()) // 2)] = False
+            if epoch in removals:
+                done = int(np.count_nonzero(~active))
+                due = method.removed * (removals.index(epoch) + 1) // len(removals)
+                gone = easiest(forgotten, active, due - done)
+                active[gone] = False
+                removed += len(gone)
         # The sparsity that was asked for, whatever the last rewiring left.
         params, masks = _tightened(plan, params, masks, method.sparsity)
-    density = sum(int(m.sum()) for m in masks) / sum(m.size for m in masks)
     return {
-        "accuracy": accuracy(params, test), "update": busiest, "examples": used, "density": density,
+        "accuracy": accuracy(params, test), "update": busiest, "examples": used, "removed": removed,
+        "density": density(), "raised": raised,
     }  # fmt: skip
 
 
-def _rewired(plan, params, masks, fresh, buffered, key, weights, surplus, sparsity):
-    new = []
-    for i, (w, m, g, b) in enumerate(
-        zip(plan.take(params), masks, plan.take(fresh), plan.take(buffered))
-    ):
-        upper = int((1 - sparsity) * m.size)
-        lower = int((1 - sparsity - surplus * (1 - sparsity)) * m.size)
-        score = importance(w, g, b, *weights)
-        new.append(rewire(m, score, lower, upper, jax.random.fold_in(key, i)))
-    return masking.apply(params, plan.scatter(new)), new
-
-
 def _tightened(plan, params, masks, sparsity):
-    sizes = [m.size - int(sparsity * m.size) for m in masks]
+    sizes = [kept_count(m.size, sparsity) for m in masks]
     new = [_top(jnp.abs(w), k, where=m) for w, m, k in zip(plan.take(params), masks, sizes)]
     return masking.apply(params, plan.scatter(new)), new
 

@@ -54,6 +54,7 @@ def hold_masks(
     after: Callable[[Step], tuple[list[Array], list[Array]]] | None = None,
     on_update: Literal["step", "replace"] = "step",
     fresh: Literal["grown"] | Callable[[Array], Array] | None = None,
+    grow_init: Callable[[Step], list[Array]] | None = None,
     aux: Callable[[Step], Any] | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,6 +78,8 @@ def hold_masks(
       fresh: whose slots of the inner state start as at `init`. "grown": those of weights that are
         not kept, so that a grown weight starts anew; a function of the count: those of all weights,
         of dense leaves too, at the steps where it is true. Counts of the inner state go on.
+      grow_init: the values at which grown weights start, of the leaves' shapes, from the `Step` that
+        the rule sees; None: 0.
       aux: what the method keeps besides, from a `Step` that holds the weights and their masks.
       pack_masks: store masks as bits.
     """
@@ -148,6 +151,14 @@ def hold_masks(
             jnp.where(m, d.astype(w.dtype), jnp.zeros((), w.dtype))
             for m, d, w in zip(live, plan.take(deltas), ws)
         ]
+        if grow_init is not None:
+
+            def started(moves, count, masks, old, ws, gs):
+                values = grow_init(Step(count, views(plan, ws, gs, old), state.inner, state.aux))
+                rows = zip(moves, masks, old, values, ws)
+                return [jnp.where(m & ~o, (v - w).astype(d.dtype), d) for d, m, o, v, w in rows]
+
+            moves = when(fires, started, moves, state.count, masks, old, ws, read)
         out = [jnp.where(m, d, -w) for m, d, w in zip(masks, moves, ws)]
         if after is not None:
             step = Step(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -28,6 +30,12 @@ def _kept_by_sign(v: View, fraction) -> tuple[Array, Array]:
     return keep, selection.count(units, axis=axes) - selection.count(keep, axis=axes)
 
 
+def drawn_values(step: Step, initializer: Callable[..., Array], seed) -> list[Array]:
+    """Values of the initializer for all weights, from a key of the leaf, the step and the seed."""
+    keys = [jax.random.key(salt ^ jnp.uint32(0x5BF03635)) for salt in step.salts(seed)]
+    return [initializer(k, v.w.shape, v.w.dtype) for k, v in zip(keys, step.views)]
+
+
 @register(
     "set",
     reference="Mocanu et al., Scalable training of artificial neural networks with adaptive sparse "
@@ -39,6 +47,7 @@ def set_(
     *,
     total_steps: Any,
     removal: Literal["magnitude", "signwise"] = "magnitude",
+    grow_init: Callable[..., Array] | None = None,
     drop_fraction: Any = 0.3,
     update_every: Any = 100,
     begin_step: Any = None,
@@ -57,9 +66,14 @@ def set_(
     that falls along a cosine. The first SET is `removal="signwise"` with a constant fraction
     (`drop_fraction=lambda step: 0.3`): it drops that fraction of the positive and of the negative
     weights separately, those closest to zero, and kept weights that are exactly zero; it starts
-    grown weights at the values that their positions had, here they are 0.
+    grown weights at the values that their positions had, here they are 0, or drawn by `grow_init`
+    (as in the authors' sparse code, N(0, 1)/10).
 
     Args and errors: see `rigl`.
+
+    Args:
+      grow_init: an initializer `(key, shape, dtype) -> values` of grown weights, such as
+        `jax.nn.initializers.normal(0.1)`; None: they start at 0.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.set_(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)
@@ -83,6 +97,7 @@ def set_(
         recipe.plan_for(targets, structure),
         init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
         rule=by_sign if removal == "signwise" else by_magnitude,
+        grow_init=None if grow_init is None else lambda step: drawn_values(step, grow_init, seed),
         at=updates,
         gradient="kept",
         fresh="grown",

@@ -1,5 +1,7 @@
 """The applications: what their papers' rules say, on the smallest cases; and that each one runs."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,18 @@ def test_rewiring_keeps_the_most_important_and_grows_to_the_upper_count():
     assert int(new.sum()) == 40 and bool(new[10:40].all())
 
 
+@pytest.mark.parametrize("size, sparsity, want", [(8192, 0.9, (779, 820, 861)), (64 * 128, 0.75, (1946, 2048, 2150)), (10, 0.0, (10, 10, 10))])  # fmt: skip
+def test_the_counts_of_a_layer_are_exact(size, sparsity, want):
+    """Oracle in fractions: n - floor(S n), and a twentieth of it less or more."""
+    exact = Fraction(str(sparsity))
+    kept = size - int(exact * size)
+    more = int(Fraction("0.05") * kept) if sparsity else 0
+    assert continual.counts(size, sparsity, 0.05 if sparsity else 0.0) == want
+    assert want == (kept - more, kept, min(kept + more, size))
+    g = jax.random.normal(jax.random.key(0), (size,))
+    assert int(continual.gradient_mask(g, jnp.ones(size, bool), sparsity).sum()) == kept
+
+
 def test_nothing_is_forgotten_with_one_mask_per_task():
     train, test = continual.digits()
     result = continual.task_incremental(train, test, steps=20, update_every=5)
@@ -138,6 +152,11 @@ def test_replay_and_sparse_training_spend_what_was_asked():
     assert spent["density"] == pytest.approx(0.25, abs=1e-3)
     assert spent["update"] <= 0.2 + 1e-3
     assert spent["examples"] < 4 * len(train.y)
+    assert spent["removed"] == 40 * continual.TASKS
+    # A new task starts at a density that is a twentieth higher, and returns.
+    sizes = [64 * 128, 128 * 128, 128 * 10]
+    raised = sum(continual.counts(n, 0.75, 0.05)[2] for n in sizes) / sum(sizes)
+    assert spent["raised"] == pytest.approx(raised) and raised > 0.26
 
 
 # --- Recommender ----------------------------------------------------------------------------------

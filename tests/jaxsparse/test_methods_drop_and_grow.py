@@ -534,6 +534,33 @@ def test_signwise_removal_drops_from_both_signs_alike():
         jaxsparse.set_(SGD, 0.5, total_steps=9, update_every=2, removal="sign")
 
 
+@pytest.mark.parametrize("removal", ["magnitude", "signwise"])
+def test_grown_weights_start_where_they_are_drawn_and_survivors_go_on(removal):
+    draw = jax.nn.initializers.normal(0.1)
+    make = lambda grow_init: jaxsparse.set_(
+        optax.sgd(0.1, momentum=0.9), 0.8, total_steps=20, update_every=3, removal=removal,
+        drop_fraction=constant(0.5), grow_init=grow_init,
+    )  # fmt: skip
+    runs = []
+    for grow_init in (None, draw):
+        tx = make(grow_init)
+        params, state = start(tx, {"kernel": matrix((60, 50))})
+        step = stepper(tx)
+        for t in range(3):
+            params, state = step(params, state, {"kernel": matrix((60, 50), t + 1)})
+        old = masks(state)["kernel"]
+        params, state = step(params, state, {"kernel": matrix((60, 50), 9)})
+        runs.append((np.asarray(params["kernel"]), masks(state)["kernel"], state.inner[0].trace))
+    (zero, m, trace), (drawn, n, other) = runs
+    np.testing.assert_array_equal(m, n)
+    new = m & ~old
+    assert new.sum() > 200 and not zero[new].any()
+    np.testing.assert_array_equal(zero[~new], drawn[~new])
+    np.testing.assert_array_equal(trace["kernel"], other["kernel"])
+    assert not np.asarray(other["kernel"])[new].any(), "no momentum"
+    assert abs(drawn[new].std() - 0.1) < 0.015 and abs(drawn[new].mean()) < 0.02
+
+
 def test_growth_of_set_is_uniform_over_empty_positions():
     params = {"kernel": matrix((10, 2))}
 
