@@ -1,10 +1,10 @@
 """The engines: each one wraps an inner optimizer; methods are recipes on them."""
 
-from jaxsparse.engines._common import Step, View, momentum
 from jaxsparse.engines.drop_and_grow import drop_and_grow, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import keep_best
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
+from jaxsparse.engines.step import Step, View, momentum
 from jaxsparse.engines.straight_through import (
     Learner,
     Projection,

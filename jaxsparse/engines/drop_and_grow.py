@@ -10,8 +10,8 @@ from jax import Array
 
 from jaxsparse import scores, selection
 from jaxsparse._counts import scale_count
-from jaxsparse.engines._common import Step
 from jaxsparse.engines.hold_masks import Rule
+from jaxsparse.engines.step import Step
 from jaxsparse.leaves import Leaf, coupling
 from jaxsparse.schedules import Schedule
 

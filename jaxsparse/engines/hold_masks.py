@@ -20,21 +20,19 @@ import optax
 from jax import Array
 
 from jaxsparse._counts import when
-from jaxsparse.engines._common import (
+from jaxsparse.engines._checks import (
     PlanFor,
-    Step,
-    broken,
     check_arguments,
     check_inner,
     check_storage,
     compiled_once,
     first_state,
-    like,
+    sharded_as,
     store_masks,
-    views,
-    whole,
+    with_whole_masks,
 )
 from jaxsparse.engines._slots import restart, stand_still
+from jaxsparse.engines.step import Step, any_nan, views
 from jaxsparse.masking import unpack
 from jaxsparse.schedules import At, Both, Updates
 from jaxsparse.state import SparseState
@@ -91,7 +89,7 @@ def hold_masks(
         ws, inner_state = plan.take(params), inner.init(params)
         masks = init(Step(jnp.int32(0), views(plan, ws), inner_state))
         # Buffers of their own: what a user has given must survive the donation of the state.
-        masks = [like(jnp.array(m, copy=True), w) for m, w in zip(masks, ws)]
+        masks = [sharded_as(jnp.array(m, copy=True), w) for m, w in zip(masks, ws)]
         step = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
         state = SparseState(
             count=jnp.zeros((), jnp.int32),
@@ -105,7 +103,7 @@ def hold_masks(
         return first_state(state, params)
 
     def update_fn(updates, state, params=None, **extra):
-        state = whole(state, init_fn, params)
+        state = with_whole_masks(state, init_fn, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=False)
         ws, gs = plan.take(params), plan.gradients(updates, params)
         old = plan.masks(state.masks)
@@ -117,7 +115,7 @@ def hold_masks(
             fires = at.fires(state.count)
             if fresh == "grown":  # nothing has been trained at step 0
                 fires &= state.count > 0
-            fires = when(fires, lambda yes, *xs: yes & ~broken(*xs), fires, read, ws)
+            fires = when(fires, lambda yes, *xs: yes & ~any_nan(*xs), fires, read, ws)
 
             def run(carry, count, ws, gs):
                 masks = [unpack(m) for m in carry[0]]

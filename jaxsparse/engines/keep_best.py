@@ -7,8 +7,8 @@ from typing import Any
 from jaxsparse import scores
 from jaxsparse.allocations import Allocation
 from jaxsparse.choose import choose
-from jaxsparse.engines._common import Step
 from jaxsparse.engines.hold_masks import Rule
+from jaxsparse.engines.step import Step
 from jaxsparse.schedules import Schedule
 
 

@@ -21,21 +21,19 @@ import optax
 from jax import Array
 
 from jaxsparse._counts import when
-from jaxsparse.engines._common import (
+from jaxsparse.engines._checks import (
     PlanFor,
-    Step,
-    broken,
     check_arguments,
     check_inner,
     check_storage,
     compiled_once,
     first_state,
-    like,
+    sharded_as,
     store_masks,
-    views,
-    whole,
+    with_whole_masks,
 )
 from jaxsparse.engines.hold_masks import Rule, hidden
+from jaxsparse.engines.step import Step, any_nan, views
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.scores import View
 from jaxsparse.state import SparseState, project
@@ -116,15 +114,15 @@ def straight_through(
         plan = plan_for(params)
         ws = plan.take(params)
         # A buffer of its own: z must survive the donation of the parameters.
-        zs = [like(jnp.array(cast(w), copy=True), w) for w in ws]
+        zs = [sharded_as(jnp.array(cast(w), copy=True), w) for w in ws]
         aux = initial_aux(plan, zs)
         found = rule(Step(jnp.int32(0), views(plan, zs), aux=aux))
-        found = found._replace(masks=[like(m, w) for m, w in zip(found.masks, ws)])
+        found = found._replace(masks=[sharded_as(m, w) for m, w in zip(found.masks, ws)])
         state = store(plan, jnp.zeros((), jnp.int32), zs, found, inner.init(plan.put(params, zs)))
         return first_state(state, params)
 
     def update_fn(updates, state, params=None, **extra):
-        state = whole(state, init_fn, params)
+        state = with_whole_masks(state, init_fn, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=True)
         ws, zs = plan.take(params), plan.take(state.raw)
         gs = plan.gradients(updates, params)
@@ -144,7 +142,7 @@ def straight_through(
         found = rule(Step(state.count, views(plan, zs, gs, masks), new_inner, aux))
         # NaN ranks nowhere: were the masks to follow it, it would vanish from p. They stay, and it
         # shows. One pass over z looks for it; thresholds have no ranking that could tell.
-        bad = broken([], zs)
+        bad = any_nan([], zs)
         found = found._replace(masks=[jnp.where(bad, *pair) for pair in zip(masks, found.masks)])
         none = [None] * len(zs)
         ps = [

@@ -19,7 +19,14 @@ import optax
 from jax import Array
 
 from jaxsparse import masking
-from jaxsparse.engines._common import PlanFor, compiled_once, first_state, like, store_masks, whole
+from jaxsparse.engines._checks import (
+    PlanFor,
+    compiled_once,
+    first_state,
+    sharded_as,
+    store_masks,
+    with_whole_masks,
+)
 from jaxsparse.leaves import Leaf
 from jaxsparse.state import find_states
 from jaxsparse.structures import NM
@@ -57,7 +64,7 @@ def two_view(
 
     def view(plan, ws, masks, old, count):
         found = [rule(*row, count) for row in zip(plan.leaves, ws, masks, old)]
-        bs = [like(b, w) for (b, _), w in zip(found, ws)]
+        bs = [sharded_as(b, w) for (b, _), w in zip(found, ws)]
         orders = [order for _, order in found]
         return BackwardView(
             plan.scatter(store_masks(bs, pack_masks)),
@@ -76,7 +83,7 @@ def two_view(
 
     def update_fn(updates, state: Any, params: Any = None, **extra):
         new: Any
-        state = whole(state, init_fn, params)
+        state = with_whole_masks(state, init_fn, params)
         updates, new = tx.update(updates, state._replace(aux=None), params, **extra)
         plan = plan_for(params)
         if new.raw is None:

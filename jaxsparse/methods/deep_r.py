@@ -12,7 +12,7 @@ from jaxsparse import masking
 from jaxsparse._counts import is_concrete
 from jaxsparse.choose import unit_budgets
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
-from jaxsparse.engines._common import broken
+from jaxsparse.engines.step import any_nan
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
 
@@ -110,7 +110,7 @@ def deep_r(
 
     def settle(step: Step):
         views, signs = step.views, signs_of(step)
-        calm = ~broken([], [v.w for v in views])
+        calm = ~any_nan([], [v.w for v in views])
         counts = lambda ms: [v.leaf.counts(m) for v, m in zip(views, ms)]
         alive = [v.m & ~((v.w * sign <= 0) & calm) for v, sign in zip(views, signs)]
         left = counts(alive)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from jaxsparse.engines._common import check_inner
+from jaxsparse.engines._checks import check_inner
 from jaxsparse.methods._registry import register
 
 

@@ -14,12 +14,12 @@ from jax import Array
 from jaxsparse import selection
 from jaxsparse._counts import MAX_TRACED, is_concrete, scale_count
 from jaxsparse.engines import Step, hold_masks
-from jaxsparse.engines._common import (
+from jaxsparse.engines._checks import (
     check_arguments,
     check_inner,
     compiled_once,
     first_state,
-    whole,
+    with_whole_masks,
 )
 from jaxsparse.engines._slots import renewed
 from jaxsparse.methods import _recipe as recipe
@@ -213,7 +213,7 @@ def sap(
         return first_state(tx.init(params)._replace(aux=copies), params)
 
     def update(grads, state, params=None, **extra):
-        state = whole(state, init, params)
+        state = with_whole_masks(state, init, params)
         plan = check_arguments(params, state, plan_for, keeps_raw=False)
         ws, treedef = jax.tree.flatten(params)
         numbers = list(starts(plan, params))

@@ -1,8 +1,7 @@
-"""What the engines share: how rules see the sparse leaves, and how state leaves are stored."""
+"""What the engines share besides: arguments that fit together, and states as they are stored."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,46 +16,13 @@ from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import masking
-from jaxsparse.leaves import Leaf, SparseLeaves
-from jaxsparse.scores import View
+from jaxsparse.leaves import SparseLeaves
 from jaxsparse.state import SparseState
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What a rule is given: the step (int32, 0 at `init` and at the first update), the sparse
-    leaves, the inner optimizer's state before this step, and what the method keeps besides."""
-
-    count: Array
-    views: Sequence[View]
-    inner: Any = None
-    aux: Any = None
-
-    @property
-    def leaves(self) -> list[Leaf]:
-        """The sparse leaves."""
-        return [v.leaf for v in self.views]
-
-    @property
-    def masks(self) -> list:
-        """The masks so far."""
-        return [v.m for v in self.views]
-
-    def salts(self, seed: Any) -> list[Array]:
-        """One seed per leaf, of this step."""
-        return [leaf.salt(seed, self.count) for leaf in self.leaves]
-
 
 PlanFor = Callable[[Any], SparseLeaves]
 
 
-def views(plan: SparseLeaves, ws, gs=None, ms=None) -> list[View]:
-    """The views of all sparse leaves."""
-    none = [None] * len(plan.leaves)
-    return [View(*row) for row in zip(plan.leaves, ws, gs or none, ms or none)]
-
-
-def like(x: Array, param: Array) -> Array:
+def sharded_as(x: Array, param: Array) -> Array:
     """`x` with the sharding of `param`, eagerly or under `jit`."""
     if x.shape != param.shape:
         return x
@@ -71,43 +37,6 @@ def like(x: Array, param: Array) -> Array:
 def store_masks(masks: Sequence[Array], packed: bool) -> list:
     """The masks as the state holds them."""
     return [masking.pack(m) if packed else m for m in masks]
-
-
-def momentum(step: Step) -> list[Array]:
-    r"""The momentum of the sparse leaves in the inner optimizer's state, whatever wraps it: `trace`
-    (SGD), or `mu` (Adam and its kin), divided by $\sqrt{\nu} + 10^{-8}$ where there is a `nu`.
-
-    Raises:
-      ValueError: the inner optimizer keeps none.
-    """
-    masked_out = lambda x: isinstance(x, optax.MaskedNode)
-
-    def slot(name: str, leaf: Leaf):
-        for _, tree in optax.tree.get_all_with_path(step.inner, name):
-            flat = jax.tree.leaves(tree, is_leaf=masked_out)
-            x = flat[leaf.index] if leaf.index < len(flat) else None
-            if x is not None and not masked_out(x) and jnp.shape(x) == leaf.shape:
-                return x
-        return None
-
-    found = []
-    for leaf in step.leaves:
-        m, nu = slot("trace", leaf), None
-        if m is None:
-            m, nu = slot("mu", leaf), slot("nu", leaf)
-        if m is None:
-            raise ValueError(
-                f"inner: this method reads its momentum, and it keeps none for {leaf.path!r} (no "
-                "`trace` or `mu` in its state); give optax.sgd(0.1, momentum=0.9) or optax.adam"
-            )
-        found.append(m if nu is None else m / (jnp.sqrt(nu) + 1e-8))
-    return found
-
-
-def broken(grads: Sequence[Array], weights: Sequence[Array]) -> Array:
-    """Whether any gradient or weight of the sparse leaves is NaN (bool scalar)."""
-    bad = [jnp.any(jnp.isnan(x)) for x in (*grads, *weights)]
-    return jnp.any(jnp.stack(bad)) if bad else jnp.zeros((), bool)
 
 
 def check_inner(inner) -> optax.GradientTransformationExtraArgs:
@@ -131,7 +60,7 @@ def check_storage(pack_masks: Any, raw_dtype: Any = None) -> None:
         raise ValueError(f"raw_dtype={raw_dtype!r}: give a floating-point dtype, or None")
 
 
-def whole(state, init: Callable[[Any], Any], params):
+def with_whole_masks(state, init: Callable[[Any], Any], params):
     """The state with its packed masks whole: `nnx.Optimizer` hands them back as mappings of their
     fields after an update, as it does with whatever is no array."""
     pieces = jax.tree.leaves(state, is_leaf=masking.taken_apart)
@@ -184,15 +113,15 @@ def first_state(state: SparseState, params) -> SparseState:
     the weights, and trees of masks and raw weights have no leaf where a weight is dense.
     """
     if isinstance(params, _placeholder()):
-        whole = lambda tree: None if tree is None else 0
+        opaque = lambda tree: None if tree is None else 0
         return SparseState(
             count=state.count,
-            masks=whole(state.masks),
-            raw=whole(state.raw),
-            shift=whole(state.shift),
-            scale=whole(state.scale),
+            masks=opaque(state.masks),
+            raw=opaque(state.raw),
+            shift=opaque(state.shift),
+            scale=opaque(state.scale),
             inner=state.inner,
-            aux=whole(state.aux),
+            aux=opaque(state.aux),
         )
     placed = [
         getattr(p, "sharding", None) for p in jax.tree.leaves(params) if not isinstance(p, Tracer)
