@@ -21,9 +21,17 @@ from jaxsparse.targets import path_name
 # What may differ between the run that wrote a checkpoint and the one that goes on from it: where it
 # runs, how it reads, how often it writes.
 FREE = {
-    "parallel", "tensor", "data_dir", "reader_threads", "reader_processes", "log_every", "eval_every",
-    "checkpoint_every", "keep_checkpoints", "max_loss",
-}  # fmt: skip
+    "parallel",
+    "tensor",
+    "data_dir",
+    "reader_threads",
+    "reader_processes",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_loss",
+}
 
 
 class CheckpointError(RuntimeError):

@@ -38,9 +38,13 @@ def integer(least: int, most: int | None = None) -> Rule:
 
 
 def number(
-    least: float | None = None, *, above: float | None = None, below: float | None = None,
-    most: float | None = None, infinite: bool = False,
-) -> Rule:  # fmt: skip
+    least: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    infinite: bool = False,
+) -> Rule:
     """A number in a range, finite unless `infinite`."""
     limits = {"at least": least, "above": above, "below": below, "at most": most}
     words = " and ".join(f"{name} {x:g}" for name, x in limits.items() if x is not None)

@@ -138,10 +138,18 @@ class Replay(NamedTuple):
 
 
 def class_incremental(
-    method: Replay, train: Data, test: Data, *, epochs: int = 8, batch: int = 16,
-    learning_rate: float = 0.05, alpha: float = 0.5, beta: float = 0.5, surplus: float = 0.05,
+    method: Replay,
+    train: Data,
+    test: Data,
+    *,
+    epochs: int = 8,
+    batch: int = 16,
+    learning_rate: float = 0.05,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    surplus: float = 0.05,
     seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Trains on the tasks in turn; returns the accuracy on all classes at the end, and what was spent:
     the densest update of any layer, examples used and removed, density of the weights at the end and
     while a new task begins."""
@@ -243,9 +251,13 @@ def class_incremental(
         # The sparsity that was asked for, whatever the last rewiring left.
         params, masks = _tightened(plan, params, masks, method.sparsity)
     return {
-        "accuracy": accuracy(params, test), "update": busiest, "examples": used, "removed": removed,
-        "density": density(), "raised": raised,
-    }  # fmt: skip
+        "accuracy": accuracy(params, test),
+        "update": busiest,
+        "examples": used,
+        "removed": removed,
+        "density": density(),
+        "raised": raised,
+    }
 
 
 def _tightened(plan, params, masks, sparsity):
@@ -297,24 +309,43 @@ def _learn(weights, frozen, xs, ys, seed, *, make, plan):
 
 
 def learn_task(
-    store: Store, plan: SparseLeaves, data: Data, task: int, make: Any, *, steps: int = 300,
-    batch: int = 32, seed: int = 0,
-) -> Store:  # fmt: skip
+    store: Store,
+    plan: SparseLeaves,
+    data: Data,
+    task: int,
+    make: Any,
+    *,
+    steps: int = 300,
+    batch: int = 32,
+    seed: int = 0,
+) -> Store:
     """Finds and trains the mask of `task`, leaving frozen weights at the values of the store.
     `make(seed)` is the method that finds it."""
     rows = np.random.default_rng([seed, task]).integers(0, len(data.y), (steps, batch))
     weights, masks = _learn(
-        store.weights, store.frozen, data.x[rows], data.y[rows] - 2 * task, seed * TASKS + task,
-        make=make, plan=plan,
-    )  # fmt: skip
+        store.weights,
+        store.frozen,
+        data.x[rows],
+        data.y[rows] - 2 * task,
+        seed * TASKS + task,
+        make=make,
+        plan=plan,
+    )
     frozen = [f | m for f, m in zip(store.frozen, masks)]
     return Store(weights, frozen, [*store.masks, masks])
 
 
 def task_incremental(
-    train: Data, test: Data, *, method: str = "rigl", allocation: str = "erk", density: float = 0.2,
-    steps: int = 300, update_every: int = 30, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    train: Data,
+    test: Data,
+    *,
+    method: str = "rigl",
+    allocation: str = "erk",
+    density: float = 0.2,
+    steps: int = 300,
+    update_every: int = 30,
+    seed: int = 0,
+) -> dict[str, Any]:
     """All tasks in turn, each with a mask found by `method`; returns the accuracy of each at the end, how many logits of earlier tasks
     changed by any bit, and the part of the weights that is taken."""
     dynamic = {"total_steps": steps, "update_every": update_every, "drop_fraction": 0.5}
@@ -322,9 +353,13 @@ def task_incremental(
     def make(seed):
         options = {k: v for k, v in dynamic.items() if k in jaxsparse.METHODS[method].options}
         return jaxsparse.make(
-            method, optax.adam(2e-3), sparsity=1 - density, allocation=allocation, seed=seed,
+            method,
+            optax.adam(2e-3),
+            sparsity=1 - density,
+            allocation=allocation,
+            seed=seed,
             **options,
-        )  # fmt: skip
+        )
 
     weights = init_network(seed, 2)
     plan = find(weights)
@@ -364,10 +399,15 @@ def main(argv: list[str] | None = None) -> tuple[list[list[Any]], list[list[Any]
         Replay("SparCL, 90 %", sparsity=0.9, gradient_sparsity=0.9, removed=80),
     ):
         r = class_incremental(method, train, test, epochs=args.epochs, seed=args.seed)
-        first.append([
-            method.name, f"{r['accuracy']:.1%}", f"{r['density']:.1%}", f"{r['update']:.1%}",
-            f"{r['examples']:,}",
-        ])  # fmt: skip
+        first.append(
+            [
+                method.name,
+                f"{r['accuracy']:.1%}",
+                f"{r['density']:.1%}",
+                f"{r['update']:.1%}",
+                f"{r['examples']:,}",
+            ]
+        )
     print("Class-incremental split digits, accuracy on all ten classes after the last task:\n")
     head = ["method", "accuracy", "weights", "largest update of a layer", "examples seen"]
     print(markdown_table(head, first))
@@ -381,10 +421,14 @@ def main(argv: list[str] | None = None) -> tuple[list[list[Any]], list[list[Any]
         r = task_incremental(
             train, test, method=method, allocation=allocation, steps=args.steps, seed=args.seed
         )
-        second.append([
-            f"{method}, {allocation}", f"{np.mean(r['accuracies']):.1%}", r["changed"],
-            f"{r['capacity']:.1%}",
-        ])  # fmt: skip
+        second.append(
+            [
+                f"{method}, {allocation}",
+                f"{np.mean(r['accuracies']):.1%}",
+                r["changed"],
+                f"{r['capacity']:.1%}",
+            ]
+        )
     print("\nTask-incremental, one mask of density 20 % per task:\n")
     head = ["masks", "accuracy", "earlier logits that changed", "weights taken"]
     print(markdown_table(head, second))

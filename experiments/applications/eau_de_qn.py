@@ -126,10 +126,20 @@ def select(key: Array, population: Population, plan: SparseLeaves, speed: Any) -
 
 
 def train(
-    *, networks: int = 5, steps: int = 12_000, hidden: int = 64, target_every: int = 100,
-    speed: float = 0.02, environments: int = 16, batch: int = 64, buffer: int = 8192,
-    learning_rate: float = 1e-3, prune_until: float = 0.8, settle: float = 0.8, seed: int = 0,
-) -> tuple[Population, Array]:  # fmt: skip
+    *,
+    networks: int = 5,
+    steps: int = 12_000,
+    hidden: int = 64,
+    target_every: int = 100,
+    speed: float = 0.02,
+    environments: int = 16,
+    batch: int = 64,
+    buffer: int = 8192,
+    learning_rate: float = 1e-3,
+    prune_until: float = 0.8,
+    settle: float = 0.8,
+    seed: int = 0,
+) -> tuple[Population, Array]:
     """Returns the population at the end and the sparsity of the target at every target update.
 
     `networks=1` is a deep Q-network: its only online network is a copy of the target.
@@ -143,14 +153,21 @@ def train(
     repeat = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (networks, *x.shape)), tree)
     masks = [jnp.ones((networks, *leaf.shape), bool) for leaf in plan.leaves]
     population = Population(
-        target, repeat(target), masks, repeat(tx.init(target)), jnp.zeros(networks),
+        target,
+        repeat(target),
+        masks,
+        repeat(tx.init(target)),
         jnp.zeros(networks),
-    )  # fmt: skip
+        jnp.zeros(networks),
+    )
     cells = jax.vmap(start)(jax.random.split(keys[-2], environments))
     memory = {
-        "x": jnp.zeros((buffer, 2 * SIDE)), "next": jnp.zeros((buffer, 2 * SIDE)),
-        "action": jnp.zeros(buffer, jnp.int32), "reward": jnp.zeros(buffer), "done": jnp.zeros(buffer),
-    }  # fmt: skip
+        "x": jnp.zeros((buffer, 2 * SIDE)),
+        "next": jnp.zeros((buffer, 2 * SIDE)),
+        "action": jnp.zeros(buffer, jnp.int32),
+        "reward": jnp.zeros(buffer),
+        "done": jnp.zeros(buffer),
+    }
 
     def loss_fn(params, goal, x, action):
         q = jnp.take_along_axis(q_values(params, x), action[:, None], 1)[:, 0]
@@ -204,8 +221,10 @@ def train(
         pace = jnp.where(i < prune_until * steps, speed, 0.0)
         population = jax.lax.cond(
             (i + 1) % target_every == 0,
-            lambda p: select(k[6], p, plan, pace), lambda p: p, population,
-        )  # fmt: skip
+            lambda p: select(k[6], p, plan, pace),
+            lambda p: p,
+            population,
+        )
         zeros = sum(jnp.sum(w == 0) for w in plan.take(population.target))
         return (population, cells, age, memory), zeros / sum(x.size for x in plan.leaves)
 

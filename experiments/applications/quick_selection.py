@@ -226,10 +226,16 @@ def main(argv: list[str] | None = None) -> list[list[Any]]:
         k, n = int(informative.sum()), len(informative)
         ours, theirs = (hits(problem, seeds, [s], args.noise)[0, :, -1] for s in (CHOSEN, AUTHORS))
         still = hits(problem, seeds, [CHOSEN._replace(learning_rate=0.0, epochs=2)], args.noise)
-        rows.append([
-            problem, f"{k} of {n}", cell(ours), cell(theirs), cell(still[0, :, -1]),
-            f"{k * k / n:.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                problem,
+                f"{k} of {n}",
+                cell(ours),
+                cell(theirs),
+                cell(still[0, :, -1]),
+                f"{k * k / n:.1f}",
+            ]
+        )
     print(
         f"Informative features among the strongest, as many as there are; {args.seeds} draws of the "
         "noise and of the network:\n"

@@ -61,10 +61,20 @@ class Result(NamedTuple):
 
 
 def train(
-    data: Ratings, test: Ratings, shape: tuple[int, int], *, dim: int = 32, density: float = 1.0,
-    growth: str | None = "window", steps: int = 4000, update_every: int = 100, batch: int = 256,
-    learning_rate: float = 0.01, drop_fraction: float = 0.5, seed: int = 0,
-) -> Result:  # fmt: skip
+    data: Ratings,
+    test: Ratings,
+    shape: tuple[int, int],
+    *,
+    dim: int = 32,
+    density: float = 1.0,
+    growth: str | None = "window",
+    steps: int = 4000,
+    update_every: int = 100,
+    batch: int = 256,
+    learning_rate: float = 0.01,
+    drop_fraction: float = 0.5,
+    seed: int = 0,
+) -> Result:
     """Trains tables `users [shape[0], dim]` and `items [shape[1], dim]`.
 
     `growth` is "window" (the accumulated gradient), "batch" (that of the last batch) or None (the

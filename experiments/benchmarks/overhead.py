@@ -15,6 +15,7 @@ Ratios are to the step without sparsity in the same rounds.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -23,21 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
 
 import jaxsparse
 from experiments.benchmarks.jaxpruner import pruning, straight_through
 from experiments.benchmarks.timing import machine, medians
-
-METHODS = flags.DEFINE_list(
-    "methods", ["static", "set", "rigl", "magnitude", "global_magnitude"], "Methods to time."
-)
-INNER = flags.DEFINE_list("inner", ["adamw", "momentum"], "Inner optimizers.")
-PACKED = flags.DEFINE_boolean("packed", True, "Also with pack_masks=True.")
-JAXPRUNER = flags.DEFINE_boolean("jaxpruner", True, "Also JaxPruner's algorithm.")
-MLP = flags.DEFINE_boolean("mlp", False, "Whole training steps of a small network instead.")
-CPU_TIME = flags.DEFINE_boolean("cpu_time", False, "Seconds of all cores, not of the wall clock.")
-ROUNDS = flags.DEFINE_integer("rounds", 9, "Interleaved rounds; medians are printed.")
 
 SPARSITY, EVERY = 0.9, 1000  # masks are updated at step 1000, and not in the steps after it
 INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -93,11 +83,6 @@ def stepper(tx, params, grads) -> Callable[..., Any]:
     return run
 
 
-def clock() -> Callable[[], float]:
-    """What seconds are counted by."""
-    return time.process_time if CPU_TIME.value else time.perf_counter
-
-
 def size_of(tx, params) -> int:
     """Bytes of the state."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
@@ -114,8 +99,9 @@ def build(name: str, inner, **options):
     return jaxsparse.make(name, inner, **{k: v for k, v in given.items() if k in known})
 
 
-def overhead(inner_name: str) -> None:
+def overhead(inner_name: str, args: argparse.Namespace) -> None:
     """One table: all methods around one inner optimizer."""
+    timed = functools.partial(medians, seconds=60, clock=args.clock)
     params = resnet50()
     grads = jax.tree.map(lambda p: 0.01 * jnp.sin(100 * p), params)
     inner = INNERS[inner_name]()
@@ -125,11 +111,11 @@ def overhead(inner_name: str) -> None:
         "| | ordinary step | step with an update | bytes of state per weight |\n|---|---|---|---|"
     )
     candidates: dict[str, Any] = {}
-    for name in METHODS.value:
-        for packed in (False, True) if PACKED.value else (False,):
+    for name in args.methods:
+        for packed in (False, True) if args.packed else (False,):
             label = f"{name}, packed masks" if packed else name
             candidates[label] = build(name, inner, pack_masks=packed)
-    if JAXPRUNER.value:
+    if args.jaxpruner:
         candidates["argsort per leaf, uint8 masks, as JaxPruner"] = pruning(inner, SPARSITY, EVERY)
     dense = stepper(inner, params, grads)
     for label, tx in candidates.items():
@@ -137,9 +123,9 @@ def overhead(inner_name: str) -> None:
         # Apart: an update leaves caches and memory in a state that the next step would pay for.
         step(EVERY + 1)
         often = {"bare": dense, "step": step}
-        ordinary = medians(often, rounds=5 * ROUNDS.value, seconds=60, clock=clock())
+        ordinary = timed(often, rounds=5 * args.rounds)
         rare = {"bare": dense, "step": functools.partial(step, EVERY)}
-        update = medians(rare, rounds=ROUNDS.value, seconds=60, clock=clock())
+        update = timed(rare, rounds=args.rounds)
         more = (size_of(tx, params) - bare) / weights
         print(
             f"| {label} | {ordinary['step'] / ordinary['bare']:.2f} ({1e3 * ordinary['step']:.0f} ms) "
@@ -152,7 +138,7 @@ def overhead(inner_name: str) -> None:
 # -- The small network -----------------------------------------------------------------------------
 
 
-def mlp() -> None:
+def mlp(args: argparse.Namespace) -> None:
     """Whole training steps with straight-through methods, which project at every step."""
     sizes, batch = (40, 256, 256, 10), 128
     keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
@@ -205,22 +191,40 @@ def mlp() -> None:
     for _ in range(4):  # past the ramps
         for run in runs.values():
             jax.block_until_ready(run())
-    t = medians(runs, rounds=ROUNDS.value * 3, seconds=60, clock=clock())
+    t = medians(runs, rounds=args.rounds * 3, seconds=60, clock=args.clock)
     shape = "-".join(map(str, sizes))
     print(f"### Training step, {shape}, batch {batch}, adam\n\n| | ratio | ms |\n|---|---|---|")
     for name, seconds in t.items():
         print(f"| {name} | {seconds / t['dense']:.2f} | {100 * seconds:.2f} |")
 
 
-def main(argv):
-    del argv
-    unit = "seconds of all cores" if CPU_TIME.value else "wall clock"
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `clock` is the function that seconds are counted by."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = lambda text: text.split(",")
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    methods = ["static", "set", "rigl", "magnitude", "global_magnitude"]
+    add("--methods", type=names, default=methods, help="methods to time")
+    add("--inner", type=names, default=["adamw", "momentum"], help="inner optimizers")
+    add("--packed", action=switch, default=True, help="also with pack_masks=True")
+    add("--jaxpruner", action=switch, default=True, help="also JaxPruner's algorithm")
+    add("--mlp", action=switch, default=False, help="training steps of a small network instead")
+    add("--cpu_time", action=switch, default=False, help="seconds of all cores, not of the wall")
+    add("--rounds", type=int, default=9, help="interleaved rounds; medians are printed")
+    args = parser.parse_args(argv)
+    args.clock = time.process_time if args.cpu_time else time.perf_counter
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    unit = "seconds of all cores" if args.cpu_time else "wall clock"
     print(f"{machine()}; {unit}, medians of interleaved rounds, ratios to the bare step\n")
-    if MLP.value:
-        return mlp()
-    for name in INNER.value:
-        overhead(name)
+    if args.mlp:
+        return mlp(args)
+    for name in args.inner:
+        overhead(name, args)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -379,9 +379,8 @@ def tables(rows: dict[str, dict[str, Any]]) -> str:
             f"### {title}\n\n{first['parameters']:,} parameters, {first['chips']} chips\n\n"
             "| method | memory of a chip, GB | state of a chip, MB (of all / chips) | TFLOP, loop bodies once | "
             "ordinary step, ms | of dense | update adds, ms (+ wires) | over 100 steps | "
-            "collectives: ordinary | more at an update | largest of these |\n"
-            + "|---" * 11 + "|"
-        )  # fmt: skip
+            "collectives: ordinary | more at an update | largest of these |\n" + "|---" * 11 + "|"
+        )
         dense = rows.get(str(cases[0]._replace(method="dense")), {})
         for case in cases:
             out.append(_line(case.method, rows[str(case)], dense))
@@ -430,9 +429,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--table", action="store_true", help="print the tables of what is saved")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("docs/results/pod_compile.json"),
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("docs/results/pod_compile.json"),
         help="where figures are kept",
-    )  # fmt: skip
+    )
     parser.add_argument("--keep", type=pathlib.Path, help="a directory for the texts of programs")
     parser.add_argument("--passes", type=int, default=6, help="rounds of a loop of the search")
     args = parser.parse_args(argv)

@@ -9,19 +9,18 @@ the number of passes that the search takes on easy and on adversarial scores, an
 
 from __future__ import annotations
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from jax import lax
 
 from experiments.benchmarks.jaxpruner import argsort_mask, argsort_nm_mask
 from experiments.benchmarks.timing import machine, medians
 from jaxsparse import selection
 
-SIZE = flags.DEFINE_integer("size", 25_000_000, "Number of scores.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds; medians are printed.")
-SLOW = flags.DEFINE_boolean("slow", False, "Time the sorts at the full size (a minute or more).")
+ROUNDS = 7  # interleaved; medians are printed
 
 
 # -- The algorithms in use elsewhere ---------------------------------------------------------------
@@ -86,7 +85,7 @@ def table_topk(x: jax.Array, kept: float, sorts: bool) -> None:
         runs["`jnp.sort` (not exact at ties)"] = lambda: sort(x, k)
         runs["`lax.top_k` and a scatter"] = lambda: top_k(x, k)
         runs["argsort and a scatter, as JaxPruner"] = lambda: argsort(x, k)
-    times = medians(runs, rounds=ROUNDS.value, seconds=90)
+    times = medians(runs, rounds=ROUNDS, seconds=90)
     show(f"Top-k mask of {x.size:,} float32 magnitudes, {kept:.0%} kept", times)
 
 
@@ -125,7 +124,7 @@ def table_nm(side: int, n: int, m: int) -> None:
     }
     show(
         f"{n}:{m} mask of {side} x {side} float32",
-        medians(runs, rounds=ROUNDS.value * 3, seconds=60),
+        medians(runs, rounds=3 * ROUNDS, seconds=60),
     )
 
 
@@ -138,14 +137,17 @@ def show(title: str, times: dict[str, float]) -> None:
     print(flush=True)
 
 
-def main(argv):
-    del argv
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", type=int, default=25_000_000, help="number of scores")
+    parser.add_argument("--slow", action="store_true", help="sorts at the full size (a minute)")
+    args = parser.parse_args(argv)
     print(f"{machine()}; medians of interleaved rounds\n")
-    size = SIZE.value
+    size = args.size
     x = scores(size)["normal"]
     for kept in (0.5, 0.1, 0.01):
-        table_topk(x, kept, sorts=SLOW.value and kept == 0.1)
-    if not SLOW.value:
+        table_topk(x, kept, sorts=args.slow and kept == 0.1)
+    if not args.slow:
         table_topk(x[: max(1, size // 25 // x.shape[1])], 0.1, sorts=True)
     table_passes(size)
     for n, m in ((2, 4), (1, 4), (4, 8)):
@@ -153,4 +155,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

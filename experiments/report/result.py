@@ -54,9 +54,16 @@ def update_every(method: str, options: Mapping[str, Any], total_steps: int) -> i
 
 
 def write(
-    workdir: pathlib.Path, *, method: str, options: Mapping[str, Any], total_steps: int, data: Dataset,
-    task: Task, state: State, evaluation: Mapping[str, float],
-) -> pathlib.Path:  # fmt: skip
+    workdir: pathlib.Path,
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    total_steps: int,
+    data: Dataset,
+    task: Task,
+    state: State,
+    evaluation: Mapping[str, float],
+) -> pathlib.Path:
     """Writes `result.json`, and from it and the logs `report.md`, `report.html` and `plots/`.
 
     Args:

@@ -89,9 +89,14 @@ def row(method: jaxsparse.Method) -> str:
     size = f"{plain:.2f}" + (f" ({packed:.2f})" if round(packed, 2) != round(plain, 2) else "")
     first = what(method).replace("|", "\\|")
     cells = (
-        f"`{method.name}`", first, method.structures, "dense" if method.starts_dense else "sparse",
-        size, cost(method), method.reference or "-",
-    )  # fmt: skip
+        f"`{method.name}`",
+        first,
+        method.structures,
+        "dense" if method.starts_dense else "sparse",
+        size,
+        cost(method),
+        method.reference or "-",
+    )
     return "| " + " | ".join(cells) + " |"
 
 

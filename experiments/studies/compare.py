@@ -51,7 +51,12 @@ NEEDS: dict[str, dict[str, Any]] = {
 # What methods that cannot be asked for a sparsity are swept over: fields of the config, by label.
 _NM = {label: {"structure": label} for label in ("2:4", "1:4", "1:8")}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "sr_ste": _NM, "mdgf": _NM, "sdgf": _NM, "bi_mask": _NM, "bdwp": _NM, "slope": _NM,
+    "sr_ste": _NM,
+    "mdgf": _NM,
+    "sdgf": _NM,
+    "bi_mask": _NM,
+    "bdwp": _NM,
+    "slope": _NM,
     # Thresholds start high, for the runs are short; STR's move by weight decay only.
     "str": {
         f"decay {decay}, s {s}": {"weight_decay": decay, "options.threshold_init": s}
@@ -62,7 +67,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         for alpha, s in ((0.5, -5.0), (0.5, -2.0), (0.1, -2.0))
     },
     "sap": {f"a round of {n} steps": {"options.update_every": n} for n in (100, 300)},
-}  # fmt: skip
+}
 
 # These are trained with layers that have two views of their weights.
 TWO_VIEW = ("bi_mask", "bdwp", "slope")
@@ -99,9 +104,12 @@ def sweep(method: str, sparsities: Sequence[float]) -> list[tuple[str | None, li
 
 
 def configure(
-    config, data: datasets.Dataset, method: str, setting: str | None,
+    config,
+    data: datasets.Dataset,
+    method: str,
+    setting: str | None,
     changed: Mapping[str, Any] | None = None,
-):  # fmt: skip
+):
     """The config of a method: its needs, its setting, what is `changed`, and N:M where groups divide."""
     config = config.copy_and_resolve_references()
     config.method = method
@@ -190,10 +198,16 @@ def make_run(config, data: datasets.Dataset, splits: dict[str, dict[str, jax.Arr
 
 
 def compare(
-    config, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], *,
-    done: Sequence[dict] = (), save: Callable[[list[dict]], Any] = lambda points: None,
-    changed: Mapping[str, Any] | None = None, command: str = "",
-) -> list[dict[str, Any]]:  # fmt: skip
+    config,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    done: Sequence[dict] = (),
+    save: Callable[[list[dict]], Any] = lambda points: None,
+    changed: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> list[dict[str, Any]]:
     """Trains the grid; returns the points as they are written to the JSON file.
 
     `done` are points of an earlier run that are not to be repeated; `save` is called with all points
@@ -249,16 +263,18 @@ def _points(
         kept = {name: float(np.mean(n)) for name, n in mine["nonzeros"].items()}
         densities = {name: kept[name] / sizes[name] for name in dense_flops if name in sizes}
         forward = flops.sparse_flops(dense_flops, densities)
-        points.append({
-            "asked": s,
-            "sparsity": 1 - sum(kept[n] for n in of) / sum(sizes[n] for n in of),
-            "accuracy": float(np.mean(mine["accuracy"])),
-            "deviation": float(np.std(mine["accuracy"], ddof=min(1, count - 1))),
-            "accuracies": [float(a) for a in mine["accuracy"]],
-            "test_loss": float(np.mean(mine["loss"])),
-            "train_loss": float(np.mean(mine["train_loss"])),
-            "forward_flops": forward / sum(dense_flops.values()),
-        })  # fmt: skip
+        points.append(
+            {
+                "asked": s,
+                "sparsity": 1 - sum(kept[n] for n in of) / sum(sizes[n] for n in of),
+                "accuracy": float(np.mean(mine["accuracy"])),
+                "deviation": float(np.std(mine["accuracy"], ddof=min(1, count - 1))),
+                "accuracies": [float(a) for a in mine["accuracy"]],
+                "test_loss": float(np.mean(mine["loss"])),
+                "train_loss": float(np.mean(mine["train_loss"])),
+                "forward_flops": forward / sum(dense_flops.values()),
+            }
+        )
     return points
 
 
@@ -288,7 +304,7 @@ def _line(point) -> str:
 
 def write(
     facts: dict[str, Any], points: list[dict], out: pathlib.Path, headline: Sequence[str] = ()
-) -> list[pathlib.Path]:  # fmt: skip
+) -> list[pathlib.Path]:
     """Writes two plots, the table and the points; returns their paths."""
     name = f"compare_{facts['dataset']}_{facts['model']}"
     paths = [out / f"{name}{ending}" for ending in (".png", "_headline.png", ".md", ".json")]
@@ -304,11 +320,12 @@ def write(
     nm = {m: p for m, p in series.items() if m in SETTINGS and SETTINGS[m] is _NM}
     panels = {
         family: {
-            m: p for m, p in series.items()
+            m: p
+            for m, p in series.items()
             if m not in nm and jaxsparse.METHODS[p[0]["method"]].dynamics in kinds
         }
         for family, kinds in FAMILIES.items()
-    } | {"N:M patterns": nm}  # fmt: skip
+    } | {"N:M patterns": nm}
     panels = {family: members for family, members in panels.items() if members}
     plots.accuracy_panels(panels, dense=level, title=title).savefig(paths[0])
     small = {m: series[m] for m in headline if m in series}
@@ -379,11 +396,15 @@ def _page(facts, points, series, headline, dense, paths):
         parts.append(_by_sparsity(controlled))
     if own:
         rows = [
-            [f"{m} {p['setting'] or ''}".strip(), f"{p['sparsity']:.2%}", _cell(p),
-             f"{p['forward_flops']:.3f}"]
+            [
+                f"{m} {p['setting'] or ''}".strip(),
+                f"{p['sparsity']:.2%}",
+                _cell(p),
+                f"{p['forward_flops']:.3f}",
+            ]
             for m, ps in own.items()
             for p in ps
-        ]  # fmt: skip
+        ]
         parts.append(
             "Methods that learn their sparsity, and N:M patterns, which fix it (in layers whose sides "
             "their groups divide; the others are dense):"

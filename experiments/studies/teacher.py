@@ -148,10 +148,17 @@ def make_run(name: str, *, width: int, density: float, steps: int, **options):
 
 
 def study(
-    methods: list[str], *, seeds: int, width: int, density: float, steps: int,
-    done: list[dict] | None = None, save: Callable[[list[dict]], Any] = lambda rows: None,
-    options: Mapping[str, Any] | None = None, command: str = "",
-) -> list[dict]:  # fmt: skip
+    methods: list[str],
+    *,
+    seeds: int,
+    width: int,
+    density: float,
+    steps: int,
+    done: list[dict] | None = None,
+    save: Callable[[list[dict]], Any] = lambda rows: None,
+    options: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> list[dict]:
     """One row of numbers per method, a list of `seeds` each, best loss first. `done` are rows of an
     earlier study that are not to be repeated; `save` is called with all rows after each method;
     `options` are not the methods' defaults (dense has none); `command` is noted in each new row. A
@@ -198,10 +205,17 @@ def figure(rows: list[dict], title: str):
         spread = [[x - min(row["f1"])], [max(row["f1"]) - x]]
         rise = [[y - min(row["loss"])], [max(row["loss"]) - y]]
         axes.errorbar(
-            x, y, xerr=spread, yerr=rise, color=colors[i % len(colors)],
-            marker=markers[i // len(colors) % len(markers)], linestyle="none", label=row["method"],
-            capsize=2, linewidth=0.8,
-        )  # fmt: skip
+            x,
+            y,
+            xerr=spread,
+            yerr=rise,
+            color=colors[i % len(colors)],
+            marker=markers[i // len(colors) % len(markers)],
+            linestyle="none",
+            label=row["method"],
+            capsize=2,
+            linewidth=0.8,
+        )
     axes.set_yscale("log")
     axes.set_xlabel("F1 of the recovered support")
     axes.set_ylabel("test loss / loss of the identity")
@@ -223,12 +237,15 @@ def write(rows: list[dict], out: pathlib.Path, facts: dict[str, Any]) -> None:
         ["method", "loss", "F1", "F1 of the largest weights", "sparsity"],
         [
             [
-                row["method"], cell(row["loss"], ".4f"), cell(row["f1"], ".3f"),
-                cell(row["f1_top"], ".3f"), f"{np.mean(row['sparsity']):.2%}",
+                row["method"],
+                cell(row["loss"], ".4f"),
+                cell(row["f1"], ".3f"),
+                cell(row["f1_top"], ".3f"),
+                f"{np.mean(row['sparsity']):.2%}",
             ]
             for row in rows
         ],
-    )  # fmt: skip
+    )
     text = (
         f"# {title}: loss and recovered support\n\n"
         f"{commands}\n\n"

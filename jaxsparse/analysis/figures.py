@@ -68,9 +68,13 @@ def masks(
     for i, (name, mask) in enumerate(now.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(
-            before[name] + 2 * mask, cmap=colors, vmin=0, vmax=3, interpolation="nearest",
+            before[name] + 2 * mask,
+            cmap=colors,
+            vmin=0,
+            vmax=3,
+            interpolation="nearest",
             aspect="auto" if not 0.3 <= heights[i] <= 1.5 else "equal",
-        )  # fmt: skip
+        )
         axes.set_title(f"{name}, {100 * mask.mean():.3g} % kept", fontsize=9, color=_INK)
         axes.set_xlabel(xlabel, fontsize=8, color=_INK)
         axes.set_ylabel(ylabel, fontsize=8, color=_INK)
@@ -79,15 +83,21 @@ def masks(
         names = {"kept": _COLORS[0], "grown": _COLORS[2], "dropped": _COLORS[1]}
         figure.legend(
             handles=[Patch(color=color, label=name) for name, color in names.items()],
-            loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK,
-        )  # fmt: skip
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            labelcolor=_INK,
+        )
     return figure
 
 
 def weight_histogram(
-    weights: Mapping[str, Any], *, limit: float | None = None, bins: int = 81,
+    weights: Mapping[str, Any],
+    *,
+    limit: float | None = None,
+    bins: int = 81,
     title: str = "Weights around zero",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """How many weights lie where around zero, one line per entry; exact zeros are not drawn but
     counted in the legend, for a sparse network has little else.
 
@@ -218,20 +228,35 @@ def connectivity(kernels: Sequence[Any], *, title: str = "Connections") -> Figur
         seen = np.any(layers[i] != 0, axis=1) if i < len(layers) else np.ones(n, bool)
         live = sees & seen
         axes.scatter(
-            np.full(n, i), place(n), s=min(40, 900 / n), zorder=3, linewidths=0.6,
-            facecolors=[_INK if x else "white" for x in live], edgecolors=_INK,
-        )  # fmt: skip
-        axes.text(i, -0.03, f"{n} units\n{int(live.sum())} live", ha="center", va="top",
-                  fontsize=8, color=_INK)  # fmt: skip
+            np.full(n, i),
+            place(n),
+            s=min(40, 900 / n),
+            zorder=3,
+            linewidths=0.6,
+            facecolors=[_INK if x else "white" for x in live],
+            edgecolors=_INK,
+        )
+        axes.text(
+            i,
+            -0.03,
+            f"{n} units\n{int(live.sum())} live",
+            ha="center",
+            va="top",
+            fontsize=8,
+            color=_INK,
+        )
     axes.set_xlim(-0.2, len(layers) + 0.2)
     axes.set_ylim(-0.12, 1.02)
     return figure
 
 
 def accuracy_over_flops(
-    results: Mapping[str, Sequence[Mapping[str, float]]], *, x: str = "forward_flops",
-    dense: float | None = None, title: str = "Accuracy over operations",
-) -> Figure:  # fmt: skip
+    results: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    x: str = "forward_flops",
+    dense: float | None = None,
+    title: str = "Accuracy over operations",
+) -> Figure:
     """One line per method, the spread of its seeds as error bars, and the front of all: the points
     that no other beats in both accuracy and operations.
 
@@ -256,22 +281,44 @@ def accuracy_over_flops(
     for i, (method, ps) in enumerate(results.items()):
         ps = sorted(ps, key=lambda p: p[x])
         axes.errorbar(
-            [p[x] for p in ps], [p["accuracy"] for p in ps], [p["deviation"] for p in ps],
-            label=method, marker=_MARKERS[i % len(_MARKERS)], markersize=4, linewidth=1,
-            capsize=2, elinewidth=0.8, **_style(i),
-        )  # fmt: skip
+            [p[x] for p in ps],
+            [p["accuracy"] for p in ps],
+            [p["deviation"] for p in ps],
+            label=method,
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=4,
+            linewidth=1,
+            capsize=2,
+            elinewidth=0.8,
+            **_style(i),
+        )
     front = pareto_front([(p[x], p["accuracy"]) for p, _ in points])
     if front:
-        axes.step(*zip(*front), where="post", color="0.6", linewidth=4, alpha=0.5, zorder=0,
-                  label="front of all")  # fmt: skip
+        axes.step(
+            *zip(*front),
+            where="post",
+            color="0.6",
+            linewidth=4,
+            alpha=0.5,
+            zorder=0,
+            label="front of all",
+        )
     axes.set_xscale("log")
-    ticks = [t for t in (1, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
-             if points and min(p[x] for p, _ in points) / 1.2 <= t <= max(p[x] for p, _ in points) * 1.2]  # fmt: skip
+    ticks = [
+        t
+        for t in (1, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
+        if points and min(p[x] for p, _ in points) / 1.2 <= t <= max(p[x] for p, _ in points) * 1.2
+    ]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set(title=title, xlabel="operations / dense", ylabel="test accuracy")
-    axes.legend(frameon=False, labelcolor=_INK, fontsize="small", loc="center left",
-                bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+    axes.legend(
+        frameon=False,
+        labelcolor=_INK,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
     return figure
 
 
@@ -304,8 +351,10 @@ def memory_bars(
     parts = list(dict.fromkeys(part for run in memory.values() for part in run))
     parts = [p for p in parts if any(run.get(p, 0) for run in memory.values())]
     largest = max(sum(run.values()) for run in memory.values())
-    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-                       if largest >= u), (1, "bytes"))  # fmt: skip
+    unit, name = next(
+        ((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if largest >= u),
+        (1, "bytes"),
+    )
     figure, axes = _figure(height=max(2.4, 1.4 + 0.35 * len(memory)))
     left = np.zeros(len(memory))
     for i, part in enumerate(parts):

@@ -29,10 +29,21 @@ from jaxsparse.targets import named_leaves
 
 # The operations through which a weight is still that weight.
 _VIEWS = {
-    "reshape", "transpose", "convert_element_type", "squeeze", "expand_dims", "broadcast_in_dim",
-    "copy", "copy_p", "slice", "dynamic_slice", "rev", "reduce_precision", "optimization_barrier",
+    "reshape",
+    "transpose",
+    "convert_element_type",
+    "squeeze",
+    "expand_dims",
+    "broadcast_in_dim",
+    "copy",
+    "copy_p",
+    "slice",
+    "dynamic_slice",
+    "rev",
+    "reduce_precision",
+    "optimization_barrier",
     "sharding_constraint",
-}  # fmt: skip
+}
 
 
 def forward_flops(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, int]:

@@ -132,9 +132,13 @@ def churn(
       'newly kept / kept'
     """
     return _with_layers(
-        steps, total, layers,
-        title="New weights at each look at the mask", ylabel="newly kept / kept", ylim=(0, None),
-    )  # fmt: skip
+        steps,
+        total,
+        layers,
+        title="New weights at each look at the mask",
+        ylabel="newly kept / kept",
+        ylim=(0, None),
+    )
 
 
 def _with_layers(steps, total, layers, *, title, ylabel, ylim) -> Figure:

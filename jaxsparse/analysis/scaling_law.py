@@ -68,21 +68,29 @@ def _gradient(x: NDArray, s: NDArray, n: NDArray, data: NDArray) -> NDArray:
     """The derivatives of the law with respect to its coefficients, `[7, ...]`."""
     a, b, c, d, e, f, _ = x
     q, size, time = (1 - s) ** b, n**-d, data**-f
-    return np.stack([
-        q * size,
-        a * q * np.log1p(-s) * size,
-        size,
-        -(a * q + c) * size * np.log(n),
-        time,
-        -e * time * np.log(data),
-        np.ones_like(s * n * data),
-    ])  # fmt: skip
+    return np.stack(
+        [
+            q * size,
+            a * q * np.log1p(-s) * size,
+            size,
+            -(a * q + c) * size * np.log(n),
+            time,
+            -e * time * np.log(data),
+            np.ones_like(s * n * data),
+        ]
+    )
 
 
 def objective(
-    x: ArrayLike, sparsity: ArrayLike, nonzeros: ArrayLike, data: ArrayLike, loss: ArrayLike, *,
-    delta: float = 1e-3, log: bool = True,
-) -> tuple[float, NDArray]:  # fmt: skip
+    x: ArrayLike,
+    sparsity: ArrayLike,
+    nonzeros: ArrayLike,
+    data: ArrayLike,
+    loss: ArrayLike,
+    *,
+    delta: float = 1e-3,
+    log: bool = True,
+) -> tuple[float, NDArray]:
     """The mean Huber loss of the law with coefficients x, and its gradient; of log L by default.
 
     >>> value, gradient = objective(T5, [0.5], [1.3271], [2.5], [2.8417])
@@ -104,9 +112,16 @@ def objective(
 
 
 def fit(
-    sparsity: ArrayLike, nonzeros: ArrayLike, data: ArrayLike, loss: ArrayLike, *,
-    delta: float = 1e-3, log: bool = True, starts: int = 25, seed: int = 0,
-) -> Fit:  # fmt: skip
+    sparsity: ArrayLike,
+    nonzeros: ArrayLike,
+    data: ArrayLike,
+    loss: ArrayLike,
+    *,
+    delta: float = 1e-3,
+    log: bool = True,
+    starts: int = 25,
+    seed: int = 0,
+) -> Fit:
     """Fits the seven coefficients by BFGS from random starts in [0, 1]^7; the best start counts.
 
     There are many local minima, and the valley is flat: coefficients of fits that are equally good
@@ -148,8 +163,10 @@ def fit(
         return value * scale, gradient * scale
 
     rng = np.random.default_rng(seed)
-    results = [minimize(scaled, rng.uniform(size=7), jac=True, method="BFGS", options={"maxiter": 5000})
-               for _ in range(starts)]  # fmt: skip
+    results = [
+        minimize(scaled, rng.uniform(size=7), jac=True, method="BFGS", options={"maxiter": 5000})
+        for _ in range(starts)
+    ]
     results = [r for r in results if np.isfinite(r.fun) and np.isfinite(r.x).all()]
     if not results:
         raise ValueError("fit: no start converged; rescale nonzeros and data, or give more starts")
@@ -160,7 +177,7 @@ def fit(
 
 def pruning_cost(
     sparsity: float, *, begin: float = 0.25, end: float = 0.75, power: int = 3
-) -> float:  # fmt: skip
+) -> float:
     r"""The cost of a training step relative to the dense parent, averaged over a run in which the
     density falls from 1 to 1 - S between the fractions `begin` and `end` of the steps along the
     polynomial curve: $begin + (end - begin)(1 - S + S/(power + 1)) + (1 - end)(1 - S)$.
@@ -180,9 +197,14 @@ def pruning_cost(
 
 
 def optimal_sparsity(
-    law: ScalingLaw, nonzeros: float, compute: float, *, begin: float = 0.25, end: float = 0.75,
+    law: ScalingLaw,
+    nonzeros: float,
+    compute: float,
+    *,
+    begin: float = 0.25,
+    end: float = 0.75,
     highest: float = 0.999,
-) -> float:  # fmt: skip
+) -> float:
     r"""The S of lowest loss at a number of nonzeros and a training compute.
 
     Compute is in units of N D of a dense run. A sparser network of N nonzeros has a larger dense

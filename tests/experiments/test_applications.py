@@ -24,9 +24,13 @@ def population(losses, sparsity=0.5, hidden=8):
     count = len(losses)
     repeat = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * count), tree)
     state = eau_de_qn.Population(
-        sparse, repeat(sparse), repeat(plan.masks(masks)), repeat({"slot": jnp.arange(2.0)}),
-        jnp.full(count, sparsity), jnp.array(losses),
-    )  # fmt: skip
+        sparse,
+        repeat(sparse),
+        repeat(plan.masks(masks)),
+        repeat({"slot": jnp.arange(2.0)}),
+        jnp.full(count, sparsity),
+        jnp.array(losses),
+    )
     return state, plan
 
 
@@ -61,9 +65,11 @@ def test_sparsity_rises_while_the_sparsest_wins_and_masks_are_nested():
 def test_the_winner_becomes_the_target_and_its_optimizer_goes_with_it():
     state, plan = population([3.0, 1.0, 2.0, 4.0])
     state = state._replace(
-        params=jax.tree.map(lambda x: x * jnp.arange(1.0, 5.0).reshape(4, *[1] * (x.ndim - 1)), state.params),
+        params=jax.tree.map(
+            lambda x: x * jnp.arange(1.0, 5.0).reshape(4, *[1] * (x.ndim - 1)), state.params
+        ),
         opt={"slot": jnp.arange(8.0).reshape(4, 2)},
-    )  # fmt: skip
+    )
     new = select(jax.random.key(0), state, plan, 0.2)
     second = jax.tree.map(lambda x: x[1], state.params)
     jax.tree.map(np.testing.assert_array_equal, new.target, second)

@@ -11,15 +11,28 @@ import jaxsparse
 from experiments import datasets
 from experiments.studies import compare
 
-FACTS = {"dataset": "digits", "model": "mlp", "steps": 40, "batch_size": 32, "seeds": [0, 1],
-         "parameters": 1}  # fmt: skip
+FACTS = {
+    "dataset": "digits",
+    "model": "mlp",
+    "steps": 40,
+    "batch_size": 32,
+    "seeds": [0, 1],
+    "parameters": 1,
+}
 
 
 def point(method, accuracy, asked: float | None = 0.8, setting=None, **other):
     return {
-        "method": method, "setting": setting, "asked": asked, "sparsity": asked or 0.5,
-        "accuracy": accuracy, "deviation": 0.01, "forward_flops": 0.2, "seconds": 1.0, **other,
-    }  # fmt: skip
+        "method": method,
+        "setting": setting,
+        "asked": asked,
+        "sparsity": asked or 0.5,
+        "accuracy": accuracy,
+        "deviation": 0.01,
+        "forward_flops": 0.2,
+        "seconds": 1.0,
+        **other,
+    }
 
 
 @pytest.fixture
@@ -33,7 +46,11 @@ def small(config):
 def test_a_grid_is_trained_saved_and_not_trained_again(small):
     saved = []
     points = compare.compare(small, ["dense", "static"], [0.5, 0.8], [0, 1], save=saved.append)
-    assert [(p["method"], p["asked"]) for p in points] == [("dense", None), ("static", 0.5), ("static", 0.8)]  # fmt: skip
+    assert [(p["method"], p["asked"]) for p in points] == [
+        ("dense", None),
+        ("static", 0.5),
+        ("static", 0.8),
+    ]
     assert len(saved) == 2
     # Zeros are rounded down in each layer.
     assert [p["sparsity"] for p in points] == pytest.approx([0.0, 0.5, 0.8], abs=2e-3)
@@ -52,7 +69,7 @@ def test_a_network_of_the_grid_is_the_one_trained_alone(small):
     alone = run(jnp.array([1]), jnp.array([0.9]))
     for name, n in both["nonzeros"].items():
         assert n[3] == alone["nonzeros"][name][0]
-    np.testing.assert_allclose(both["loss"][3], alone["loss"][0], rtol=0.05)  # fmt: skip
+    np.testing.assert_allclose(both["loss"][3], alone["loss"][0], rtol=0.05)
 
 
 @pytest.mark.slow
@@ -86,12 +103,14 @@ def test_every_method_is_swept_over_sparsities_or_settings():
 
 def test_the_page_has_a_table_by_sparsity_and_names_what_is_missing(tmp_path):
     points = [
-        point("dense", 0.9, None, command="first"), point("static", 0.5, command="first"),
-        point("static", 0.4, 0.9, command="second"), point("rigl", 0.7, command="first"),
+        point("dense", 0.9, None, command="first"),
+        point("static", 0.5, command="first"),
+        point("static", 0.4, 0.9, command="second"),
+        point("rigl", 0.7, command="first"),
         point("rigl", 0.6, 0.9, sparsity=0.87),
         point("sr_ste", 0.8, None, "2:4"),
         {"method": "slope", "setting": "1:8", "asked": None, "error": "no", "seconds": 0.1},
-    ]  # fmt: skip
+    ]
     paths = compare.write(FACTS, points, tmp_path, ["rigl"])
     page = paths[2].read_text()
     assert page.index("| rigl |") < page.index("| static |"), "best first at the highest sparsity"
@@ -105,9 +124,14 @@ def test_the_page_has_a_table_by_sparsity_and_names_what_is_missing(tmp_path):
 
 def test_options_that_are_not_the_defaults_have_a_row_of_their_own(small):
     points = compare.compare(
-        small, ["dense", "static"], [0.5], [0], done=[point("dense", 0.9, None), point("static", 0.5, 0.5)],
-        changed={"allocation": "uniform", "config.warmup_steps": 9}, command="this",
-    )  # fmt: skip
+        small,
+        ["dense", "static"],
+        [0.5],
+        [0],
+        done=[point("dense", 0.9, None), point("static", 0.5, 0.5)],
+        changed={"allocation": "uniform", "config.warmup_steps": 9},
+        command="this",
+    )
     new = points[-1]
     assert len(points) == 3 and new["command"] == "this"
     assert compare._name(new) == "static allocation=uniform config.warmup_steps=9"

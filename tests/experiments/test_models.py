@@ -85,11 +85,15 @@ def test_with_rows_a_device_works_on_its_part_of_the_batch(name, shape, options)
         graphdef, state = nnx.split(model)
         # Weights are split over the same devices as the batch, by their last axis but one.
         place = lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, P(*[None] * (x.ndim - 2), "data"))
-            if rows is not None and x.ndim > 1 and x.shape[-2] % 8 == 0 else None,
-        )  # fmt: skip
-        x = jax.ShapeDtypeStruct((batch, *shape), jnp.int32 if name == "transformer" else jnp.float32,
-                                 sharding=rows)  # fmt: skip
+            x.shape,
+            x.dtype,
+            sharding=NamedSharding(mesh, P(*[None] * (x.ndim - 2), "data"))
+            if rows is not None and x.ndim > 1 and x.shape[-2] % 8 == 0
+            else None,
+        )
+        x = jax.ShapeDtypeStruct(
+            (batch, *shape), jnp.int32 if name == "transformer" else jnp.float32, sharding=rows
+        )
         apply = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
         return apply.lower(jax.tree.map(place, state), x).compile().cost_analysis()["flops"]
 

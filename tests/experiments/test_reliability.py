@@ -65,9 +65,12 @@ def test_batch_normalisation_sees_a_microbatch_and_its_statistics_are_means(monk
 def test_killed_runs_go_on_and_end_with_the_same_bits(tmp_path):
     out = tmp_path / "kills.json"
     script(
-        "experiments.reliability.kills", "--kills=4", "--steps=200", f"--workdir={tmp_path / 'kills'}",
+        "experiments.reliability.kills",
+        "--kills=4",
+        "--steps=200",
+        f"--workdir={tmp_path / 'kills'}",
         f"--out={out}",
-    )  # fmt: skip
+    )
     results = json.loads(out.read_text())["results"]
     assert results["kills"] == 4 and results["SIGKILL"] == 2
     assert results["while a checkpoint was being written"] > 0
@@ -79,9 +82,13 @@ def test_killed_runs_go_on_and_end_with_the_same_bits(tmp_path):
 @pytest.mark.parametrize("strategy, run", [("pmap", "stopped"), ("fsdp", "killed")])
 def test_two_processes_train_are_interrupted_and_go_on_to_the_same_bits(tmp_path, strategy, run):
     said = script(
-        "experiments.reliability.rehearsal", "--steps=40", "--every=10", f"--parallel={strategy}",
-        f"--runs={run}", f"--root={tmp_path / 'pod'}",
-    )  # fmt: skip
+        "experiments.reliability.rehearsal",
+        "--steps=40",
+        "--every=10",
+        f"--parallel={strategy}",
+        f"--runs={run}",
+        f"--root={tmp_path / 'pod'}",
+    )
     assert f"{run}: {'SIGTERM' if run == 'stopped' else 'SIGKILL'} to process 1" in said
     assert "arrays bitwise equal, metrics equal" in said
 
@@ -90,9 +97,12 @@ def test_two_processes_train_are_interrupted_and_go_on_to_the_same_bits(tmp_path
 def test_masks_do_not_depend_on_the_number_of_devices_and_processes(tmp_path):
     out = tmp_path / "devices.json"
     script(
-        "experiments.reliability.devices", "--methods=st3", "--steps=40",
-        f"--results={tmp_path / 'devices'}", f"--out={out}",
-    )  # fmt: skip
+        "experiments.reliability.devices",
+        "--methods=st3",
+        "--steps=40",
+        f"--results={tmp_path / 'devices'}",
+        f"--out={out}",
+    )
     for method, settings in json.loads(out.read_text())["methods"].items():
         assert len(settings) == 3
         for setting, counts in settings.items():

@@ -31,21 +31,38 @@ def workdir(tmp_path):
     """What a run of two looks leaves: 800 of 1000 weights are zero at step 10, 900 at step 30."""
     layer = {"shape": [100, 10], "size": 1000, "nonzeros": 100, "sparsity": 0.9, "bytes": 4000}
     looks = [
-        {"step": step, "loss": loss, "accuracy": 0.5, "sparsity": 1 - d, "density": {"w": d},
-         "churn": 0.1, "layer_churn": {"w": 0.1}}
+        {
+            "step": step,
+            "loss": loss,
+            "accuracy": 0.5,
+            "sparsity": 1 - d,
+            "density": {"w": d},
+            "churn": 0.1,
+            "layer_churn": {"w": 0.1},
+        }
         for step, loss, d in ((10, 2.0, 0.2), (30, 1.0, 0.1))
-    ]  # fmt: skip
+    ]
     files = {
-        "config.json": {"method": "rigl", "dataset": "digits", "model": "mlp", "steps": 30,
-                        "batch_size": 8, "log_every": 10},
+        "config.json": {
+            "method": "rigl",
+            "dataset": "digits",
+            "model": "mlp",
+            "steps": 30,
+            "batch_size": 8,
+            "log_every": 10,
+        },
         "result.json": {
             "evaluation": {"accuracy": 0.75, "loss": 1.25},
-            "summary": {"sparsity": 0.9, "nonzeros": 100, "size": 1000,
-                        "leaves": {"w": layer | {"mask_sparsity": 0.9}}},
+            "summary": {
+                "sparsity": 0.9,
+                "nonzeros": 100,
+                "size": 1000,
+                "leaves": {"w": layer | {"mask_sparsity": 0.9}},
+            },
             "flops": {"w": 2000},
             "weight_gradient": "sparse",
         },
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     lines = [*looks, {"step": 30, "eval_accuracy": 0.75, "eval_loss": 1.25}]

@@ -41,8 +41,10 @@ def test_a_listing_is_read_bundle_by_bundle():
     bundles = parse_bundles(LISTING)
     assert [b.addr for b in bundles] == list(range(11))
     assert [[op.opcode for op in b.ops] for b in bundles[:3]] == [
-        ["smov", "smov"], ["dma.hbm_to_vmem"], ["sadd.s32"],
-    ]  # fmt: skip
+        ["smov", "smov"],
+        ["dma.hbm_to_vmem"],
+        ["sadd.s32"],
+    ]
     assert bundles[5].ops[0].guard == ("", "p1") and "loop exit" in bundles[4].ops[0].note
 
 
