@@ -8,6 +8,7 @@ import numpy as np
 
 import jaxsparse
 from experiments.task import State
+from jaxsparse.state import find_states
 from jaxsparse.targets import path_name
 
 Pattern = dict[str, jax.Array]
@@ -15,7 +16,7 @@ Pattern = dict[str, jax.Array]
 
 def of(state: State) -> Pattern:
     """Which weights are kept, by path: the masks; without a mask anywhere, the nonzeros of matrices."""
-    if jaxsparse.find_states(state.opt_state):
+    if find_states(state.opt_state):
         leaves = jax.tree_util.tree_flatten_with_path(jaxsparse.get_masks(state.opt_state))[0]
         return {path_name(path): mask for path, mask in leaves}
     leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]

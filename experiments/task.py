@@ -14,6 +14,7 @@ import jaxsparse
 from experiments import datasets, models
 from experiments.microbatches import mean_over_microbatches
 from experiments.optimizer import make_optimizer
+from jaxsparse.state import find_states
 
 
 class State(NamedTuple):
@@ -108,7 +109,7 @@ def make_task(
         _, params, stats = nnx.split(create(), nnx.Param, ...)
         params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
         opt_state = tx.init(params)
-        if jaxsparse.find_states(opt_state):  # none if the method is `dense`
+        if find_states(opt_state):  # none if the method is `dense`
             params = jaxsparse.apply_masks(params, opt_state)  # sparse from the first forward pass
         return State(jnp.zeros((), jnp.int32), params, stats, opt_state)
 

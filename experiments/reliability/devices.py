@@ -31,6 +31,7 @@ from experiments.launch import local
 from experiments.reliability import runs
 from experiments.report.page import markdown_table
 from experiments.task import make_task
+from jaxsparse.state import find_states
 
 TWO_VIEW = ("bdwp", "bi_mask", "slope")
 XLA_FLAG = "--xla_cpu_max_isa=AVX"
@@ -76,7 +77,7 @@ def final_state(method: str, strategy_name: str, steps: int):
     for batch in datasets.batches(data, config.batch_size, stop=config.steps, host=host):
         state, _ = step(state, strategy.put(batch))
     logical = hosts.to_host(strategy.to_save(state))
-    sparse = jaxsparse.find_states(logical.opt_state)
+    sparse = find_states(logical.opt_state)
     by_path = lambda tree: {
         jax.tree_util.keystr(path): np.asarray(x)
         for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))

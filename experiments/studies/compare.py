@@ -39,6 +39,7 @@ from experiments.studies.commands import commands_block, read_options
 from experiments.task import Task, make_task
 from jaxsparse import nn
 from jaxsparse.analysis import flops, plots
+from jaxsparse.state import find_states
 from jaxsparse.targets import is_kernel, path_name
 
 HEADLINE = ("static", "set", "rigl", "magnitude", "granet", "top_kast", "st3")
@@ -280,7 +281,7 @@ def _points(
 
 def _masked_leaves(state) -> list[str]:
     """The paths of the leaves that have a mask."""
-    if not jaxsparse.find_states(state.opt_state):
+    if not find_states(state.opt_state):
         return []
     masks = jax.eval_shape(jaxsparse.get_masks, state.opt_state)
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(masks)[0]]

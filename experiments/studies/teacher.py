@@ -34,6 +34,7 @@ from experiments.report.page import markdown_table
 from experiments.studies.commands import commands_block, read_options
 from jaxsparse import nn, selection
 from jaxsparse.analysis import plots
+from jaxsparse.state import find_states
 
 LAYERS, BATCH, LEARNING_RATE = 2, 128, 3e-3
 TWO_VIEW = ("bi_mask", "bdwp", "slope")
@@ -115,7 +116,7 @@ def make_run(name: str, *, width: int, density: float, steps: int, **options):
         given = options_of(name, sparsity=1 - density, steps=steps, seed=seed)
         tx = jaxsparse.make(name, inner, **given | options)
         state = tx.init(params)
-        if jaxsparse.find_states(state):
+        if find_states(state):
             params = jaxsparse.apply_masks(params, state)
 
         def loss_fn(params, x, views=None):
