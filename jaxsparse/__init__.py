@@ -17,7 +17,7 @@ from jaxsparse._version import __version__
 from jaxsparse.initial import minimum_threshold, preserve_flow, rescale_fan_in, score_ratios
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
 from jaxsparse.methods import __all__ as _methods
-from jaxsparse.post_training import prune
+from jaxsparse.post_training.one_shot import prune
 from jaxsparse.state import apply_masks, check, get_masks, get_raw_params
 from jaxsparse.structures.transposable import transposable_nm_mask
 from jaxsparse.summary import Summary, summarize

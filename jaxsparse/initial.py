@@ -13,7 +13,7 @@ import numpy as np
 from jaxsparse import leaves, masking, scores, selection
 from jaxsparse.allocations import Explicit, Global
 from jaxsparse.choose import check_sparsity
-from jaxsparse.post_training import prune
+from jaxsparse.post_training.one_shot import prune
 
 
 def _explicit(by_path: dict[str, float]) -> Explicit:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxsparse.leaves import find
-from jaxsparse.post_training import prune
+from jaxsparse.post_training.one_shot import prune
 
 
 class Sweep(NamedTuple):
