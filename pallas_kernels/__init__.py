@@ -6,6 +6,7 @@ Independent of `jaxsparse`: use them with any JAX code.
 
 from pallas_kernels.block_sparse_attention import (
     BlockMask,
+    Grid,
     block_sparse_attention,
     block_sparse_decode,
     merge_attention,
@@ -22,6 +23,7 @@ __all__ = [
     "BlockMask",
     "BlockSparse",
     "Condensed",
+    "Grid",
     "NMSparse",
     "block_sparse_attention",
     "block_sparse_decode",

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.timing import machine, medians
-from pallas_kernels import BlockMask, block_sparse_attention
+from pallas_kernels import BlockMask, Grid, block_sparse_attention
 from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import within_segments
@@ -39,14 +39,14 @@ def make_mask(
     kind: str, q_len: int, length: int, blocks: tuple[int, int], per_row: int = 16
 ) -> BlockMask:
     """`random` keeps `per_row` blocks of 128 keys per row on average, differently per head."""
-    sizes = dict(block_q=blocks[0], block_kv=blocks[1])
+    grid = Grid(length, length, *blocks)
     if kind == "causal":
-        return BlockMask.causal(length, **sizes)
+        return BlockMask.causal(grid)
     if kind == "local":
-        return BlockMask.local(length, window=1024, **sizes)
+        return BlockMask.local(grid, window=1024)
     rows, cols = q_len // blocks[0], length // blocks[1]
     keep = np.random.default_rng(0).random((HEADS, rows, cols)) < per_row * 128 / length
-    return BlockMask.from_dense(keep, **sizes, capacity=int(keep.sum((1, 2)).max()))
+    return BlockMask.from_dense(keep, blocks, capacity=int(keep.sum((1, 2)).max()))
 
 
 def packed_ids(length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from pallas_kernels import BlockMask, block_sparse_attention, block_sparse_decode
+from pallas_kernels import BlockMask, Grid, block_sparse_attention, block_sparse_decode
 
 MaskFn = Callable[[Array, Array], BlockMask]
 
@@ -66,10 +66,10 @@ def top_blocks(num_blocks: int, *, block_q: int = 128, block_kv: int = 128) -> M
         start = np.arange(scores.shape[3]) * block_kv
         last = np.minimum(first + block_q, q_len) - 1
         scores = jnp.where((start <= last)[None, None], scores, -jnp.inf)
-        sizes = dict(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
+        grid = Grid(q_len, kv_len, block_q, block_kv)
         own = (start <= last) & (start + block_kv > first)
-        chosen = BlockMask.from_scores(scores, num_blocks, forced=own, **sizes)
-        return chosen & BlockMask.causal(**sizes)
+        chosen = BlockMask.from_scores(scores, num_blocks, grid, forced=own)
+        return chosen & BlockMask.causal(grid)
 
     return choose
 
@@ -242,7 +242,7 @@ class BlockSparseAttention(nnx.Module):
         scores = jnp.where((index <= newest)[:, None], scores, -jnp.inf)
         forced = ((index < num_sinks) & (index <= newest)) | (index == newest)
         mask = BlockMask.from_scores(
-            scores[:, :, None], num_blocks, forced=forced[:, None, None], block_q=1, block_kv=block
+            scores[:, :, None], num_blocks, (1, block), forced=forced[:, None, None]
         )
         out = block_sparse_decode(
             q[:, :, 0], cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask, cache.lengths

@@ -105,16 +105,16 @@ def block_sparse_attention(
       ValueError: if shapes, dtypes and the mask do not fit together, or the named implementation
         cannot take them.
 
+    >>> from pallas_kernels import Grid
     >>> q = k = v = jnp.ones((1, 2, 4, 8))
-    >>> mask = BlockMask.causal(4, block_q=2, block_kv=2)
+    >>> mask = BlockMask.causal(Grid(4, block_q=2, block_kv=2))
     >>> out, lse = block_sparse_attention(q, k, v, mask, scale=1.0, return_lse=True)
     >>> out.shape, jnp.exp(lse[0, 0] - 8).round()
     ((1, 2, 4, 8), Array([1., 2., 3., 4.], dtype=float32))
     """
     segments = check(q, k, v, mask, segment_ids, softcap, scale)
     if causal:
-        sizes = dict(block_q=mask.block_q, block_kv=mask.block_kv)
-        mask = mask & BlockMask.causal(mask.q_len, mask.kv_len, **sizes)
+        mask = mask & BlockMask.causal(mask.grid)
     name = choose_implementation(implementation, q, k, v, mask, interpret)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if segments is not None and name != "reference":
@@ -274,9 +274,9 @@ def check(
         )
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {v.shape}; all but its last axis must be k's, {k.shape}")
-    if (mask.q_len, mask.kv_len) != (q_len, k.shape[2]):
+    if (mask.grid.q_len, mask.grid.kv_len) != (q_len, k.shape[2]):
         raise ValueError(
-            f"mask is for q_len={mask.q_len} and kv_len={mask.kv_len}; q has {q_len} and k has "
+            f"mask is for q_len={mask.grid.q_len} and kv_len={mask.grid.kv_len}; q has {q_len} and k has "
             f"{k.shape[2]} positions"
         )
     mask_batch, mask_heads = mask.codes.shape[:2]

@@ -40,8 +40,8 @@ def block_sparse_decode(
       ValueError: if shapes, lengths and the mask do not fit together.
 
     >>> q, cache = jnp.ones((1, 2, 4)), jnp.arange(8.0).reshape(1, 1, 8, 1) * jnp.ones(4)
-    >>> mask = BlockMask.from_dense(
-    ...     jnp.array([[True, False, True, False]]), block_q=1, block_kv=2, capacity=2)
+    >>> keep = jnp.array([[True, False, True, False]])
+    >>> mask = BlockMask.from_dense(keep, (1, 2), capacity=2)
     >>> block_sparse_decode(q, 0 * cache, cache, mask, jnp.array([5]))[0, 0, 0] * 3  # 0 + 1 + 4
     Array(5., dtype=float32)
     """
@@ -52,10 +52,14 @@ def block_sparse_decode(
             f"k_cache {k_cache.shape} and v_cache {v_cache.shape} do not fit q {q.shape}; they "
             "must be [batch, a divisor of heads, capacity, dim]"
         )
-    if (mask.q_len, mask.block_q, mask.kv_len) != (1, 1, length) or length % mask.block_kv:
+    if (mask.grid.q_len, mask.grid.block_q, mask.grid.kv_len) != (
+        1,
+        1,
+        length,
+    ) or length % mask.grid.block_kv:
         raise ValueError(
-            f"mask is for q_len={mask.q_len}, block_q={mask.block_q}, kv_len={mask.kv_len} with "
-            f"block_kv={mask.block_kv}; decoding needs 1, 1 and the cache's {length}, whole blocks"
+            f"mask is for q_len={mask.grid.q_len}, block_q={mask.grid.block_q}, kv_len={mask.grid.kv_len} with "
+            f"block_kv={mask.grid.block_kv}; decoding needs 1, 1 and the cache's {length}, whole blocks"
         )
     if mask.rules:
         raise ValueError("mask has patterns; decoding takes chosen blocks and lengths only")
@@ -69,7 +73,7 @@ def block_sparse_decode(
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; it must be integer "
             f"[{batch}], one number for each sequence"
         )
-    n, block = mask.capacity, mask.block_kv
+    n, block = mask.capacity, mask.grid.block_kv
     shape = (batch, kv_heads, n)
     indices = jnp.broadcast_to(mask.row_entries >> CODE_BITS, shape)
     listed = jnp.broadcast_to(jnp.arange(n).reshape(1, 1, n) < mask.counts[..., None], shape)

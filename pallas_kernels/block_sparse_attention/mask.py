@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from pallas_kernels.block_sparse_attention.grid import Grid, GridLike, as_grid, grid_of_blocks
 from pallas_kernels.block_sparse_attention.lists import (
-    CODE_BITS,
     DROPPED,
     FULL,
     RULE_MASK,
@@ -27,15 +27,8 @@ from pallas_kernels.block_sparse_attention.lists import (
     module_of,
     visible,
 )
-from pallas_kernels.block_sparse_attention.rules import (
-    Everything,
-    Keys,
-    Rule,
-    Stride,
-    Window,
-    both,
-    either,
-)
+from pallas_kernels.block_sparse_attention.patterns import Patterns
+from pallas_kernels.block_sparse_attention.rules import Everything, Rule, both, either
 
 
 @functools.partial(
@@ -49,10 +42,10 @@ from pallas_kernels.block_sparse_attention.rules import (
         "dropped",
         "offsets",
     ],
-    meta_fields=["q_len", "kv_len", "block_q", "block_kv", "rules", "pattern", "is_window"],
+    meta_fields=["grid", "rules", "pattern", "is_window"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class BlockMask:
+class BlockMask(Patterns):
     """Blocks of keys that each block of queries reads; per batch entry and per head.
 
     Make one with `from_dense`, `from_scores`, `from_indices` or a pattern (`causal`, `local`,
@@ -69,14 +62,14 @@ class BlockMask:
       col_starts, col_entries: the same blocks by block of keys, for dK and dV.
       dropped: int32 `[b, h]`, how many blocks did not fit the capacity. Zero in a sound mask.
       offsets: int32 `[b, h, 2]`, position of the first query and the first key (see `window`).
-      q_len, kv_len, block_q, block_kv: static sizes.
+      grid: lengths and block sizes.
       rules: what partial blocks show.
       pattern: the rule that says everything about this mask, or None if blocks were chosen.
       is_window: whether this is a part of a larger mask.
 
     >>> keep = np.array([[True, False], [True, True]])
-    >>> mask = BlockMask.from_dense(keep, block_q=2, block_kv=2) & BlockMask.causal(
-    ...     4, block_q=2, block_kv=2)
+    >>> grid = Grid(4, block_q=2, block_kv=2)
+    >>> mask = BlockMask.from_dense(keep, grid) & BlockMask.causal(grid)
     >>> mask.to_dense()[0, 0].astype(int)
     Array([[1, 0, 0, 0],
            [1, 1, 0, 0],
@@ -93,10 +86,7 @@ class BlockMask:
     col_entries: Array
     dropped: Array
     offsets: Array
-    q_len: int
-    kv_len: int
-    block_q: int
-    block_kv: int
+    grid: Grid
     rules: tuple[Rule, ...]
     pattern: Rule | None
     is_window: bool = False
@@ -107,19 +97,16 @@ class BlockMask:
     def from_dense(
         cls,
         keep: Array | np.ndarray,
+        grid: Grid | tuple[int, int] | None = None,
         *,
-        block_q: int = 128,
-        block_kv: int = 128,
-        q_len: int | None = None,
-        kv_len: int | None = None,
         capacity: int | None = None,
     ) -> BlockMask:
         """A mask from booleans, one per block; works under `jit`.
 
         Args:
           keep: bool `[q_blocks, kv_blocks]`, `[heads, ...]` or `[batch, heads, ...]`.
-          block_q, block_kv: block sizes.
-          q_len, kv_len: lengths; by default whole blocks.
+          grid: lengths and block sizes; or `(block_q, block_kv)` for whole blocks of this size, by
+            default (128, 128).
           capacity: static length of each head's list. By default all blocks fit. With a smaller
             one the last blocks (in row-major order) are dropped and counted in `dropped`.
 
@@ -127,20 +114,16 @@ class BlockMask:
           ValueError: if shapes, sizes or the capacity do not fit, or (concrete masks only) if the
             capacity overflows.
         """
-        sizes = (block_q, block_kv, q_len, kv_len)
-        return _chosen(keep, *sizes, capacity, fits=capacity is None)
+        return _chosen(keep, grid, capacity, fits=capacity is None)
 
     @classmethod
     def from_scores(
         cls,
         scores: Array,
         num_blocks: int | Array,
+        grid: Grid | tuple[int, int] | None = None,
         *,
         forced: Array | np.ndarray | None = None,
-        block_q: int = 128,
-        block_kv: int = 128,
-        q_len: int | None = None,
-        kv_len: int | None = None,
         capacity: int | None = None,
     ) -> BlockMask:
         """Keep the `num_blocks` best blocks of keys for each block of queries.
@@ -152,10 +135,10 @@ class BlockMask:
           scores: float `[..., q_blocks, kv_blocks]`, leading axes as in `from_dense`.
           num_blocks: how many per row; an int or an array that broadcasts to `[..., q_blocks]`.
           forced: bool, broadcasts to scores: blocks that are always chosen, inside the budget.
-          block_q, block_kv, q_len, kv_len, capacity: as in `from_dense`. The default capacity is
+          grid, capacity: as in `from_dense`. The default capacity is
             `q_blocks * num_blocks` if num_blocks is an int.
 
-        >>> mask = BlockMask.from_scores(jnp.array([[1., 3., 2.]]), 2, block_q=8, block_kv=8)
+        >>> mask = BlockMask.from_scores(jnp.array([[1., 3., 2.]]), 2, (8, 8))
         >>> mask.codes[0, 0]
         Array([[0, 1, 1]], dtype=int8)
         """
@@ -174,18 +157,15 @@ class BlockMask:
             nq, nk = scores.shape[-2:]
             capacity = nq * max(1, min(num_blocks, nk))
         keep = best(scores, jnp.asarray(num_blocks, jnp.int32))
-        return _chosen(keep, block_q, block_kv, q_len, kv_len, capacity, fits=fits)
+        return _chosen(keep, grid, capacity, fits=fits)
 
     @classmethod
     def from_indices(
         cls,
         indices: Array | np.ndarray,
         num_kv_blocks: int,
+        grid: Grid | tuple[int, int] | None = None,
         *,
-        block_q: int = 128,
-        block_kv: int = 128,
-        q_len: int | None = None,
-        kv_len: int | None = None,
         capacity: int | None = None,
     ) -> BlockMask:
         """A mask from lists: `indices` int `[..., q_blocks, n]`, -1 where a row has fewer.
@@ -214,145 +194,20 @@ class BlockMask:
                     f"indices lie in [{low}, {high}]; they must be -1 (none) or in "
                     f"[0, {num_kv_blocks})"
                 )
-        return cls.from_dense(
-            hits.any(-2),
-            block_q=block_q,
-            block_kv=block_kv,
-            q_len=q_len,
-            kv_len=kv_len,
-            capacity=capacity,
-        )
-
-    # ---------------------------------------------------------------- patterns
+        return cls.from_dense(hits.any(-2), grid, capacity=capacity)
 
     @classmethod
-    def causal(
-        cls,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        offset: int = 0,
-        block_q: int = 128,
-        block_kv: int = 128,
-    ) -> BlockMask:
-        """Query i sees the keys up to i + offset (`offset=kv_len - q_len` aligns the ends)."""
-        return _pattern(Window(-offset, None), q_len, kv_len, block_q, block_kv)
-
-    @classmethod
-    def local(
-        cls,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        window: int | tuple[int, int],
-        block_q: int = 128,
-        block_kv: int = 128,
-    ) -> BlockMask:
-        """Sliding window: an int shows the last `window` keys, the own one included; a pair
-        `(left, right)` shows the keys from i - left to i + right (Longformer, Beltagy et al. 2020).
-        """
-        if isinstance(window, int):
-            if window < 1:
-                raise ValueError(f"window={window} must be at least 1")
-            rule = Window(0, window - 1)
-        else:
-            left, right = window
-            if left < 0 or right < 0:
-                raise ValueError(f"window={window} must be (left, right), neither negative")
-            rule = Window(-right, left)
-        return _pattern(rule, q_len, kv_len, block_q, block_kv)
-
-    @classmethod
-    def strided(
-        cls,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        stride: int,
-        block_q: int = 128,
-        block_kv: int = 128,
-    ) -> BlockMask:
-        """Keys a multiple of `stride` away (Sparse Transformer, Child et al. 2019), both ways;
-        `& BlockMask.causal(...)` for the causal form.
-
-        Positions decide, not blocks: a stride below the block sizes saves no work.
-        """
-        if stride < 1:
-            raise ValueError(f"stride={stride} must be at least 1")
-        return _pattern(Stride(stride), q_len, kv_len, block_q, block_kv)
-
-    @classmethod
-    def sinks(
-        cls,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        num_keys: int,
-        block_q: int = 128,
-        block_kv: int = 128,
-    ) -> BlockMask:
-        """The first `num_keys` keys, for every query (attention sinks, Xiao et al. 2023)."""
-        if num_keys < 1:
-            raise ValueError(f"num_keys={num_keys} must be at least 1")
-        return _pattern(Keys(num_keys), q_len, kv_len, block_q, block_kv)
-
-    @classmethod
-    def prefix(
-        cls,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        length: int,
-        block_q: int = 128,
-        block_kv: int = 128,
-    ) -> BlockMask:
-        """Prefix language model: a prefix that every query sees, the rest causally."""
-        if length < 0:
-            raise ValueError(f"length={length} must not be negative")
-        rule = either(Window(0, None), Keys(length))
-        return _pattern(rule, q_len, kv_len, block_q, block_kv)
-
-    @classmethod
-    def bigbird(
-        cls,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        heads: int = 1,
-        num_window: int = 3,
-        num_global: int = 1,
-        num_random: int = 3,
-        seed: int = 0,
-        block_q: int = 128,
-        block_kv: int = 128,
-    ) -> BlockMask:
-        """BigBird in blocks (Zaheer et al. 2020): a window of `num_window` blocks, the first and
-        last `num_global` block rows and columns, and `num_random` other blocks per row and head.
-
-        Random blocks are drawn outside the window and the global columns, so that every inner row
-        has exactly `num_window + 2 * num_global + num_random` blocks as far as there are any.
-        """
-        kv_len = q_len if kv_len is None else kv_len
-        _check_sizes(q_len, kv_len, block_q, block_kv)
-        if heads < 1 or num_window < 1 or num_window % 2 == 0 or min(num_global, num_random) < 0:
-            raise ValueError(
-                f"heads={heads}, num_window={num_window}, num_global={num_global}, num_random="
-                f"{num_random}: heads must be positive, num_window odd, the others not negative"
-            )
-        nq, nk = _blocks(q_len, block_q), _blocks(kv_len, block_kv)
-        row, col = np.arange(nq)[:, None], np.arange(nk)
-        centre = np.minimum(row * block_q // block_kv, nk - 1)
-        fixed = abs(col - centre) <= num_window // 2
-        fixed |= (col < num_global) | (col >= nk - num_global)
-        draw = np.random.default_rng(seed).random((heads, nq, nk))
-        draw[:, fixed] = np.inf
-        order = draw.argsort(-1, kind="stable").argsort(-1, kind="stable")
-        keep = fixed | ((order < num_random) & np.isfinite(draw))
-        keep |= (row < num_global) | (row >= nq - num_global)
-        capacity = int(keep.sum((1, 2)).max())
-        return cls.from_dense(
-            keep, block_q=block_q, block_kv=block_kv, q_len=q_len, kv_len=kv_len, capacity=capacity
-        )
+    def of_rule(cls, grid: GridLike, rule: Rule) -> BlockMask:
+        """The pairs of positions that a rule allows, in every head."""
+        grid = as_grid(grid)
+        q0 = np.arange(0, grid.q_len, grid.block_q)[:, None]
+        k0 = np.arange(0, grid.kv_len, grid.block_kv)
+        q1 = np.minimum(q0 + grid.block_q, grid.q_len) - 1
+        k1 = np.minimum(k0 + grid.block_kv, grid.kv_len) - 1
+        some, every = rule.classify(q0, q1, k0, k1)
+        codes = np.where(every, FULL, np.where(some, FULL + 1, DROPPED)).astype(np.int8)
+        capacity = max(1, int(some.sum()))
+        return _build(codes[None, None], capacity, grid, (rule,), rule)
 
     # ---------------------------------------------------------------- composition
 
@@ -375,13 +230,13 @@ class BlockMask:
         nq, nk = self.codes.shape[-2:]
         if not (0 < num_q <= nq and 0 < num_kv <= nk):
             raise ValueError(f"num_q={num_q}, num_kv={num_kv} must lie in [1, {nq}] and [1, {nk}]")
-        lengths = []
+        grid, lengths = self.grid, []
         for start, num, block, total in (
-            (q_block, num_q, self.block_q, self.q_len),
-            (kv_block, num_kv, self.block_kv, self.kv_len),
+            (q_block, num_q, grid.block_q, grid.q_len),
+            (kv_block, num_kv, grid.block_kv, grid.kv_len),
         ):
             if isinstance(start, int):
-                if not 0 <= start <= _blocks(total, block) - num:
+                if not 0 <= start <= -(-total // block) - num:
                     raise ValueError(f"{num} blocks from {start} on leave the mask's {total}")
                 lengths.append(min(num * block, total - start * block))
             elif total % block:
@@ -394,10 +249,10 @@ class BlockMask:
         codes = lax.dynamic_slice_in_dim(self.codes, q_block, num_q, 2)
         codes = lax.dynamic_slice_in_dim(codes, kv_block, num_kv, 3)
         start = jnp.stack(
-            [jnp.asarray(q_block) * self.block_q, jnp.asarray(kv_block) * self.block_kv]
+            [jnp.asarray(q_block) * grid.block_q, jnp.asarray(kv_block) * grid.block_kv]
         )
-        sizes = (lengths[0], lengths[1], self.block_q, self.block_kv)
-        part = _build(codes, self.capacity, *sizes, self.rules, None)
+        sizes = dataclasses.replace(grid, q_len=lengths[0], kv_len=lengths[1])
+        part = _build(codes, self.capacity, sizes, self.rules, None)
         return dataclasses.replace(
             part,
             dropped=self.dropped,
@@ -425,18 +280,15 @@ class BlockMask:
 
     def to_dense(self) -> Array:
         """The visible pairs, bool `[b, h, q_len, kv_len]`: for tests and small inputs."""
-        codes = jnp.repeat(jnp.repeat(self.codes, self.block_q, 2), self.block_kv, 3)
-        codes = codes[..., : self.q_len, : self.kv_len]
-        q = self.offsets[..., 0, None, None] + jnp.arange(self.q_len).reshape(1, 1, -1, 1)
-        k = self.offsets[..., 1, None, None] + jnp.arange(self.kv_len).reshape(1, 1, 1, -1)
+        grid = self.grid
+        codes = jnp.repeat(jnp.repeat(self.codes, grid.block_q, 2), grid.block_kv, 3)
+        codes = codes[..., : grid.q_len, : grid.kv_len]
+        q = self.offsets[..., 0, None, None] + jnp.arange(grid.q_len).reshape(1, 1, -1, 1)
+        k = self.offsets[..., 1, None, None] + jnp.arange(grid.kv_len).reshape(1, 1, 1, -1)
         return visible(codes, self.rules, q, k)
 
 
 # -------------------------------------------------------------------- making lists
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
 
 
 def _concrete(x: Array | np.ndarray) -> bool:
@@ -450,25 +302,9 @@ def _host(*arrays: Array) -> Any:
     return arrays
 
 
-def _check_sizes(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
-    if block_q < 1 or block_kv < 1:
-        raise ValueError(f"block_q={block_q} and block_kv={block_kv} must be positive")
-    if q_len < 1 or kv_len < 1:
-        raise ValueError(f"q_len={q_len} and kv_len={kv_len} must be positive")
-    nq, nk = _blocks(q_len, block_q), _blocks(kv_len, block_kv)
-    if nq * nk > 1 << (31 - CODE_BITS):
-        raise ValueError(
-            f"a mask of {nq} x {nk} blocks is too large (2^{31 - CODE_BITS} per head); "
-            f"choose larger blocks than block_q={block_q}, block_kv={block_kv}"
-        )
-
-
 def _chosen(
     keep: Array | np.ndarray,
-    block_q: int,
-    block_kv: int,
-    q_len: int | None,
-    kv_len: int | None,
+    grid: Grid | tuple[int, int] | None,
     capacity: int | None,
     *,
     fits: bool,
@@ -479,40 +315,16 @@ def _chosen(
             f"keep has dtype {keep.dtype} and shape {tuple(keep.shape)}; it must be bool "
             "[q_blocks, kv_blocks], [heads, q_blocks, kv_blocks] or with a leading batch"
         )
-    nq, nk = (int(n) for n in keep.shape[-2:])
-    q_len = nq * block_q if q_len is None else q_len
-    kv_len = nk * block_kv if kv_len is None else kv_len
-    _check_sizes(q_len, kv_len, block_q, block_kv)
-    if (_blocks(q_len, block_q), _blocks(kv_len, block_kv)) != (nq, nk):
-        raise ValueError(
-            f"keep has {nq} x {nk} blocks of {block_q} x {block_kv}, which do not cover q_len="
-            f"{q_len} and kv_len={kv_len}: expected "
-            f"{_blocks(q_len, block_q)} x {_blocks(kv_len, block_kv)}"
-        )
+    nq, nk = keep.shape[-2:]
+    grid = grid_of_blocks((int(nq), int(nk)), grid, "keep")
     codes = keep.reshape((1,) * (4 - keep.ndim) + keep.shape).astype(np.int8)
-    sizes = (q_len, kv_len, block_q, block_kv)
-    return _build(codes, capacity, *sizes, (), None, fits=fits)
-
-
-def _pattern(rule: Rule, q_len: int, kv_len: int | None, block_q: int, block_kv: int) -> BlockMask:
-    kv_len = q_len if kv_len is None else kv_len
-    _check_sizes(q_len, kv_len, block_q, block_kv)
-    q0 = np.arange(0, q_len, block_q)[:, None]
-    k0 = np.arange(0, kv_len, block_kv)
-    q1, k1 = np.minimum(q0 + block_q, q_len) - 1, np.minimum(k0 + block_kv, kv_len) - 1
-    some, every = rule.classify(q0, q1, k0, k1)
-    codes = np.where(every, FULL, np.where(some, FULL + 1, DROPPED)).astype(np.int8)[None, None]
-    capacity = max(1, int(some.sum()))
-    return _build(codes, capacity, q_len, kv_len, block_q, block_kv, (rule,), rule)
+    return _build(codes, capacity, grid, (), None, fits=fits)
 
 
 def _build(
     codes: Any,
     capacity: int | None,
-    q_len: int,
-    kv_len: int,
-    block_q: int,
-    block_kv: int,
+    grid: Grid,
     rules: tuple[Rule, ...],
     pattern: Rule | None,
     *,
@@ -521,7 +333,7 @@ def _build(
     """The mask of these codes, with at most `capacity` blocks per head; `fits`: there are no more."""
     xp = module_of(codes)
     b, h, nq, nk = codes.shape
-    if kv_len % block_kv:
+    if grid.kv_len % grid.block_kv:
         # Full blocks at the end of the keys become partial: the kernels look at codes only.
         if Everything() not in rules:
             rules = (*rules, Everything())
@@ -547,15 +359,7 @@ def _build(
     arrays |= dict(dropped=dropped, offsets=offsets)
     with jax.ensure_compile_time_eval():  # what is known stays concrete, inside `jit` too
         arrays = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in arrays.items()}
-    return BlockMask(
-        **arrays,
-        q_len=q_len,
-        kv_len=kv_len,
-        block_q=block_q,
-        block_kv=block_kv,
-        rules=rules,
-        pattern=pattern,
-    )
+    return BlockMask(**arrays, grid=grid, rules=rules, pattern=pattern)
 
 
 def _lists(codes: Any, capacity: int, fits: bool = True) -> dict[str, Any]:
@@ -583,13 +387,13 @@ def within_segments(mask: BlockMask, q_ids: Array, kv_ids: Array) -> BlockMask:
     """
 
     def bounds(ids: Array, block: int) -> tuple[Array, Array]:
-        n = _blocks(ids.shape[1], block)
+        n = -(-ids.shape[1] // block)
         ids = jnp.pad(ids, ((0, 0), (0, n * block - ids.shape[1])), mode="edge")
         ids = ids.reshape(ids.shape[0], 1, n, block)
         return jnp.min(ids, -1), jnp.max(ids, -1)
 
-    q_low, q_high = (x[..., None] for x in bounds(q_ids, mask.block_q))
-    k_low, k_high = (x[..., None, :] for x in bounds(kv_ids, mask.block_kv))
+    q_low, q_high = (x[..., None] for x in bounds(q_ids, mask.grid.block_q))
+    k_low, k_high = (x[..., None, :] for x in bounds(kv_ids, mask.grid.block_kv))
     codes = jnp.where((q_low <= k_high) & (k_low <= q_high), mask.codes, DROPPED)
     equal = (q_low == k_high) & (k_low == q_high) & (q_low == q_high)
     codes = jnp.where(equal | (codes == DROPPED), codes, codes | SEGMENTS).astype(jnp.int8)
@@ -604,16 +408,17 @@ def within_segments(mask: BlockMask, q_ids: Array, kv_ids: Array) -> BlockMask:
 
 def _compose(a: BlockMask, b: BlockMask, *, all_: bool) -> BlockMask:
     for name in ("q_len", "kv_len", "block_q", "block_kv"):
-        if getattr(a, name) != getattr(b, name):
+        of_a, of_b = getattr(a.grid, name), getattr(b.grid, name)
+        if of_a != of_b:
             raise ValueError(
-                f"masks with {name}={getattr(a, name)} and {name}={getattr(b, name)} cannot be "
+                f"masks with {name}={of_a} and {name}={of_b} cannot be "
                 "composed; build both for the same lengths and blocks"
             )
     if a.is_window or b.is_window:
         raise ValueError("a window of a mask cannot be composed; compose first, then take windows")
     join = both if all_ else either
     if a.pattern is not None and b.pattern is not None:
-        return _pattern(join(a.pattern, b.pattern), a.q_len, a.kv_len, a.block_q, a.block_kv)
+        return BlockMask.of_rule(a.grid, join(a.pattern, b.pattern))
     rules: list[Rule] = []
 
     def code_of(rule: Rule) -> int:
@@ -640,5 +445,5 @@ def _compose(a: BlockMask, b: BlockMask, *, all_: bool) -> BlockMask:
         codes = xp.where((of_a == x) & (of_b == y), np.int8(code), codes)
     blocks = shape[-2] * shape[-1]
     capacity = min(a.capacity, b.capacity) if all_ else min(a.capacity + b.capacity, blocks)
-    mask = _build(codes, capacity, a.q_len, a.kv_len, a.block_q, a.block_kv, tuple(rules), None)
+    mask = _build(codes, capacity, a.grid, tuple(rules), None)
     return dataclasses.replace(mask, dropped=a.dropped + b.dropped + mask.dropped)

@@ -24,7 +24,7 @@ def merge_attention(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]
     >>> q, k, v = jnp.ones((1, 1, 4, 8)), jnp.eye(4, 8)[None, None], jnp.eye(4, 8)[None, None]
     >>> from pallas_kernels import BlockMask, block_sparse_attention
     >>> left, right = jnp.array([[True, False]] * 2), jnp.array([[False, True]] * 2)
-    >>> masks = [BlockMask.from_dense(x, block_q=2, block_kv=2) for x in (left, right)]
+    >>> masks = [BlockMask.from_dense(x, (2, 2)) for x in (left, right)]
     >>> parts = [block_sparse_attention(q, k, v, m, return_lse=True) for m in masks]
     >>> bool(jnp.allclose(merge_attention(parts)[0], 0.25 * jnp.eye(4, 8).sum(0)))
     True

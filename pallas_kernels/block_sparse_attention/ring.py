@@ -47,7 +47,7 @@ def ring_block_sparse_attention(
     Raises:
       ValueError: if the mask does not fit the shards or they are not whole blocks.
 
-    >>> from pallas_kernels import BlockMask
+    >>> from pallas_kernels import BlockMask, Grid
     >>> auto = jax.sharding.AxisType.Auto
     >>> mesh = jax.make_mesh((1,), ("seq",), axis_types=(auto,), devices=jax.devices()[:1])
     >>> spec = jax.P(None, None, "seq")
@@ -55,13 +55,13 @@ def ring_block_sparse_attention(
     ...     functools.partial(ring_block_sparse_attention, axis_name="seq"), mesh=mesh,
     ...     in_specs=(spec, spec, spec, jax.P()), out_specs=(spec, spec))
     >>> q = k = v = jnp.ones((1, 1, 4, 8))
-    >>> run(q, k, v, BlockMask.causal(4, block_q=2, block_kv=2))[0].shape
+    >>> run(q, k, v, BlockMask.causal(Grid(4, block_q=2, block_kv=2)))[0].shape
     (1, 1, 4, 8)
     """
     devices = lax.axis_size(axis_name)
     for name, x, block, total in (
-        ("q", q, mask.block_q, mask.q_len),
-        ("k", k, mask.block_kv, mask.kv_len),
+        ("q", q, mask.grid.block_q, mask.grid.q_len),
+        ("k", k, mask.grid.block_kv, mask.grid.kv_len),
     ):
         if x.shape[2] * devices != total or x.shape[2] % block:
             raise ValueError(
@@ -82,7 +82,7 @@ def ring_block_sparse_attention(
 
 def _window(mask: BlockMask, of_q: Any, of_k: Any, q: Array, k: Array) -> BlockMask:
     """The mask between shard of_q of the queries and shard of_k of the keys."""
-    nq, nk = q.shape[2] // mask.block_q, k.shape[2] // mask.block_kv
+    nq, nk = q.shape[2] // mask.grid.block_q, k.shape[2] // mask.grid.block_kv
     return mask.window(of_q * nq, nq, of_k * nk, nk)
 
 

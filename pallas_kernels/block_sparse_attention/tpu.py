@@ -53,8 +53,8 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
 
 def why_not(q: Array, k: Array, v: Array, mask: BlockMask) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    if mask.block_q % LANES or mask.block_kv % LANES:
-        return f"block_q={mask.block_q} and block_kv={mask.block_kv} must be multiples of {LANES}"
+    if mask.grid.block_q % LANES or mask.grid.block_kv % LANES:
+        return f"block_q={mask.grid.block_q} and block_kv={mask.grid.block_kv} must be multiples of {LANES}"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"head_dim={q.shape[-1]} and v_dim={v.shape[-1]} must be at most 256"
     if max(mask.codes.shape[-2:]) > STREAMED_WORDS:
@@ -347,7 +347,7 @@ def _backward_by_parts(
     results = []
     for first in range(0, nq, count):
         n = min(count, nq - first)
-        at = slice(first * mask.block_q, (first + n) * mask.block_q)
+        at = slice(first * mask.grid.block_q, (first + n) * mask.grid.block_q)
         ids = inputs.segments and (inputs.segments[0][:, at], inputs.segments[1])
         part = dataclasses.replace(
             inputs, q=inputs.q[:, :, at], mask=mask.window(first, n, 0, nk), segments=ids

@@ -129,7 +129,7 @@ class Plan:
 def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
     q, mask = inputs.q, inputs.mask
     mask_batch, mask_heads, n, inner = mask.codes.shape
-    outer_block, inner_block = mask.block_q, mask.block_kv
+    outer_block, inner_block = mask.grid.block_q, mask.grid.block_kv
     chunk, step = CHUNK, STEP
     if backward:
         n, inner, outer_block, inner_block = inner, n, inner_block, outer_block
@@ -157,7 +157,7 @@ def make_plan(inputs: Inputs, *, backward: bool) -> Plan:
         width=1,
         outer_block=outer_block,
         inner_block=inner_block,
-        kv_len=mask.kv_len,
+        kv_len=mask.grid.kv_len,
         rules=mask.rules,
         segments=inputs.segments is not None,
         tiled_lists=tiled_lists,

@@ -43,7 +43,7 @@ class _Heads:
         self.batch, self.heads = q.shape[:2]
         self.kv_heads = k.shape[1]
         mask_batch, mask_heads, self.nq, self.nk = mask.codes.shape
-        self.bq, self.bk = mask.block_q, mask.block_kv
+        self.bq, self.bk = mask.grid.block_q, mask.grid.block_kv
         self.precision = inputs.precision
 
         self.q = self.by_block(q, self.bq)
@@ -114,7 +114,7 @@ class _Heads:
             k_local = (cols[:, None] * self.bk + jnp.arange(self.bk)[None]).reshape(1, -1)
             q_offset, k_offset = self.offsets[self.mask_index[i]]
             seen = visible(codes, self.mask.rules, q_local + q_offset, k_local + k_offset)
-            seen = seen & (k_local < self.mask.kv_len)
+            seen = seen & (k_local < self.mask.grid.kv_len)
         if self.segments is not None:
             of_q, of_k = (x[self.batch_index[i]] for x in self.segments)
             seen = seen & (of_q[rows].reshape(-1, 1) == of_k[cols].reshape(1, -1))

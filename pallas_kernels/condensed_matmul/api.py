@@ -51,7 +51,8 @@ def condensed_matmul(
     why_not_xla = not_cpu if implementation is None else None
     name = choose(implementation, {"xla": why_not_xla, "reference": None})
     dtype = jnp.result_type(x.dtype, w.dtype)
-    integer_places("rows", w.rows), integer_places("outputs", w.outputs)
+    for field, places in (("rows", w.rows), ("outputs", w.outputs)):
+        integer_places(field, places)
     rows, w = jnp.reshape(x, (-1, w.shape[0])).astype(dtype), w.astype(dtype)
     if w.values.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), dtype)

@@ -11,7 +11,7 @@ from contracts import QUICK
 from flax import nnx
 
 from jaxsparse.nn.attention import BlockSparseAttention, top_blocks
-from pallas_kernels import BlockMask
+from pallas_kernels import BlockMask, Grid
 
 SIZES = dict(block_q=8, block_kv=8)
 
@@ -35,14 +35,14 @@ def dense(model, x):
 
 
 def test_with_every_block_it_is_dense_causal_attention():
-    for mask in (lambda q, k: BlockMask.causal(q.shape[2], **SIZES), top_blocks(5, **SIZES)):
+    for mask in (lambda q, k: BlockMask.causal(Grid(q.shape[2], **SIZES)), top_blocks(5, **SIZES)):
         model = layer(mask=mask)
         np.testing.assert_allclose(run(model, X), dense(model, X), atol=1e-5)
 
 
 def test_a_mask_given_with_the_call_takes_the_place_of_the_layers():
     model = layer(mask=top_blocks(1, **SIZES))
-    mask = BlockMask.local(40, window=10, **SIZES)
+    mask = BlockMask.local(Grid(40, **SIZES), window=10)
     given = run(model, X, mask)
     np.testing.assert_allclose(given, run(layer(mask=lambda q, k: mask), X), atol=1e-6)
     assert np.abs(run(model, X) - given).max() > 1e-3
@@ -75,7 +75,7 @@ def test_it_works_in_linen_through_the_bridge():
 
 
 def test_prefill_then_decode_equals_one_pass_when_all_blocks_are_read():
-    model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
+    model = layer(mask=lambda q, k: BlockMask.causal(Grid(q.shape[2], **SIZES)))
     want = dense(model, X)
     out, cache = prefill(model, X[:, :21], model.init_cache(2, 48, block_kv=8))
     np.testing.assert_allclose(out, want[:, :21], atol=1e-5)
@@ -88,7 +88,7 @@ def test_prefill_then_decode_equals_one_pass_when_all_blocks_are_read():
 
 
 def test_decode_reads_the_newest_the_first_and_the_best_blocks_only():
-    model = layer(mask=lambda q, k: BlockMask.causal(q.shape[2], **SIZES))
+    model = layer(mask=lambda q, k: BlockMask.causal(Grid(q.shape[2], **SIZES)))
     _, cache = prefill(model, X, model.init_cache(2, 48, block_kv=8))
     clean, _ = decode(model, X[:, :1], cache, 3)
     # Blocks that no head chose may hold anything.

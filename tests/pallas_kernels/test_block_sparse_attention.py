@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels import (
     BlockMask,
+    Grid,
     block_sparse_attention,
     block_sparse_decode,
     merge_attention,
     ring_block_sparse_attention,
 )
 
-SIZES = dict(block_q=8, block_kv=8)
 # Tests compile much and run little.
 quick = functools.partial(
     jax.jit,
@@ -75,18 +75,18 @@ def cases(draw):
         draw(st.sampled_from([1, sizes["batch"]])),
         draw(st.sampled_from([1, kv_heads, sizes["heads"]])),
     )
-    shape = dict(q_len=sizes["q_len"], kv_len=sizes["kv_len"], block_q=block_q, block_kv=block_kv)
+    grid = Grid(q_len=sizes["q_len"], kv_len=sizes["kv_len"], block_q=block_q, block_kv=block_kv)
     keep = rng.random((*lead, nq, nk)) < draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
-    mask = BlockMask.from_dense(keep, **shape)
+    mask = BlockMask.from_dense(keep, grid)
     pattern = draw(st.sampled_from(["none", "and local", "or sinks", "only strided", "mixed"]))
     if pattern == "and local":
-        mask &= BlockMask.local(window=(7, 5), **shape)
+        mask &= BlockMask.local(grid, window=(7, 5))
     elif pattern == "or sinks":
-        mask |= BlockMask.sinks(num_keys=3, **shape)
+        mask |= BlockMask.sinks(grid, num_keys=3)
     elif pattern == "only strided":
-        mask = BlockMask.strided(stride=6, **shape) & BlockMask.prefix(length=5, **shape)
+        mask = BlockMask.strided(grid, stride=6) & BlockMask.prefix(grid, length=5)
     elif pattern == "mixed":
-        mask = (mask | BlockMask.local(window=9, **shape)) & BlockMask.strided(stride=2, **shape)
+        mask = (mask | BlockMask.local(grid, window=9)) & BlockMask.strided(grid, stride=2)
     options = dict(
         causal=draw(st.booleans()),
         softcap=draw(st.sampled_from([None, 1.5])),
@@ -137,7 +137,7 @@ def test_xla_equals_the_definition_in_many_cases(case):
 
 def test_the_reference_is_softmax_attention():
     q, k, v = random_qkv(0, heads=2, kv_heads=2, q_len=16, kv_len=16)
-    mask = BlockMask.causal(16, block_q=8, block_kv=8)
+    mask = BlockMask.causal(Grid(16, block_q=8, block_kv=8))
     want = jax.nn.dot_product_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), is_causal=True)
     for implementation in ("reference", "xla"):
         run = quick(functools.partial(block_sparse_attention, implementation=implementation))
@@ -146,7 +146,7 @@ def test_the_reference_is_softmax_attention():
 
 def test_bfloat16_stays_near_float32():
     q, k, v = random_qkv(1, heads=4, kv_heads=2, dtype="bfloat16")
-    mask = BlockMask.from_dense(np.ones((5, 6), bool), block_q=8, block_kv=8)
+    mask = BlockMask.from_dense(np.ones((5, 6), bool), (8, 8))
     got = results("xla", q, k, v, mask)
     want = results("reference", *(x.astype(jnp.float32) for x in (q, k, v)), mask)
     assert all(a.dtype == jnp.bfloat16 for a in (got[0], *got[2:]))
@@ -175,7 +175,7 @@ def test_parts_merge_by_their_lse_with_gradients():
     keep = np.random.default_rng(0).random((5, 6)) < 0.6
     keep[2] = False  # empty in both parts
     left = keep & (np.arange(6) < 2)
-    whole, *parts = (BlockMask.from_dense(x, **SIZES) for x in (keep, left, keep & ~left))
+    whole, *parts = (BlockMask.from_dense(x, (8, 8)) for x in (keep, left, keep & ~left))
     attend = functools.partial(block_sparse_attention, implementation="xla", return_lse=True)
     merged = with_grads(lambda *x: merge_attention([attend(*x, m) for m in parts]), q, k, v)
     assert_close(merged, with_grads(lambda *x: attend(*x, whole), q, k, v))
@@ -186,11 +186,11 @@ def test_vmap_remat_and_a_traced_mask_change_nothing():
     keep = jnp.asarray(np.random.default_rng(0).random((3, 2, 5, 6)) < 0.5)
 
     def one(q, k, v, keep):
-        mask = BlockMask.from_dense(keep, **SIZES)
+        mask = BlockMask.from_dense(keep, (8, 8))
         return block_sparse_attention(q[None], k[None], v[None], mask, implementation="xla")[0]
 
     def at_once(q, k, v, keep):
-        mask = BlockMask.from_dense(keep, **SIZES)
+        mask = BlockMask.from_dense(keep, (8, 8))
         return block_sparse_attention(q, k, v, mask, implementation="xla")
 
     got = with_grads(jax.vmap(jax.checkpoint(one)), q, k, v, keep)
@@ -201,7 +201,7 @@ def test_vmap_remat_and_a_traced_mask_change_nothing():
 def test_vmap_with_a_shared_mask_or_shared_operands_changes_nothing(axes):
     stacked = [jnp.stack(x) for x in zip(*(random_qkv(i, batch=2) for i in range(3)))]
     args = [x if axis == 0 else x[0] for x, axis in zip(stacked, axes)]
-    mask = BlockMask.from_dense(np.random.default_rng(0).random((2, 5, 6)) < 0.5, **SIZES)
+    mask = BlockMask.from_dense(np.random.default_rng(0).random((2, 5, 6)) < 0.5, (8, 8))
     ids = jnp.arange(40) // 17 * jnp.ones((2, 1), int), jnp.arange(48) // 17 * jnp.ones((2, 1), int)
 
     def run(*qkv):
@@ -224,14 +224,14 @@ def test_a_new_mask_compiles_nothing_anew():
 
     rng = np.random.default_rng(0)
     for density in (0.0, 0.3, 1.0):
-        run(q, k, v, BlockMask.from_dense(rng.random((2, 5, 6)) < density, block_q=8, block_kv=8))
+        run(q, k, v, BlockMask.from_dense(rng.random((2, 5, 6)) < density, (8, 8)))
     assert len(traces) == 1
 
 
 def test_shard_map_over_heads_and_batch():
     q, k, v = random_qkv(5, batch=2, heads=4, kv_heads=4)
     keep = np.random.default_rng(0).random((2, 4, 5, 6)) < 0.5
-    mask = BlockMask.from_dense(keep, block_q=8, block_kv=8)
+    mask = BlockMask.from_dense(keep, (8, 8))
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
     spec = jax.P("data", "model")
@@ -242,9 +242,9 @@ def test_shard_map_over_heads_and_batch():
 
 def test_a_ring_over_the_sequence_equals_one_device_with_gradients():
     q, k, v = random_qkv(6, heads=2, q_len=64, kv_len=64)
-    shape = dict(block_q=8, block_kv=8)
+    grid = Grid(64, block_q=8, block_kv=8)
     keep = np.random.default_rng(0).random((2, 8, 8)) < 0.5
-    mask = BlockMask.from_dense(keep, **shape) & BlockMask.causal(64, **shape)
+    mask = BlockMask.from_dense(keep, grid) & BlockMask.causal(grid)
     mesh = jax.make_mesh(
         (4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
     )
@@ -266,7 +266,7 @@ def test_decode_equals_attention_over_the_chosen_blocks_and_reads_no_others():
     q, k, v = random_qkv(7, batch=2, heads=4, kv_heads=2, q_len=1, kv_len=48)
     keep = np.random.default_rng(1).random((2, 2, 1, 6)) < 0.5
     keep[0, 0] = False
-    mask = BlockMask.from_dense(keep, block_q=1, block_kv=8, capacity=6)
+    mask = BlockMask.from_dense(keep, (1, 8), capacity=6)
     lengths = jnp.array([48, 19])
     unread = jnp.repeat(jnp.asarray(~keep[:, :, 0]), 8, -1)[..., None]
     poisoned = [jnp.where(unread, jnp.nan, x) for x in (k, v)]
@@ -278,7 +278,7 @@ def test_decode_equals_attention_over_the_chosen_blocks_and_reads_no_others():
     want = quick(attend)(q, k, v, mask, segment_ids=ids)
     np.testing.assert_allclose(got, want[:, :, 0], atol=1e-5)
     with pytest.raises(ValueError, match="decoding takes chosen blocks"):
-        pattern = BlockMask.sinks(1, 48, num_keys=4, block_q=1, block_kv=8)
+        pattern = BlockMask.sinks(Grid(1, 48, block_q=1, block_kv=8), num_keys=4)
         block_sparse_decode(q[:, :, 0], k, v, pattern, lengths)
     with pytest.raises(ValueError, match="decoding needs 1, 1 and the cache's 48"):
         block_sparse_decode(q[:, :, 0], k, v, BlockMask.causal(48), lengths)
@@ -287,7 +287,7 @@ def test_decode_equals_attention_over_the_chosen_blocks_and_reads_no_others():
 def test_memory_grows_with_the_kept_blocks_not_with_the_square():
     def temporaries(length):
         shape = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
-        mask = BlockMask.local(length, window=32, block_q=16, block_kv=16)
+        mask = BlockMask.local(Grid(length, block_q=16, block_kv=16), window=32)
         run = jax.jit(
             lambda q, k, v: jax.grad(
                 lambda *x: block_sparse_attention(*x, mask, implementation="xla").sum(), (0, 1, 2)
@@ -318,13 +318,13 @@ def test_memory_grows_with_the_kept_blocks_not_with_the_square():
         (dict(implementation="cuda"), "implementation='cuda' is unknown"),
         (dict(implementation="tpu"), "implementation='tpu' does not support these arguments"),
         (
-            dict(mask=BlockMask.from_dense(np.ones((3, 5, 6), bool), block_q=8, block_kv=8)),
+            dict(mask=BlockMask.from_dense(np.ones((3, 5, 6), bool), (8, 8))),
             "mask is for batch 1 and 3 heads",
         ),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
     q, k, v = random_qkv(0)
-    mask = BlockMask.from_dense(np.ones((5, 6), bool), block_q=8, block_kv=8)
+    mask = BlockMask.from_dense(np.ones((5, 6), bool), (8, 8))
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**(dict(q=q, k=k, v=v, mask=mask) | change))

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import BlockMask
+from pallas_kernels import BlockMask, Grid
 from pallas_kernels.block_sparse_attention.lists import SEGMENTS
 from pallas_kernels.block_sparse_attention.mask import within_segments
 
-SHAPE = dict(q_len=44, kv_len=37, block_q=8, block_kv=16)
+SHAPE = Grid(q_len=44, kv_len=37, block_q=8, block_kv=16)
 Q, K = np.arange(44)[:, None], np.arange(37)
 
 
@@ -31,7 +31,7 @@ def lists(starts, entries):
 )
 def test_lists_hold_the_kept_blocks_by_row_and_by_column(seed, density, nq, nk):
     keep = np.random.default_rng(seed).random((2, nq, nk)) < density
-    build = functools.partial(BlockMask.from_dense, block_q=4, block_kv=4)
+    build = functools.partial(BlockMask.from_dense, grid=(4, 4))
     for mask in (build(keep), jax.jit(build)(keep)):
         for h in range(2):
             rows = lists(np.asarray(mask.row_starts[0, h]), np.asarray(mask.row_entries[0, h]))
@@ -43,21 +43,21 @@ def test_lists_hold_the_kept_blocks_by_row_and_by_column(seed, density, nq, nk):
 
 
 PATTERNS = {
-    "causal": (lambda **s: BlockMask.causal(**s), Q >= K),
-    "aligned ends": (lambda **s: BlockMask.causal(offset=-7, **s), Q - 7 >= K),
-    "window": (lambda **s: BlockMask.local(window=9, **s), (Q >= K) & (Q - K < 9)),
-    "two sides": (lambda **s: BlockMask.local(window=(9, 4), **s), (Q - K <= 9) & (K - Q <= 4)),
-    "strided": (lambda **s: BlockMask.strided(stride=6, **s), (Q - K) % 6 == 0),
-    "power of two": (lambda **s: BlockMask.strided(stride=32, **s), (Q - K) % 32 == 0),
-    "sinks": (lambda **s: BlockMask.sinks(num_keys=5, **s), (K < 5) & (Q >= 0)),
-    "prefix": (lambda **s: BlockMask.prefix(length=20, **s), (K < 20) | (Q >= K)),
+    "causal": (lambda grid: BlockMask.causal(grid), Q >= K),
+    "aligned ends": (lambda grid: BlockMask.causal(grid, offset=-7), Q - 7 >= K),
+    "window": (lambda grid: BlockMask.local(grid, window=9), (Q >= K) & (Q - K < 9)),
+    "two sides": (lambda grid: BlockMask.local(grid, window=(9, 4)), (Q - K <= 9) & (K - Q <= 4)),
+    "strided": (lambda grid: BlockMask.strided(grid, stride=6), (Q - K) % 6 == 0),
+    "power of two": (lambda grid: BlockMask.strided(grid, stride=32), (Q - K) % 32 == 0),
+    "sinks": (lambda grid: BlockMask.sinks(grid, num_keys=5), (K < 5) & (Q >= 0)),
+    "prefix": (lambda grid: BlockMask.prefix(grid, length=20), (K < 20) | (Q >= K)),
 }
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_show_their_formula_and_drop_empty_blocks(name):
     build, want = PATTERNS[name]
-    mask = build(**SHAPE)
+    mask = build(SHAPE)
     np.testing.assert_array_equal(mask.to_dense()[0, 0], want)
     blocks = np.pad(want, ((0, 4), (0, 11))).reshape(6, 8, 3, 16).swapaxes(1, 2)
     if name != "prefix":  # a union may call a full block partial, so codes are not compared there
@@ -74,10 +74,10 @@ def test_patterns_show_their_formula_and_drop_empty_blocks(name):
 @given(st.sampled_from(sorted(PATTERNS)), st.sampled_from(sorted(PATTERNS)), st.integers(0, 99))
 def test_composition_is_logical_on_the_visible_pairs(first, second, seed):
     keep = np.random.default_rng(seed).random((2, 6, 3)) < 0.5
-    chosen = BlockMask.from_dense(keep, **SHAPE)
+    chosen = BlockMask.from_dense(keep, SHAPE)
     shown = np.kron(keep, np.ones((8, 16), bool))[:, :44, :37]
     (make_a, a), (make_b, b) = PATTERNS[first], PATTERNS[second]
-    a_mask, b_mask = make_a(**SHAPE), make_b(**SHAPE)
+    a_mask, b_mask = make_a(SHAPE), make_b(SHAPE)
     for mask, want in (
         (a_mask & b_mask, a & b),
         (a_mask | b_mask, a | b),
@@ -91,19 +91,19 @@ def test_composition_is_logical_on_the_visible_pairs(first, second, seed):
 
 
 def test_bigbird_rows_have_window_global_and_random_blocks_per_head():
-    mask = BlockMask.bigbird(16 * 12, heads=3, block_q=16, block_kv=16, seed=1)
+    mask = BlockMask.bigbird(Grid(16 * 12, block_q=16, block_kv=16), heads=3, seed=1)
     keep = np.asarray(mask.codes[0] != 0)
     assert keep[:, [0, -1]].all() and keep[:, :, [0, -1]].all()
     np.testing.assert_array_equal(keep[:, 2:-2].sum(-1), 5 + 3)
     assert all(keep[:, i, j].all() for i in range(1, 11) for j in (i - 1, i, i + 1))
     assert (keep[0] != keep[1]).any()
-    same = BlockMask.bigbird(16 * 12, heads=3, block_q=16, block_kv=16, seed=1)
+    same = BlockMask.bigbird(Grid(16 * 12, block_q=16, block_kv=16), heads=3, seed=1)
     np.testing.assert_array_equal(keep, same.codes[0] != 0)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def best_blocks(scores, k):
-    return BlockMask.from_scores(scores, k, block_q=8, block_kv=8)
+    return BlockMask.from_scores(scores, k, (8, 8))
 
 
 @given(st.integers(0, 2**16), st.sampled_from([(0, 5), (3, 5), (6, 5), (70, 200)]))
@@ -146,15 +146,17 @@ def test_an_overflow_is_an_error_when_concrete_and_counted_when_traced():
 
 
 def test_a_window_of_a_mask_is_a_part_of_what_it_shows():
-    shape = dict(q_len=48, kv_len=48, block_q=8, block_kv=16)
+    grid = Grid(48, block_q=8, block_kv=16)
     keep = np.random.default_rng(0).random((2, 6, 3)) < 0.7
-    mask = BlockMask.from_dense(keep, **shape) & BlockMask.causal(**shape)
+    mask = BlockMask.from_dense(keep, grid) & BlockMask.causal(grid)
     part = jax.jit(lambda i: mask.window(i, 2, 1, 2))(3)
     np.testing.assert_array_equal(part.to_dense(), mask.to_dense()[:, :, 24:40, 16:48])
     with pytest.raises(ValueError, match="compose first, then take windows"):
         part & part
-    ragged = BlockMask.causal(**SHAPE)
-    assert ragged.window(4, 2, 1, 2).q_len == 12 and ragged.window(0, 1, 1, 2).kv_len == 21
+    ragged = BlockMask.causal(SHAPE)
+    assert (
+        ragged.window(4, 2, 1, 2).grid.q_len == 12 and ragged.window(0, 1, 1, 2).grid.kv_len == 21
+    )
     np.testing.assert_array_equal(
         ragged.window(4, 2, 1, 2).to_dense(), ragged.to_dense()[:, :, 32:, 16:]
     )
@@ -173,7 +175,7 @@ def test_segments_drop_blocks_that_cannot_meet_and_flag_those_that_may_differ(se
     if is_sorted:
         ids = [np.sort(x, -1) for x in ids]
     equal = ids[0][:, None, :, None] == ids[1][:, None, None, :]
-    before = BlockMask.from_dense(rng.random((2, 6, 3)) < 0.7, **SHAPE) & BlockMask.causal(**SHAPE)
+    before = BlockMask.from_dense(rng.random((2, 6, 3)) < 0.7, SHAPE) & BlockMask.causal(SHAPE)
     after = jax.jit(within_segments)(before, *ids)
     shown = np.asarray(before.to_dense()) & equal
     np.testing.assert_array_equal(np.asarray(after.to_dense()) & equal, shown)
@@ -189,8 +191,8 @@ def test_segments_drop_blocks_that_cannot_meet_and_flag_those_that_may_differ(se
 
 ERRORS = {
     "keep has dtype float32": lambda: BlockMask.from_dense(np.ones((2, 2), "f4")),
-    "keep has 2 x 2 blocks": lambda: BlockMask.from_dense(np.ones((2, 2), bool), q_len=500),
-    "block_q=0": lambda: BlockMask.causal(8, block_q=0),
+    "keep has 2 x 2 blocks": lambda: BlockMask.from_dense(np.ones((2, 2), bool), Grid(500)),
+    "block_q=0": lambda: BlockMask.causal(Grid(8, block_q=0)),
     "q_len=0": lambda: BlockMask.causal(0),
     "capacity=0 must be": lambda: BlockMask.from_dense(np.zeros((2, 2), bool), capacity=0),
     "scores has dtype int32": lambda: BlockMask.from_scores(jnp.ones((2, 2), int), 1),
@@ -205,10 +207,10 @@ ERRORS = {
     "length=-1": lambda: BlockMask.prefix(8, length=-1),
     "num_window=2": lambda: BlockMask.bigbird(512, num_window=2),
     "with block_q=128 and block_q=64": lambda: (
-        BlockMask.causal(128) & BlockMask.causal(128, block_q=64)
+        BlockMask.causal(128) & BlockMask.causal(Grid(128, block_q=64))
     ),
     "a mask of 8192 x 8192 blocks is too large": lambda: BlockMask.causal(
-        8192, block_q=1, block_kv=1
+        Grid(8192, block_q=1, block_kv=1)
     ),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import BlockMask, block_sparse_attention
+from pallas_kernels import BlockMask, Grid, block_sparse_attention
 from pallas_kernels.block_sparse_attention import reference, tpu, tpu_walk
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import within_segments
@@ -49,7 +49,11 @@ def agree(
     """Whether the interpreted kernels give the definition's results and gradients."""
     rng = np.random.default_rng(0)
     batch = 1 if segments is None else segments[0].shape[0]
-    shapes = (heads, mask.q_len, dim), (kv_heads, mask.kv_len, dim), (kv_heads, mask.kv_len, v_dim)
+    shapes = (
+        (heads, mask.grid.q_len, dim),
+        (kv_heads, mask.grid.kv_len, dim),
+        (kv_heads, mask.grid.kv_len, v_dim),
+    )
     qkv = [jnp.asarray(rng.normal(size=(batch, *s)), jnp.float32) for s in shapes]
     dout = jnp.asarray(rng.normal(size=(*qkv[0].shape[:3], v_dim)), jnp.float32)
 
@@ -78,9 +82,9 @@ def agree(
 
 
 def test_the_forward_kernel_equals_the_definition_with_an_empty_row_and_a_ragged_end():
-    shape = dict(q_len=256, kv_len=200, block_q=128, block_kv=128)
+    grid = Grid(256, 200)
     keep = np.array([[[True, True], [False, False]], [[False, True], [True, False]]])
-    agree(BlockMask.from_dense(keep, **shape), passes=["forward"])
+    agree(BlockMask.from_dense(keep, grid), passes=["forward"])
 
 
 def test_the_forward_kernel_hides_what_a_window_does_not_show():
@@ -96,11 +100,11 @@ def test_the_backward_kernel_equals_the_definition_with_an_empty_row_and_column(
 @pytest.mark.slow
 @pytest.mark.parametrize("fetch", [False, True])
 def test_kernels_equal_the_definition_on_chosen_blocks_patterns_and_ragged_lengths(fetch):
-    shape = dict(q_len=300, kv_len=500, block_q=128, block_kv=128)
+    grid = Grid(300, 500)
     keep = np.random.default_rng(0).random((2, 3, 4)) < 0.5
     keep[0], keep[1, 2] = False, False  # an empty head, an empty row
-    mask = BlockMask.from_dense(keep, **shape) | BlockMask.local(window=40, **shape)
-    agree(mask & BlockMask.causal(**shape), fetch=fetch)
+    mask = BlockMask.from_dense(keep, grid) | BlockMask.local(grid, window=40)
+    agree(mask & BlockMask.causal(grid), fetch=fetch)
 
 
 @pytest.mark.slow
@@ -108,24 +112,24 @@ def test_kernels_equal_the_definition_on_chosen_blocks_patterns_and_ragged_lengt
 def test_kernels_equal_the_definition_with_windows_some_chunks_at_a_time(monkeypatch, fetch):
     for name in ("STEP", "BACKWARD_STEP"):
         monkeypatch.setattr(tpu_walk, name, 256)
-    shape = dict(q_len=512, kv_len=640, block_q=128, block_kv=128)
+    grid = Grid(512, 640)
     keep = np.random.default_rng(0).random((2, 4, 5)) < 0.7
     keep[0, 2] = False
     for window in (
-        BlockMask.causal(offset=128, **shape),
-        BlockMask.local(window=(250, 40), **shape),
-        BlockMask.local(window=250, **shape) & BlockMask.causal(offset=-3, **shape),
-        BlockMask.local(window=9, **shape) & BlockMask.causal(offset=-20, **shape),  # nothing
+        BlockMask.causal(grid, offset=128),
+        BlockMask.local(grid, window=(250, 40)),
+        BlockMask.local(grid, window=250) & BlockMask.causal(grid, offset=-3),
+        BlockMask.local(grid, window=9) & BlockMask.causal(grid, offset=-20),  # nothing
     ):
         agree(window, fetch=fetch)
-        agree(BlockMask.from_dense(keep, **shape) & window, fetch=fetch)
+        agree(BlockMask.from_dense(keep, grid) & window, fetch=fetch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fetch", [False, True])
 def test_kernels_equal_the_definition_with_empty_rows_and_a_soft_cap(fetch):
     keep = np.array([[True, True, True], [False, False, False]])
-    agree(BlockMask.from_dense(keep, block_q=256, block_kv=128), softcap=1.5, fetch=fetch)
+    agree(BlockMask.from_dense(keep, (256, 128)), softcap=1.5, fetch=fetch)
 
 
 @pytest.mark.slow
@@ -151,8 +155,8 @@ def test_lists_that_come_tile_by_tile_change_nothing(monkeypatch):
 
 @pytest.mark.slow
 def test_queries_cut_into_parts_that_fit_vmem_change_nothing(monkeypatch):
-    shape = dict(q_len=256, kv_len=256, block_q=128, block_kv=128)
-    mask = BlockMask.local(window=150, **shape) | BlockMask.sinks(num_keys=3, **shape)
+    grid = Grid(256, 256)
+    mask = BlockMask.local(grid, window=150) | BlockMask.sinks(grid, num_keys=3)
     monkeypatch.setattr(tpu, "_room", lambda: 1)
     agree(mask)
 
@@ -171,7 +175,7 @@ CHILD = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from pallas_kernels import BlockMask, block_sparse_attention
+from pallas_kernels import BlockMask, Grid, block_sparse_attention
 for topology, case, fetched in json.loads(sys.argv[1]):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     b, h, hk, s, d, dv, bq, bk, dtype, per_row, *features = case
@@ -186,8 +190,7 @@ for topology, case, fetched in json.loads(sys.argv[1]):
     ids = abstract(b, s, dtype="int32", spec=jax.P()) if "packed" in features else None
     nq, nk = -(-rows // bq), -(-s // bk)
     def attend(q, k, v, keep, ids):
-        mask = BlockMask.from_dense(
-            keep, block_q=bq, block_kv=bk, q_len=rows, kv_len=s, capacity=nq * (per_row or nk))
+        mask = BlockMask.from_dense(keep, Grid(rows, s, bq, bk), capacity=nq * (per_row or nk))
         return block_sparse_attention(
             q, k, v, mask, causal="causal" in features, segment_ids=ids, return_lse=True,
             softcap=30.0 if "softcap" in features else None, implementation="tpu")
@@ -288,7 +291,7 @@ def test_shard_map_over_heads_compiles_for_real_tpus(topology):
 )
 def test_what_the_kernels_cannot_take_is_named(blocks, dim, message):
     x = jnp.ones((1, 1, 128, dim))
-    mask = BlockMask.causal(128, block_q=blocks[0], block_kv=blocks[1])
+    mask = BlockMask.causal(Grid(128, block_q=blocks[0], block_kv=blocks[1]))
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(x, x, x, mask, implementation="tpu")
 

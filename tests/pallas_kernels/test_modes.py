@@ -23,6 +23,7 @@ from pallas_kernels import (
     BlockMask,
     BlockSparse,
     Condensed,
+    Grid,
     NMSparse,
     block_sparse_attention,
     block_sparse_decode,
@@ -58,12 +59,10 @@ def product(multiply, build, rows=(2, 3), dtype=jnp.float32, **options):
 
 def attention(length=20, block=8, **options):
     def run():
-        sizes = dict(q_len=length, kv_len=length, block_q=block, block_kv=block)
+        grid = Grid(length, block_q=block, block_kv=block)
         n = -(-length // block)
-        mask = BlockMask.from_scores(ones(2, n, n), 2, **sizes) | BlockMask.sinks(
-            num_keys=3, **sizes
-        )
-        mask &= BlockMask.local(window=9, **sizes) | BlockMask.strided(stride=3, **sizes)
+        mask = BlockMask.from_scores(ones(2, n, n), 2, grid) | BlockMask.sinks(grid, num_keys=3)
+        mask &= BlockMask.local(grid, window=9) | BlockMask.strided(grid, stride=3)
         ids = jnp.zeros((1, length), jnp.int32)
         f = lambda *x: block_sparse_attention(
             *x, mask, causal=True, segment_ids=ids, softcap=2.0, return_lse=True, **options
@@ -75,16 +74,16 @@ def attention(length=20, block=8, **options):
 
 
 def decode():
-    mask = BlockMask.from_indices(np.array([[[2, 0]]]), 4, block_q=1, block_kv=8)
+    mask = BlockMask.from_indices(np.array([[[2, 0]]]), 4, (1, 8))
     cache = ones(2, 1, 32, 8)
     return block_sparse_decode(ones(2, 2, 8), cache, cache, mask, jnp.array([3, 9]))
 
 
 def patterns():
     return [
-        BlockMask.causal(20, block_q=8, block_kv=8).to_dense(),
-        BlockMask.prefix(20, length=5, block_q=8, block_kv=8).window(0, 1, 1, 1).to_dense(),
-        BlockMask.bigbird(64, heads=2, block_q=8, block_kv=8).counts,
+        BlockMask.causal(Grid(20, block_q=8, block_kv=8)).to_dense(),
+        BlockMask.prefix(Grid(20, block_q=8, block_kv=8), length=5).window(0, 1, 1, 1).to_dense(),
+        BlockMask.bigbird(Grid(64, block_q=8, block_kv=8), heads=2).counts,
         BlockMask.from_scores(ones(3, 200), 2, forced=np.arange(200) == 5).codes,
     ]
 

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import BlockMask, block_sparse_attention, block_sparse_decode, merge_attention
+from pallas_kernels import (
+    BlockMask,
+    Grid,
+    block_sparse_attention,
+    block_sparse_decode,
+    merge_attention,
+)
 from pallas_kernels.block_sparse_attention import tpu_walk
 
 quick = functools.partial(
@@ -17,19 +23,19 @@ quick = functools.partial(
 LENGTH, FILLED = 40, 21  # the rest is padding
 CASES = {
     # mask and segment ids that hide the padding from the queries before it
-    "causal": lambda n, block: (BlockMask.causal(n, block_q=block, block_kv=block), None),
+    "causal": lambda n, block: (BlockMask.causal(Grid(n, block_q=block, block_kv=block)), None),
     "window": lambda n, block: (
-        BlockMask.local(n, window=(n // 4, 0), block_q=block, block_kv=block),
+        BlockMask.local(Grid(n, block_q=block, block_kv=block), window=(n // 4, 0)),
         None,
     ),
     "sinks or window": lambda n, block: (
-        BlockMask.sinks(n, num_keys=3, block_q=block, block_kv=block)
-        | BlockMask.local(n, window=n // 4, block_q=block, block_kv=block),
+        BlockMask.sinks(Grid(n, block_q=block, block_kv=block), num_keys=3)
+        | BlockMask.local(Grid(n, block_q=block, block_kv=block), window=n // 4),
         None,
     ),
     "segments": lambda n, block: (
         BlockMask.from_dense(
-            np.ones((-(-n // block),) * 2, bool), q_len=n, kv_len=n, block_q=block, block_kv=block
+            np.ones((-(-n // block),) * 2, bool), Grid(n, block_q=block, block_kv=block)
         ),
         (jnp.arange(n) >= FILLED * n // LENGTH).astype(jnp.int32)[None],
     ),
@@ -113,7 +119,7 @@ def test_blocks_that_are_not_kept_may_hold_anything(small_steps, implementation)
     block = 128 if implementation == "tpu" else 8
     # The first block is in no list; absent entries of a chunk must not stand for it.
     keep = np.array([[False, True, False], [False, True, True], [False, False, False]])
-    mask = BlockMask.from_dense(keep, block_q=block, block_kv=block)
+    mask = BlockMask.from_dense(keep, (block, block))
     q, k, v = problem(3 * block)
     bad = [x.at[:, :, :block].set(jnp.nan) for x in (k, v)]
     run = quick(functools.partial(attend, ids=None, implementation=implementation))
@@ -124,7 +130,7 @@ def test_blocks_that_are_not_kept_may_hold_anything(small_steps, implementation)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("which", [1, 2])
 def test_what_a_query_sees_reaches_it(implementation, which):
-    mask = BlockMask.causal(LENGTH, block_q=8, block_kv=8)
+    mask = BlockMask.causal(Grid(LENGTH, block_q=8, block_kv=8))
     args = problem(LENGTH)
     args[which] = args[which].at[0, 0, 12, 3].set(jnp.nan)
     out, lse, dq, *_ = outputs_and_gradients(*args, mask, None, LENGTH, implementation)
@@ -139,7 +145,7 @@ def test_what_a_query_sees_reaches_it(implementation, which):
 def test_room_of_a_cache_that_is_not_filled_may_hold_anything(bad):
     q, cache = jnp.ones((1, 2, 8)), jax.random.normal(jax.random.key(0), (1, 2, 64, 8))
     filled = (jnp.arange(64) < 37)[:, None]
-    mask = BlockMask.from_dense(jnp.ones((1, 4), bool), block_q=1, block_kv=16)
+    mask = BlockMask.from_dense(jnp.ones((1, 4), bool), (1, 16))
 
     @quick
     def run(q, k, v):
@@ -156,7 +162,7 @@ def test_room_of_a_cache_that_is_not_filled_may_hold_anything(bad):
 
 @pytest.mark.parametrize("lengths", [np.array([3]), np.array(3), np.array([3.0, 4.0])])
 def test_decode_wants_one_length_for_each_sequence(lengths):
-    mask = BlockMask.from_dense(np.ones((1, 4), bool), block_q=1, block_kv=16)
+    mask = BlockMask.from_dense(np.ones((1, 4), bool), (1, 16))
     cache = jnp.ones((2, 1, 64, 8))
     with pytest.raises(ValueError, match=r"lengths has shape .* it must be integer \[2\]"):
         block_sparse_decode(jnp.ones((2, 1, 8)), cache, cache, mask, jnp.asarray(lengths))
