@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import selection
+from jaxsparse._counts import scale_count
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, momentum, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -95,9 +96,9 @@ def snfs(
         rho = fraction(step.count)
         eager = (sparse < 0.2) & (share > 1.0 / share.size)
         rho = jnp.where(eager, jnp.minimum(rho, sparse), rho)
-        dropped = jnp.ceil(rho * n.astype(jnp.float32)).astype(jnp.int32)
+        dropped = n - scale_count(n, 1.0 - rho)  # rounded up
         room = sizes - n + dropped
-        caps = jnp.floor(0.99 * room.astype(jnp.float32)).astype(jnp.int32)
+        caps = scale_count(room, 0.99)
         caps = jnp.where(jnp.sum(caps) < jnp.sum(dropped), room, caps)  # nearly dense networks
         grown = by_leaf(step.leaves, apportion(jnp.sum(dropped), share, caps))
         keep = selection.topk_masks(

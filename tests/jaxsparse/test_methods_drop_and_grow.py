@@ -1,5 +1,8 @@
 """SRigL, SNFS, DST-EE, ITOP, GraNet, MEST, DSR, Deep R and sign-wise SET."""
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +195,77 @@ def test_snfs_reads_the_momentum_of_adam_inside_wrappers():
         assert masks(state)["kernel"].sum() == 50
 
 
+def largest_remainders(total, shares, caps):
+    """Oracle: quotas, of which a full entry gives the rest to the others; then floors and remainders."""
+    shares, caps = np.asarray(shares, np.float64), np.asarray(caps)
+    full = np.zeros(len(caps), bool)
+    while True:
+        quota = (total - caps[full].sum()) * np.where(full, 0, shares) / shares[~full].sum()
+        if not (~full & (quota >= caps)).any():
+            break
+        full |= quota >= caps
+    given = np.where(full, caps, np.floor(quota)).astype(int)
+    for i in np.argsort(-(quota - np.floor(quota)))[: total - given.sum()]:
+        given[i] += 1
+    return given
+
+
+def top(score, where, k):
+    """Oracle: the mask of the k largest scores inside `where`."""
+    order = np.argsort(-np.where(where, score, -np.inf).ravel(), kind="stable")[:k]
+    return np.isin(np.arange(where.size), order).reshape(where.shape)
+
+
+def snfs_update(w, momenta, held, rho):
+    """Oracle of the card; the rate of a layer that is nearly dense and eager is its sparsity."""
+    keys = list(w)
+    n = {k: int(held[k].sum()) for k in keys}
+    v = np.array([np.abs(momenta[k])[held[k]].mean() for k in keys])
+    v = v / v.sum()
+    dropped, kept = {}, {}
+    for i, k in enumerate(keys):
+        zeros = Fraction(held[k].size - n[k], held[k].size)
+        eager = zeros < Fraction(1, 5) and v[i] > 1 / len(keys)
+        rate = min(Fraction(rho), zeros) if eager else Fraction(rho)
+        dropped[k] = math.ceil(rate * n[k])
+        kept[k] = top(np.abs(w[k]), held[k], n[k] - dropped[k])
+    room = [held[k].size - n[k] + dropped[k] for k in keys]
+    grown = largest_remainders(sum(dropped.values()), v, [99 * r // 100 for r in room])
+    new = {k: kept[k] | top(np.abs(momenta[k]), ~kept[k], c) for k, c in zip(keys, grown)}
+    return new, dropped
+
+
+@pytest.mark.parametrize("sparsities", [(0.8, 0.8), (0.1, 0.9), (0.3, 0.95)])
+def test_several_updates_of_snfs_are_those_of_the_card(sparsities):
+    shapes = {"a": (15, 20), "b": (25, 20)}
+    params = {k: matrix(s, i) for i, (k, s) in enumerate(shapes.items())}
+    tx = jaxsparse.snfs(
+        optax.sgd(0.01, momentum=0.9), 0.5, total_steps=40, update_every=3,
+        drop_fraction=constant(0.5), allocation=dict(zip("ab", sparsities)),
+    )  # fmt: skip
+    params, state = start(tx, params)
+    step, eager = stepper(tx), []
+    total = sum(int(m.sum()) for m in masks(state).values())
+    for t in range(13):
+        w = {k: np.asarray(x) for k, x in params.items()}
+        trace = {k: np.asarray(x) for k, x in state.inner[0].trace.items()}
+        held = masks(state)
+        # a learns in larger steps: the budget moves there
+        grads = {"a": 5 * matrix(shapes["a"], 2 * t), "b": matrix(shapes["b"], 2 * t + 1)}
+        params, state = step(params, state, grads)
+        found = masks(state)
+        if t and t % 3 == 0:
+            want, dropped = snfs_update(w, trace, held, Fraction(1, 2))
+            eager.append(dropped["a"] < held["a"].sum() / 2)
+            for k in shapes:
+                np.testing.assert_array_equal(found[k], want[k], err_msg=f"{k} at {t}")
+        else:
+            assert all((found[k] == held[k]).all() for k in shapes)
+        assert sum(int(m.sum()) for m in found.values()) == total
+    assert any(eager) == (sparsities[0] < 0.2 or eager[-1])
+    assert eager[0] == (sparsities[0] < 0.2)
+
+
 # DST-EE and ITOP
 
 
@@ -295,6 +369,53 @@ def test_granet_follows_the_cubic_curve_and_goes_on_regrowing():
     assert (found[14] == found[15]).all()
 
 
+def granet_update(w, g, held, kept, rho):
+    """Oracle of the card: prune all layers together to `kept`, then in each drop and grow."""
+    keys = list(w)
+    size = np.concatenate([np.abs(w[k]).ravel() for k in keys])
+    inside = np.concatenate([held[k].ravel() for k in keys])
+    chosen = np.split(top(size, inside, kept), np.cumsum([w[k].size for k in keys])[:-1])
+    pruned = {k: m.reshape(w[k].shape) for k, m in zip(keys, chosen)}
+    new = {}
+    for k in keys:
+        n = int(pruned[k].sum())
+        stay = top(np.abs(w[k]), pruned[k], n - int(rho * n))
+        new[k] = stay | top(np.abs(g[k]), ~stay, int(rho * n))
+    return pruned, new
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+def test_every_update_of_granet_is_that_of_the_card(initial):
+    shapes = {"a": (10, 10), "b": (20, 10)}
+    params = {"a": matrix(shapes["a"]), "b": 2 * matrix(shapes["b"], 1)}
+    tx = jaxsparse.granet(
+        optax.sgd(0.1), 0.8, total_steps=24, update_every=2, begin_step=0, end_step=8,
+        regrow_end_step=14, initial_sparsity=initial, drop_fraction=constant(0.25),
+    )  # fmt: skip
+    params, state = start(tx, params)
+    step = stepper(tx)
+    first, last = Fraction(str(initial)), Fraction(4, 5)
+    for t in range(18):
+        w = {k: np.asarray(x) for k, x in params.items()}
+        held = masks(state)
+        grads = {k: matrix(s, 2 * t + i) for i, (k, s) in enumerate(shapes.items())}
+        params, state = step(params, state, grads)
+        new = masks(state)
+        if t == 0 or t % 2 or t > 14:
+            assert all((new[k] == held[k]).all() for k in shapes), t
+            continue
+        way = 1 - (1 - Fraction(min(t, 8), 8)) ** 3
+        kept = 300 - math.floor((first + (last - first) * way) * 300)
+        g = {k: np.asarray(x) for k, x in grads.items()}
+        pruned, want = granet_update(w, g, held, kept, Fraction(1, 4))
+        assert sum(int(m.sum()) for m in new.values()) == kept, t
+        for k in shapes:
+            np.testing.assert_array_equal(new[k], want[k], err_msg=f"{k} at {t}")
+            assert new[k].sum() == pruned[k].sum(), "growth leaves the number of a layer as it is"
+            came = new[k] & ~held[k]
+            assert not (came & pruned[k]).any() and not np.asarray(params[k])[came].any()
+
+
 # MEST
 
 
@@ -388,6 +509,37 @@ def test_dsr_keeps_the_total_while_weak_layers_shrink_to_one_weight():
         kept.append({k: int(m.sum()) for k, m in masks(state).items()})
         assert kept[-1]["strong"] + kept[-1]["weak"] == 40
     assert kept[0]["weak"] == 20 and 1 <= kept[-1]["weak"] < 8
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.3])
+def test_dsr_grows_by_surviving_weights_and_not_where_it_has_just_pruned(sparsity):
+    shapes = {"a": (30, 20), "b": (20, 50), "c": (10, 10)}
+    scales = {"a": 1.0, "b": 0.3, "c": 3.0}
+    params = {k: scales[k] * matrix(s, i) for i, (k, s) in enumerate(shapes.items())}
+    tx = jaxsparse.dsr(optax.sgd(0.0), sparsity, total_steps=40, update_every=1, threshold=0.1)
+    params, state = start(tx, params)
+    step, height = stepper(tx), 0.1
+    params, state = step(params, state, params)
+    for t in range(1, 8):
+        w, held = {k: np.asarray(x) for k, x in params.items()}, masks(state)
+        params, state = step(params, state, params)
+        new, total = masks(state), sum(int(m.sum()) for m in held.values())
+        stay = {k: held[k] & ((np.abs(w[k]) >= np.float32(height)) | top(np.abs(w[k]), held[k], 1))
+                for k in shapes}  # fmt: skip
+        left = [int(stay[k].sum()) for k in shapes]
+        pruned = total - sum(left)
+        want = largest_remainders(pruned, left, [held[k].size - held[k].sum() for k in shapes])
+        came = {k: new[k] & ~stay[k] for k in shapes}
+        assert [int(came[k].sum()) for k in shapes] == want.tolist(), t
+        for k in shapes:
+            assert (stay[k] <= new[k]).all() and not (came[k] & held[k]).any()
+        assert sum(int(m.sum()) for m in new.values()) == total
+        wanted = 0.1 * total
+        height *= 0.5 if pruned > 1.1 * wanted else 2.0 if pruned < 0.9 * wanted else 1.0
+        assert float(state.aux) == pytest.approx(height)
+        # What grew is 0 until a step moves it: give it a value, so that not all of it goes again.
+        params = {k: jnp.where(new[k] & (np.asarray(params[k]) == 0), scales[k] * matrix(s, t), params[k])
+                  for k, s in shapes.items()}  # fmt: skip
 
 
 def test_the_threshold_of_dsr_settles_where_it_prunes_what_is_wanted():
