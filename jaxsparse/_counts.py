@@ -1,49 +1,72 @@
-"""Integer counts: how many weights a sparsity leaves.
+"""Integer counts: how many weights a sparsity leaves, and counts that 32 bits do not hold.
 
 The convention of the library, for a tensor of `n` weights at sparsity `S`:
 
     zeros = floor(S n),    kept = n - zeros
 
-Counts that are known when a function is traced are computed on the host, from integers and exact
-fractions, so they are right at any size. Counts that depend on traced values (a schedule's
-position, a swept sparsity) are computed in 32-bit integer arithmetic: float32 cannot count beyond
-2^24, and a count that is one off is a contract broken.
+Counts that are known when a function is traced are Python integers, computed from integers and
+exact fractions. Counts that depend on traced values (a schedule's position, a swept sparsity) are
+int32 arrays below 2^31 and `Wide` from there on. No count is ever a float: float32 cannot count
+beyond 2^24, and a count that is one off is a contract broken.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-
-from jaxsparse import _search
 
 # A float32 fraction carries a relative error of 2^-24; 0.9 becomes 0.89999998 and floor(0.9 * 10)
 # would be 8. A tolerance of 2^-23 repairs this and moves no count for tensors below 2^22 weights.
 _FRACTION_BITS = 30
 _TOLERANCE = 1 << (_FRACTION_BITS - 23)
 MAX_TRACED = 2**31 - 1
-INT_WIDE = 2**55 - 1
+WIDE = 2**31  # from here on counts are Wide
+BASE_BITS = 24
+_LIMIT = 55  # bits of the largest Wide
+
+Count = tuple[Array, ...]  # one int32 array, or the two digits of a Wide
 
 
-def is_concrete(*values) -> bool:
-    """True if none of the values is a tracer, so that Python may branch on them."""
-    return not any(isinstance(v, Tracer) for v in values)
+class Wide(NamedTuple):
+    """The integer high 2^24 + low, below 2^55, in two int32 arrays, 0 <= low < 2^24.
+
+    `n - wide` and `wide // size` are again Wide, for Python integers n and size.
+    """
+
+    high: Array
+    low: Array
+
+    def __rsub__(self, n: int) -> Wide:
+        high, low = digits(n)
+        return Wide(*carry(high - self.high, low - self.low))
+
+    def __floordiv__(self, size: int) -> Wide:
+        if not 0 < size < 1 << 24:
+            raise ValueError(
+                f"units of {size} weights: a count beyond 2^31 is divided by less than 2^24"
+            )
+        quotient, rest = [], jnp.uint32(0)
+        for i in reversed(range(7)):  # long division, byte by byte
+            word, shift = (self.high, 8 * i - 24) if i > 2 else (self.low, 8 * i)
+            rest = (rest << 8) | ((word.astype(jnp.uint32) >> shift) & 0xFF)
+            quotient.append((rest // size).astype(jnp.int32))
+            rest = rest % size
+        joined = lambda bytes_: sum(x << (8 * i) for i, x in enumerate(reversed(bytes_)))
+        return Wide(joined(quotient[:4]), joined(quotient[4:]))
 
 
-def scale_count(n, fraction):
+def scale_count(n: Any, fraction: Any) -> Any:
     """floor(n * fraction) for an integer `n` and a fraction in [0, 1], exact.
 
     Python numbers give a Python `int` (the fraction is read as the decimal that it stands for: 0.9
-    is nine tenths). If either argument is an array the result is `int32`, computed without 64-bit
-    types: `n` must then be below 2^31.
+    is nine tenths). If either argument is an array the result is an int32 array, without 64-bit
+    types; it is `Wide` if `n` is, or is a Python integer of 2^31 or more.
 
     >>> scale_count(10, 0.9), scale_count(3, 1 / 3), scale_count(10**10, 0.3)
     (9, 1, 3000000000)
@@ -53,126 +76,160 @@ def scale_count(n, fraction):
     if isinstance(n, int | np.integer) and isinstance(fraction, float | int | Fraction | np.number):
         exact = Fraction(str(fraction) if isinstance(fraction, np.number) else fraction)
         return math.floor(exact.limit_denominator(10**12) * int(n))
-    if isinstance(n, int | np.integer) and n > MAX_TRACED:
-        raise ValueError(
-            f"a count of {n} weights with a traced fraction is beyond 32-bit integers; give the "
-            "sparsity as a Python number, or split the leaf"
-        )
-    q = _fixed_point(fraction)
-    n = jnp.asarray(n).astype(jnp.uint32)
-    # (n * q) >> 30 by 16-bit halves; every partial product stays below 2^32.
-    nh, nl, qh, ql = n >> 16, n & 0xFFFF, q >> 16, q & 0xFFFF
-    high, mid, low = nh * qh, nh * ql + nl * qh, nl * ql
-    carry = ((mid & 0x3FFF) + (low >> 16)) >> 14
-    return (4 * high + (mid >> 14) + carry).astype(jnp.int32)
+    wide = isinstance(n, Wide) or (isinstance(n, int | np.integer) and n >= WIDE)
+    if isinstance(n, int | np.integer) and n >= 1 << _LIMIT:
+        raise ValueError(f"{n} weights are more than can be counted: split the leaf")
+    p = product(_limbs(n, 4 if wide else 2), _limbs(_fixed_point(fraction), 2))
+    # The product without its lowest 30 bits.
+    parts = [(p[i] >> 14) | ((p[i + 1] << 2) & 0xFFFF) for i in range(1, len(p) - 1)]
+    if not wide:
+        return ((parts[1] << 16) | parts[0]).astype(jnp.int32)
+    a, b, c, d = parts
+    high, low = (b >> 8) | (c << 8) | (d << 24), a | ((b & 0xFF) << 16)
+    return Wide(high.astype(jnp.int32), low.astype(jnp.int32))
 
 
-def _fixed_point(fraction) -> Array:
+def kept_count(n: Any, sparsity: Any) -> Any:
+    """n - floor(sparsity * n): the number of weights that stay, as `scale_count`."""
+    return n - scale_count(n, sparsity)
+
+
+def later(done: Array, final: Any, now: Any) -> Any:
+    """The count of a schedule: `final` where `done`, else `now`, or `final` if that is more."""
+    if not isinstance(now, Wide):
+        return jnp.where(done, final, jnp.maximum(now, final))
+    last = Wide(*count_of(final, 2**_LIMIT - 1, wide=True))
+    return Wide(*choose(done | at_least(last, now), last, now))
+
+
+def no_less(count: Any, least: int) -> Any:
+    """The count, or `least` if that is more."""
+    return later(jnp.bool_(False), least, count)
+
+
+def _fixed_point(fraction: Any) -> Array:
     """A fraction in [0, 1] as a multiple of 2^-30, uint32."""
     f = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
     q = jnp.round(f * (1 << _FRACTION_BITS)).astype(jnp.uint32)
     return jnp.where(q > 0, jnp.minimum(q + _TOLERANCE, jnp.uint32(1 << _FRACTION_BITS)), q)
 
 
-def kept_count(n, sparsity):
-    """n - floor(sparsity * n): the number of weights that stay, as `scale_count`."""
-    return n - scale_count(n, sparsity)
+# -- Long multiplication ---------------------------------------------------------------------------
 
 
-def kept_units(n: int, sparsity, size: int):
-    """`kept_count(n, sparsity) // size`; if it is traced and n is 2^31 or more, as the two digits
-    (high, low) of a count to the base 2^24, which `selection.global_topk_masks` takes.
-
-    >>> [int(digit) for digit in kept_units(2**40, jnp.float32(1.0), 4)]
-    [0, 0]
-    """
-    if n <= MAX_TRACED or isinstance(sparsity, float | int | Fraction | np.number):
-        return kept_count(n, sparsity) // size
-    if n >= 1 << 55 or size >= 1 << 24:
-        raise ValueError(f"{n} weights in units of {size} are more than can be counted")
-    # By long multiplication, subtraction and division, in digits that leave room for the carries.
-    mask = 0xFFFF
-    q = _fixed_point(sparsity)
-    ns, qs = [(n >> 16 * i) & mask for i in range(4)], [q & mask, q >> 16]
-    product: list = [0] * 7
-    for i, a in enumerate(ns):
-        carry = 0
-        for j, b in enumerate(qs):
-            t = product[i + j] + a * b + carry
-            product[i + j], carry = t & mask, t >> 16
-        product[i + 2] = carry
-    zeros = [(product[i + 1] >> 14) | ((product[i + 2] << 2) & mask) for i in range(4)]
-    kept, borrow = [], 0
-    for a, b in zip(ns, zeros):
-        t = a + (1 << 16) - b - borrow
-        kept.append(t & mask)
-        borrow = 1 - (t >> 16)
-    quotient, rest = [], 0
-    for byte in [x for a in reversed(kept) for x in (a >> 8, a & 0xFF)]:
-        t = (rest << 8) | byte
-        quotient.append((t // size).astype(jnp.int32))
-        rest = t % size
-    digit = lambda bytes_: functools.reduce(lambda x, y: (x << 8) | y, bytes_)
-    return digit(quotient[1:5]), digit(quotient[5:])
+def _limbs(n: Any, number: int) -> list:
+    """16-bit parts of a number that is not negative, the lowest first: Python integers of one, uint32
+    arrays of an array or a Wide."""
+    if isinstance(n, Wide):
+        high, low = (x.astype(jnp.uint32) for x in n)
+        words = [low | (high << 24), high >> 8]
+    elif isinstance(n, int | np.integer):
+        return [(int(n) >> 16 * i) & 0xFFFF for i in range(number)]
+    else:
+        words = [jnp.asarray(n).astype(jnp.uint32)]
+    return [part for word in words for part in (word & 0xFFFF, word >> 16)]
 
 
-def later(done, final, now):
-    """The count of a schedule: `final` where `done`, else `now`, or `final` if that is more."""
-    if not isinstance(now, tuple):
-        return jnp.where(done, final, jnp.maximum(now, final))
-    last = _search.count_of(final, INT_WIDE, wide=True)
-    return _search.choose(done | _search.at_least(last, now), last, now)
+def product(a: Sequence, b: Sequence) -> list:
+    """The product of two numbers in 16-bit parts, the lowest first: len(a) + len(b) parts. No number
+    on the way exceeds 2^32 - 1."""
+    out: list = [0] * (len(a) + len(b))
+    for i, x in enumerate(a):
+        rest: Any = 0
+        for j, y in enumerate(b):
+            t = out[i + j] + x * y + rest
+            out[i + j], rest = t & 0xFFFF, t >> 16
+        out[i + len(b)] = rest
+    return out
 
 
-def when(predicate, function, carry, *operands):
-    """`function(carry, *operands)` if `predicate`, else `carry`; skipped under `vmap` too.
-
-    `lax.cond` turns into a select under `vmap`: both branches then run at every step. Here a batch
-    of predicates asks once whether any of them holds, and only then runs the batched function.
-    """
-    leaves, tree = jax.tree.flatten((carry, operands))
-    n = len(jax.tree.leaves(carry))
-
-    def flat(*xs):
-        c, o = jax.tree.unflatten(tree, xs)
-        return jax.tree.leaves(function(c, *o))
-
-    # What the function closes over (a traced seed, a swept sparsity) becomes an argument.
-    closed = jax.make_jaxpr(flat)(*leaves)
-    jaxpr = closed.jaxpr
-    opened = jaxpr.replace(constvars=[], invars=[*jaxpr.invars, *jaxpr.constvars])
-    run = jaxpr_as_fun(ClosedJaxpr(opened, []))
-    out = _when(run, n)(jnp.asarray(predicate), *leaves, *closed.consts)
-    return jax.tree.unflatten(jax.tree.structure(carry), out)
+def words_of_product(a: Any, b: Any) -> tuple[Array, Array]:
+    """The product of two numbers below 2^32, as its (high, low) 32 bits; one of them an array."""
+    p = product(_limbs(a, 2), _limbs(b, 2))
+    return (p[3] << 16) | p[2], (p[1] << 16) | p[0]
 
 
-def _when(run, n: int):
-    """The flat form: the first `n` of `xs` are the carry."""
-
-    @jax.custom_batching.custom_vmap
-    def call(predicate, *xs):
-        return jax.lax.cond(predicate, lambda *xs: list(run(*xs)), lambda *xs: list(xs[:n]), *xs)
-
-    @call.def_vmap
-    def batched(axis_size, in_batched, predicate, *xs):
-        flags = in_batched[1:]
-        carry = [_spread(x, b, axis_size) for x, b in zip(xs[:n], flags)]
-        axes = [0] * n + [0 if b else None for b in flags[n:]]
-        if not in_batched[0]:
-            many = jax.vmap(run, in_axes=axes, axis_size=axis_size)
-            return _when(many, n)(predicate, *carry, *xs[n:]), [True] * n
-
-        def one(go, *xs):
-            return [jnp.where(go, new, old) for new, old in zip(run(*xs), xs[:n])]
-
-        def some(*args):
-            *xs, go = args
-            return jax.vmap(one, in_axes=[0, *axes], axis_size=axis_size)(go, *xs)
-
-        return _when(some, n)(jnp.any(predicate), *carry, *xs[n:], predicate), [True] * n
-
-    return call
+# -- Counts of one or two digits -------------------------------------------------------------------
 
 
-def _spread(x, is_batched: bool, axis_size: int):
-    return x if is_batched else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
+def digits(n: int) -> tuple[int, int]:
+    """The two digits of a Python integer."""
+    return n >> BASE_BITS, n & ((1 << BASE_BITS) - 1)
+
+
+def count_of(value: Any, cap: int, wide: bool) -> Count:
+    """A count, of two digits if `wide`, from a Python integer, an integer array or a Wide; not above
+    `cap` and not negative."""
+    if isinstance(value, Wide):
+        top = count_of(cap, cap, wide=True)
+        value = choose(at_least(value, top), top, value)
+        return value if wide else ((value[0] << BASE_BITS) | value[1],)
+    if isinstance(value, int | np.integer):
+        value = max(min(int(value), cap), 0)
+        if not wide:
+            return (jnp.int32(value),)
+        high, low = digits(value)
+        return jnp.int32(high), jnp.int32(low)
+    value = jnp.asarray(value)
+    if cap < jnp.iinfo(value.dtype).max:
+        value = jnp.minimum(value, jnp.asarray(cap, value.dtype))
+    value = jnp.maximum(value, jnp.zeros((), value.dtype))
+    if not wide:
+        return (value.astype(jnp.int32),)
+    low = value & jnp.asarray((1 << BASE_BITS) - 1, value.dtype)
+    return (value >> BASE_BITS).astype(jnp.int32), low.astype(jnp.int32)
+
+
+def carry(high: Any, low: Any) -> tuple[Array, Array]:
+    """The two digits of high * base + low."""
+    return high + (low >> BASE_BITS), low & ((1 << BASE_BITS) - 1)
+
+
+def add(a: Count, b: Count) -> Count:
+    """a + b."""
+    return (a[0] + b[0],) if len(a) == 1 else carry(a[0] + b[0], a[1] + b[1])
+
+
+def at_least(a: Count, b: Count) -> Array:
+    """a >= b."""
+    if len(a) == 1:
+        return a[0] >= b[0]
+    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+
+def equal(a: Count, b: Count) -> Array:
+    """a == b."""
+    same = a[0] == b[0]
+    return same if len(a) == 1 else same & (a[1] == b[1])
+
+
+def positive(a: Count) -> Array:
+    """a > 0."""
+    return a[0] > 0 if len(a) == 1 else (a[0] > 0) | (a[1] > 0)
+
+
+def minus(a: Count, b: Count) -> Array:
+    """a - b, rounded to float32."""
+    high, *low = ((x - y).astype(jnp.float32) for x, y in zip(a, b))
+    return high * (1 << BASE_BITS) + low[0] if low else high
+
+
+def choose(flag: Array, a: Count, b: Count) -> Count:
+    """a where `flag`, else b."""
+    return tuple(jnp.where(flag, x, y) for x, y in zip(a, b))
+
+
+def least(a: Count, where: Array) -> Count:
+    """The least of the counts along the first axis, of those `where`."""
+    high = jnp.min(jnp.where(where, a[0], MAX_TRACED), 0)
+    if len(a) == 1:
+        return (high,)
+    return high, jnp.min(jnp.where(where & (a[0] == high), a[1], MAX_TRACED), 0)
+
+
+def greatest(a: Count, where: Array) -> Count:
+    """The greatest of the counts along the first axis, of those `where`."""
+    high = jnp.max(jnp.where(where, a[0], -1), 0)
+    if len(a) == 1:
+        return (high,)
+    return high, jnp.max(jnp.where(where & (a[0] == high), a[1], -1), 0)

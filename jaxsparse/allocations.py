@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse import selection
-from jaxsparse._counts import is_concrete, scale_count
+from jaxsparse._control import is_concrete
+from jaxsparse._counts import scale_count
 from jaxsparse.leaves import Leaf
 from jaxsparse.targets import check_matched
 
@@ -319,11 +319,40 @@ class Global:
         lead = min(leaf.lead, 1)
         s = scores.astype(jnp.float32)
         if self.normalize == "lamp":
-            return selection.lamp_scores(s, lead=lead)
+            return lamp_scores(s, lead=lead)
         axes, tiny = tuple(range(lead, s.ndim)), 1e-30
         if self.normalize == "mean":
             return s / jnp.maximum(jnp.mean(jnp.abs(s), axis=axes, keepdims=True), tiny)
         return s / jnp.maximum(jnp.sqrt(jnp.sum(s * s, axis=axes, keepdims=True)), tiny)
+
+
+def lamp_scores(scores: Array, *, lead: int = 0) -> Array:
+    r"""Layer-adaptive magnitudes: $s_i^2 / \sum_{j: s_j \ge s_i} s_j^2$, equal scores in the order of
+    their positions, float32.
+
+    A global ranking by them prunes each layer by magnitude, and balances layers by the distortion
+    that pruning does to each (Lee et al., Layer-adaptive sparsity for the magnitude-based pruning,
+    2021). This is a sort, once for each layer: sharded layers are gathered for it.
+
+    Args:
+      scores: magnitudes, not negative.
+      lead: so many leading axes stack independent layers.
+
+    >>> lamp_scores(jnp.array([1.0, 2.0, 2.0])).tolist()
+    [0.1111111119389534, 0.5, 1.0]
+    """
+    shape = scores.shape
+
+    def one(s):
+        order = jnp.argsort(s, stable=True)
+        squares = jnp.square(s[order])
+        at_least = jnp.cumsum(squares[::-1])[::-1]
+        share = squares / jnp.maximum(at_least, jnp.finfo(jnp.float32).tiny)
+        return jnp.zeros_like(s).at[order].set(share)
+
+    flat = jax.lax.stop_gradient(scores).astype(jnp.float32)
+    flat = flat.reshape(math.prod(shape[:lead]), math.prod(shape[lead:]))
+    return jax.vmap(one)(flat).reshape(shape)
 
 
 Allocation = ByShape | Global

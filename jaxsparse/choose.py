@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse import _counts, allocations, selection
+from jaxsparse import _control, _counts, allocations, selection
 from jaxsparse.allocations import Allocation
 from jaxsparse.leaves import Leaf, coupling, salt
 from jaxsparse.structures import Structure
@@ -29,7 +29,7 @@ def check_sparsity(sparsity, structure: Any = None) -> Any:
         if fixed is None:
             raise ValueError("sparsity is missing: give the fraction of zeros, in [0, 1)")
         return fixed
-    if not _counts.is_concrete(sparsity):
+    if not _control.is_concrete(sparsity):
         return sparsity
     if isinstance(sparsity, bool) or np.ndim(sparsity) != 0:
         raise ValueError(f"sparsity={sparsity!r}: give one number, the fraction of zeros in [0, 1)")
@@ -55,7 +55,7 @@ def unit_budgets(leaves: Sequence[Leaf], allocation, sparsity, fraction=1.0) -> 
     found = []
     for leaf, s in zip(leaves, allocation.sparsities(leaves, sparsity)):
         fixed, n = leaf.structure.sparsity, leaf.layer_size
-        dense = _counts.is_concrete(s) and s == 0.0
+        dense = _control.is_concrete(s) and s == 0.0
         s = s if fixed is None or dense else fixed
         final = leaf.structure.budget(leaf.layer_shape, _counts.kept_count(n, s))
         if isinstance(final, int) and final < 1:
@@ -66,8 +66,8 @@ def unit_budgets(leaves: Sequence[Leaf], allocation, sparsity, fraction=1.0) -> 
         if not isinstance(fraction, float) or fraction != 1.0:
             ramp = jnp.asarray(fraction, jnp.float32)
             now = leaf.structure.budget(leaf.layer_shape, _counts.kept_count(n, s * ramp))
-            final = jnp.where(ramp >= 1.0, final, jnp.maximum(now, final))
-        found.append(final if isinstance(final, int) else jnp.maximum(final, 1))
+            final = _counts.later(ramp >= 1.0, final, now)
+        found.append(final if isinstance(final, int) else _counts.no_less(final, 1))
     return found
 
 
@@ -125,8 +125,8 @@ def choose(
         [units[i] for i in at],
         where=[_units(leaves[i], where[i]) for i in at],
         ties=ties,
-        seeds=[salts[i] for i in at],
-        axes=[leaves[i].axes for i in at],
+        seed=[salts[i] for i in at],
+        axis=[leaves[i].axes for i in at],
     )
     for i, m in zip(at, kept):
         masks[i] = leaves[i].expand(m)
@@ -150,17 +150,17 @@ def _choose_global(leaves, values, allocation, sparsity, *, fraction, where, tie
         )
     (size,) = unit
     total = sum(leaf.size for leaf in leaves)
-    kept = _counts.kept_units(total, sparsity, size)
+    kept = _counts.kept_count(total, sparsity) // size
     if isinstance(kept, int) and kept < 1:
         raise ValueError(f"sparsity={sparsity} leaves nothing of {total} weights; ask for less")
     if not isinstance(fraction, float) or fraction != 1.0:
         ramp = jnp.asarray(fraction, jnp.float32)
-        now = _counts.kept_units(total, sparsity * ramp, size)
+        now = _counts.kept_count(total, sparsity * ramp) // size
         kept = _counts.later(ramp >= 1.0, kept, now)
     ranked = [allocation.rank(leaf, leaf.pool(v)) for leaf, v in zip(leaves, values)]
     eligible = [_units(leaf, w) for leaf, w in zip(leaves, where)]
     least = allocation.floor([leaf.size for leaf in leaves])
-    masks = selection.global_topk_masks(
+    masks = selection.topk_masks(
         ranked,
         kept,
         where=None if all(w is None for w in eligible) else eligible,
@@ -169,8 +169,9 @@ def _choose_global(leaves, values, allocation, sparsity, *, fraction, where, tie
         minimum=[x.layers * (n // (size * max(x.layers, 1))) for x, n in zip(leaves, least)]
         if allocation.minimum
         else None,
+        together=True,
     )
-    known = [(x.path, m) for x, m in zip(leaves, masks) if _counts.is_concrete(m)]
+    known = [(x.path, m) for x, m in zip(leaves, masks) if _control.is_concrete(m)]
     if empty := [path for path, m in known if not bool(jnp.any(m))]:
         warnings.warn(
             f"sparsity={sparsity}: one ranking of the whole network leaves nothing of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import leaves, masking, scores, selection
+from jaxsparse._counts import scale_count
 from jaxsparse.allocations import Explicit, Global
 from jaxsparse.choose import check_sparsity
 from jaxsparse.post_training.one_shot import prune
@@ -77,7 +77,7 @@ def minimum_threshold(
     total = sizes.sum()
     _, masks = prune(params, sparsity, allocation=Global(), targets=targets)
     kept = np.asarray([np.count_nonzero(np.asarray(m)) for m in made.masks(masks)], np.float64)
-    least = math.floor(total * minimum + 1e-9)
+    least = scale_count(int(total), minimum)
     small = sizes < least
     most = np.where(small, 0.0, 1.0 - least / np.maximum(sizes, 1))
     wanted = sparsity * total
@@ -96,7 +96,7 @@ def minimum_threshold(
     # Whole weights: floor everywhere, and what is missing by the largest remainders.
     zeros = np.floor(s * sizes + 1e-6)
     order = sorted(range(len(sizes)), key=lambda i: zeros[i] - s[i] * sizes[i])
-    for i in order[: int(math.floor(wanted + 1e-9) - zeros.sum())]:
+    for i in order[: scale_count(int(total), sparsity) - int(zeros.sum())]:
         zeros[i] += zeros[i] < most[i] * sizes[i]
     return _explicit({leaf.path: float(z / n) for leaf, z, n in zip(made.leaves, zeros, sizes)})
 

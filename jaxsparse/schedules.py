@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 

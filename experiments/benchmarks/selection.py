@@ -18,7 +18,7 @@ from jax import lax
 
 from experiments.benchmarks.jaxpruner import argsort_mask, argsort_nm_mask
 from experiments.benchmarks.timing import machine, medians
-from jaxsparse import selection
+from jaxsparse import selection, structures
 
 ROUNDS = 7  # interleaved; medians are printed
 
@@ -89,6 +89,19 @@ def table_topk(x: jax.Array, kept: float, sorts: bool) -> None:
     show(f"Top-k mask of {x.size:,} float32 magnitudes, {kept:.0%} kept", times)
 
 
+def reads_of(x: jax.Array, k: int) -> int:
+    """How often the search reads the scores, besides the pass that makes the mask."""
+    reads = []
+
+    def score(x):
+        jax.debug.callback(lambda: reads.append(None))
+        return x
+
+    jax.block_until_ready(selection.topk_mask(x, k, score=score))
+    jax.effects_barrier()
+    return len(reads) - 1
+
+
 def table_passes(size: int) -> None:
     """What decides the cost: how often the scores are read, and the total."""
     print("### Passes over the data by kind of scores\n")
@@ -99,7 +112,7 @@ def table_passes(size: int) -> None:
             times = medians(
                 {"pass": lambda x=x: one_pass(x), "topk": lambda x=x, k=k: topk(x, k)}, rounds=5
             )
-            reads = int(selection.passes(x, k))
+            reads = reads_of(x, k)
             print(f"| {name} | {kept:.0%} | {reads} | {times['topk'] / times['pass']:.1f} |")
     print()
 
@@ -109,16 +122,17 @@ def table_nm(side: int, n: int, m: int) -> None:
     x = jnp.abs(jax.random.normal(jax.random.key(0), (side, side)))
     argsort = jax.jit(lambda x: argsort_nm_mask(x, n, m))
     top_k = jax.jit(lambda x: top_k_nm_mask(x, n, m))
-    ours = {
-        axis: jax.jit(lambda x, axis=axis: selection.nm_mask(x, n, m, axis=axis))
-        for axis in (-1, 0)
-    }
-    strided = jax.jit(lambda x: selection.nm_mask(x, n, m, axis=0, stride_groups=True))
+
+    def ours(kind):
+        return jax.jit(lambda x: structures.topk(kind, x, n))
+
+    last, first = (ours(structures.NM(n, m, axis=axis)) for axis in (-1, 0))
+    strided = ours(structures.NM(n, m, axis=0, strided=True))
     runs = {
         "one pass, `jnp.sum(jnp.abs(w))`": lambda: one_pass(x),
-        "**`selection.nm_mask`, last axis**": lambda: ours[-1](x),
-        "**`selection.nm_mask`, first axis**": lambda: ours[0](x),
-        "**`selection.nm_mask`, first axis, strided groups**": lambda: strided(x),
+        "**`NM`, last axis**": lambda: last(x),
+        "**`NM`, first axis**": lambda: first(x),
+        "**`NM`, first axis, strided groups**": lambda: strided(x),
         "`lax.top_k` in groups": lambda: top_k(x),
         "two argsorts, as JaxPruner": lambda: argsort(x),
     }

@@ -77,8 +77,8 @@ def swap(
         [n - s for n, s in zip(ones, swapped)],
         where=units,
         ties=drop_ties,
-        seeds=salts,
-        axes=[leaf.axes for leaf in leaves],
+        seed=salts,
+        axis=[leaf.axes for leaf in leaves],
     )
     return refill(leaves, keep, swapped, grow_scores, salts=salts)
 
@@ -98,7 +98,7 @@ def refill(
         numbers,
         where=[~k for k in keep],
         ties="hash",
-        seeds=[salt ^ jnp.uint32(0x9E3779B9) for salt in salts],
-        axes=[leaf.axes for leaf in leaves],
+        seed=[salt ^ jnp.uint32(0x9E3779B9) for salt in salts],
+        axis=[leaf.axes for leaf in leaves],
     )
     return [leaf.expand(k | g) for leaf, k, g in zip(leaves, keep, grown)]

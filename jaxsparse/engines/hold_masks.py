@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse._counts import when
+from jaxsparse._control import when
 from jaxsparse.engines._checks import (
     PlanFor,
     check_arguments,

@@ -39,17 +39,17 @@ def apportion(total, shares: Array, caps: Array) -> Array:
     [2, 4, 4]
     """
     caps = jnp.asarray(caps, jnp.int32)
-    total = jnp.minimum(jnp.asarray(total, jnp.int32), jnp.sum(caps))
+    total = jnp.minimum(jnp.asarray(total, jnp.int32), jnp.sum(caps, dtype=jnp.int32))
     shares = jnp.where(jnp.isfinite(shares) & (shares > 0), shares, 0.0).astype(jnp.float32)
 
     def quotas(full):
-        rest = (total - jnp.sum(jnp.where(full, caps, 0))).astype(jnp.float32)
+        rest = (total - jnp.sum(caps, where=full, dtype=jnp.int32)).astype(jnp.float32)
         weight = jnp.where(full, 0.0, shares)
         return rest * (weight / jnp.maximum(jnp.sum(weight), 1e-30))
 
     def saturate(state):
         full, _ = state
-        grown = full | (quotas(full) >= caps)
+        grown = full | (quotas(full) >= caps.astype(jnp.float32))
         return grown, jnp.any(grown != full)
 
     full, _ = jax.lax.while_loop(lambda s: s[1], saturate, (caps <= 0, jnp.bool_(True)))
@@ -58,9 +58,9 @@ def apportion(total, shares: Array, caps: Array) -> Array:
     given = jnp.where(full, caps, jnp.floor(quota * (1 - 2.0**-16)).astype(jnp.int32))
 
     def hand_out(given):
-        left, open_ = total - jnp.sum(given), given < caps
-        each = jnp.maximum(left // jnp.maximum(jnp.sum(open_), 1), 1)
-        served = selection.topk_mask(quota - given, left, where=open_)
+        left, open_ = total - jnp.sum(given, dtype=jnp.int32), given < caps
+        each = jnp.maximum(left // jnp.maximum(jnp.sum(open_, dtype=jnp.int32), 1), 1)
+        served = selection.topk_mask(quota - given.astype(jnp.float32), left, where=open_)
         return given + jnp.where(served, jnp.minimum(each, caps - given), 0)
 
     return jax.lax.while_loop(lambda g: jnp.sum(g) < total, hand_out, given)

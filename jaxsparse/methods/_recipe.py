@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxsparse import allocations, schedules, scores, structures
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.choose import check_sparsity
 from jaxsparse.engines import Step, keep_best
 from jaxsparse.leaves import Leaf, find

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxsparse import schedules
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import hold_masks, keep_best
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register

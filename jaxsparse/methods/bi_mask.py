@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from jaxsparse import selection
-from jaxsparse._counts import is_concrete, when
+from jaxsparse._control import is_concrete, when
 from jaxsparse.engines.two_view import two_view
 from jaxsparse.leaves import Leaf
 from jaxsparse.methods import _recipe as recipe

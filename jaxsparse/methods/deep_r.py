@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import masking
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.choose import unit_budgets
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
 from jaxsparse.engines.step import any_nan

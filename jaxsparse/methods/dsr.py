@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import selection
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -78,11 +78,13 @@ def dsr(
         axes = [leaf.layer_axes for leaf in leaves]
         counts = lambda ms: by_layer([selection.count(m, axis=a) for m, a in zip(ms, axes)])
         width = [jnp.abs(v.w).astype(jnp.float32) for v in step.views]
-        best = selection.topk_masks(width, [1] * len(leaves), where=held, axes=axes)
+        best = selection.topk_masks(width, [1] * len(leaves), where=held, axis=axes)
         keep = [m & ((x >= height) | b) for m, x, b in zip(held, width, best)]
         n, left = counts(held), counts(keep)
-        sizes = by_layer([jnp.full(leaf.stack_shape, leaf.layer_size) for leaf in leaves])
-        pruned = jnp.sum(n - left)
+        sizes = by_layer(
+            [jnp.full(leaf.stack_shape, leaf.layer_size, jnp.int32) for leaf in leaves]
+        )
+        pruned = jnp.sum(n - left, dtype=jnp.int32)
         free = jnp.where(jnp.sum(sizes - n) >= pruned, sizes - n, sizes - left)
         grown = by_leaf(leaves, apportion(pruned, left.astype(jnp.float32), free))
         masks = refill(
@@ -90,7 +92,8 @@ def dsr(
             salts=step.salts(seed),
         )  # fmt: skip
         wanted = drop_fraction * jnp.sum(n).astype(jnp.float32)
-        factor = jnp.where(pruned > 1.1 * wanted, 0.5, jnp.where(pruned < 0.9 * wanted, 2.0, 1.0))
+        cut = pruned.astype(jnp.float32)
+        factor = jnp.where(cut > 1.1 * wanted, 0.5, jnp.where(cut < 0.9 * wanted, 2.0, 1.0))
         return masks, height * factor
 
     return hold_masks(

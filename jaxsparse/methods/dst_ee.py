@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
@@ -76,14 +76,14 @@ def dst_ee(
         def worth(v, tried):
             size = jnp.abs(v.g).astype(jnp.float32)
             mean = jnp.mean(size, axis=v.leaf.layer_axes, keepdims=True)
-            return size + exploration * mean * log_t / (tried + epsilon)
+            return size + exploration * mean * log_t / (tried.astype(jnp.float32) + epsilon)
 
         masks = swap(
             step.leaves, step.masks, [jnp.abs(v.w) for v in step.views],
             [worth(v, tried) for v, tried in zip(step.views, step.aux)], f,
             salts=step.salts(seed),
         )  # fmt: skip
-        return masks, [n + m for n, m in zip(step.aux, masks)]
+        return masks, [n + m.astype(jnp.int32) for n, m in zip(step.aux, masks)]
 
     return hold_masks(
         inner,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.choose import choose
 from jaxsparse.engines import Step, hold_masks, swap
 from jaxsparse.methods import _recipe as recipe

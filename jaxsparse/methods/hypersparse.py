@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules, scores
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.allocations import Global
 from jaxsparse.choose import choose
 from jaxsparse.engines import Step, hold_masks, keep_best

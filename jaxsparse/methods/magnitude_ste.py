@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import Projection, keep_best, refresh, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.allocations import ByShape
 from jaxsparse.choose import unit_budgets
 from jaxsparse.engines import Step, hold_masks, refill
@@ -82,7 +82,7 @@ def _mest(
             [v.leaf.pool(jnp.abs(v.w) + gradient_weight * jnp.abs(v.g)) for v in views],
             low,
             where=[v.leaf.units(v.m) for v in views],
-            axes=axes,
+            axis=axes,
         )
         missing = [n - selection.count(k, axis=a) for n, k, a in zip(high, keep, axes)]
         return refill(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import Projection, hold_masks, keep_best, refresh, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register

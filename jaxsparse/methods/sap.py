@@ -12,7 +12,8 @@ import optax
 from jax import Array
 
 from jaxsparse import selection
-from jaxsparse._counts import MAX_TRACED, is_concrete, scale_count
+from jaxsparse._control import is_concrete
+from jaxsparse._counts import MAX_TRACED, scale_count
 from jaxsparse.engines import Step, hold_masks
 from jaxsparse.engines._checks import (
     check_arguments,
@@ -54,7 +55,7 @@ def pq_index(
     size = jnp.abs(w).astype(jnp.float32)
     top = jnp.max(jnp.where(where, size, 0.0), axis=axis, keepdims=True)
     x = jnp.where(where, size / jnp.where(top > 0, top, 1.0), 0.0)  # means do not overflow
-    d = jnp.maximum(jnp.sum(where, axis=axis, dtype=jnp.int32), 1)
+    d = jnp.maximum(jnp.sum(where, axis=axis, dtype=jnp.int32), 1).astype(jnp.float32)
     a = (jnp.sum(x**p, axis=axis) / d) ** (1 / p)
     b = (jnp.sum(x**q, axis=axis) / d) ** (1 / q)
     return _index(a, b)
@@ -92,7 +93,7 @@ def _scaled(n: Array, factor) -> Array:
     """floor(n * factor), exact, for a factor of 0 or more; at most 2^31 - 1."""
     whole = jnp.floor(jnp.asarray(factor, jnp.float32)).astype(jnp.int32)
     n = jnp.minimum(n, MAX_TRACED // jnp.maximum(whole, 1))
-    return whole * n + scale_count(n, factor - whole)
+    return whole * n + scale_count(n, factor - jnp.floor(jnp.asarray(factor, jnp.float32)))
 
 
 def _prunable(index: Array, d: Array, p, q, eta, gamma, beta) -> Array:
@@ -106,9 +107,9 @@ def _prunable(index: Array, d: Array, p, q, eta, gamma, beta) -> Array:
 def _index_of_all(ws: list[Array], masks: list[Array], p, q) -> Array:
     """`pq_index` of all weights together, from three numbers of each leaf."""
     sizes = [jnp.where(m, jnp.abs(w).astype(jnp.float32), 0.0) for w, m in zip(ws, masks)]
-    top = jnp.max(jnp.stack([jnp.max(x) for x in sizes]))
+    top = jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in sizes]))
     scaled = [x / jnp.where(top > 0, top, 1.0) for x in sizes]
-    d = jnp.maximum(sum(selection.count(m) for m in masks), 1)
+    d = jnp.maximum(sum(selection.count(m) for m in masks), 1).astype(jnp.float32)
     a, b = (sum(jnp.sum(x**r) for x in scaled) / d for r in (p, q))
     return _index(a ** (1 / p), b ** (1 / q))
 
@@ -186,13 +187,13 @@ def sap(
         if scope == "global":
             d = jnp.asarray(sum(selection.count(m) for m in masks), jnp.int32)
             c = _prunable(_index_of_all(ws, masks, p, q), d, p, q, eta, gamma, beta)
-            return selection.global_topk_masks(sizes, d - c, where=masks)
+            return selection.topk_masks(sizes, d - c, where=masks, together=True)
         axes = [v.leaf.layer_axes[: -1 if scope == "neuron" else None] for v in step.views]
         stay = []
         for w, m, a in zip(ws, masks, axes):
             d, index = selection.count(m, axis=a), pq_index(w, p=p, q=q, where=m, axis=a)
             stay.append(d - _prunable(index, d, p, q, eta, gamma, beta))
-        return selection.topk_masks(sizes, stay, where=masks, axes=axes)
+        return selection.topk_masks(sizes, stay, where=masks, axis=axes)
 
     tx = hold_masks(
         inner, plan_for, init=recipe.all_kept, rule=cut, at=updates, pack_masks=pack_masks

@@ -12,7 +12,7 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse import targets as rules
-from jaxsparse._counts import is_concrete, when
+from jaxsparse._control import is_concrete, when
 from jaxsparse.allocations import Uniform
 from jaxsparse.engines import hold_masks, keep_best
 from jaxsparse.engines.two_view import two_view

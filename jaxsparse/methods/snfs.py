@@ -88,11 +88,13 @@ def snfs(
             for v, x in zip(step.views, wanted)
         ]
         n = by_layer(ones)
-        sizes = by_layer([jnp.full(leaf.stack_shape, leaf.layer_size) for leaf in step.leaves])
-        share = by_layer(total) / jnp.maximum(n, 1)
+        sizes = by_layer(
+            [jnp.full(leaf.stack_shape, leaf.layer_size, jnp.int32) for leaf in step.leaves]
+        )
+        share = by_layer(total) / jnp.maximum(n, 1).astype(jnp.float32)
         share = share / jnp.maximum(jnp.sum(share), 1e-30)
 
-        sparse = 1.0 - n / sizes
+        sparse = (sizes - n).astype(jnp.float32) / sizes.astype(jnp.float32)
         rho = fraction(step.count)
         eager = (sparse < 0.2) & (share > 1.0 / share.size)
         rho = jnp.where(eager, jnp.minimum(rho, sparse), rho)
@@ -105,7 +107,7 @@ def snfs(
             [v.leaf.pool(jnp.abs(v.w)) for v in step.views],
             by_leaf(step.leaves, n - dropped),
             where=[v.leaf.units(v.m) for v in step.views],
-            axes=[v.leaf.axes for v in step.views],
+            axis=[v.leaf.axes for v in step.views],
         )
         return refill(step.leaves, keep, grown, wanted, salts=step.salts(seed))
 

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import is_concrete, when
+from jaxsparse._control import is_concrete, when
 from jaxsparse.engines import Projection, Step, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register

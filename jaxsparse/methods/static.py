@@ -11,7 +11,7 @@ import optax
 
 from jaxsparse import masking
 from jaxsparse import targets as targets_
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import Step, hold_masks
 from jaxsparse.leaves import find
 from jaxsparse.methods import _recipe as recipe

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import masking, scores
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.engines import Projection, Step, keep_best, refresh, straight_through
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse import allocations, masking, scores, structures
 from jaxsparse import leaves as leaves_
-from jaxsparse._counts import is_concrete
+from jaxsparse._control import is_concrete
 from jaxsparse.choose import check_sparsity, choose
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StructureLike, Targets
 

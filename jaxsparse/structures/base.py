@@ -223,7 +223,7 @@ class NM(Structure):
 
     def budget(self, shape: Shape, kept):
         """Per group, rounded up: a ramp towards n:m tightens m, m-1, ..., n."""
-        return -(-kept // self.slices(shape))
+        return self.m - (math.prod(shape) - kept) // self.slices(shape)
 
     @property
     def sparsity(self) -> float:

@@ -12,7 +12,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 # From the bottom to the top: a room may import from those below it only.
 FLOORS = [
     "_version",
-    "_search",
+    "_control",
     "_counts",
     "selection",
     "structures",

@@ -37,12 +37,16 @@ SPECIAL = {
     "autosparse": dict(threshold_init=-1.0),
     "str": dict(threshold_init=-1.0),
 }
+# At step 0 nothing has been trained that these could rank.
+STARTS_SPARSE = ("dsr", "dst_ee", "rigl", "rigl_itop", "set", "set_itop", "snfs", "srigl")
 
 
 def options(name):
     """The options of `name` for a short run."""
     method = jaxsparse.METHODS[name]
     chosen = {k: v for k, v in COMMON.items() if k in method.options}
+    if name in STARTS_SPARSE:
+        chosen["begin_step"] = EVERY
     return {k: v for k, v in (chosen | SPECIAL.get(name, {})).items() if v is not None}
 
 

@@ -137,8 +137,8 @@ def arrays_apart(form, rng, i):
         [budget(form, rng, s, a) for s, a in zip(shapes, axes)],
         where=[eligible(form, rng, s) for s in shapes],
         ties=["position", "hash"][(i // 2) % 2],
-        seeds=[int(rng.integers(1000)) for _ in shapes],
-        axes=axes,
+        seed=[int(rng.integers(1000)) for _ in shapes],
+        axis=axes,
     )
 
 
@@ -149,13 +149,14 @@ def arrays_together(form, rng, i):
     leaves = [eighths(rng, s, dtypes[j % len(dtypes)]) for j, s in enumerate(shapes)]
     minimum = [int(rng.integers(0, 30)) for _ in shapes]
     k = int(rng.integers(sum(minimum), sum(x.size for x in leaves) + 1))
-    return selection.global_topk_masks(
+    return selection.topk_masks(
         leaves,
         jnp.int32(k) if rng.integers(2) else k,
         where=[eligible(form, rng, s) for s in shapes],
         ties=["position", "hash"][i % 2],
         seed=int(rng.integers(1000)),
         minimum=minimum if form.integers(2) else None,
+        together=True,
     )
 
 

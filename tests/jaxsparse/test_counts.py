@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsparse import _counts, allocations
-from jaxsparse.choose import unit_budgets
+import jaxsparse
+from jaxsparse import _control, _counts, allocations
+from jaxsparse.choose import choose, unit_budgets
 from jaxsparse.leaves import find
 
 traced = jax.jit(_counts.scale_count)
@@ -62,6 +63,35 @@ def test_budgets_beyond_2_to_the_31_are_exact_integers():
     assert kept == size - size * 9 // 10
 
 
+def test_a_leaf_beyond_2_to_the_31_may_have_a_swept_sparsity():
+    size = 2**33
+    leaves = find(
+        {"kernel": jax.ShapeDtypeStruct((size // 64, 64), jnp.float32)}, lambda *_: True
+    ).leaves
+    budget = lambda s, ramp: unit_budgets(leaves, allocations.Uniform(), s, ramp)[0]
+    for s, ramp in ((0.75, 1.0), (0.5, 0.5), (0.0, 1.0)):
+        kept = jax.jit(budget)(jnp.float32(s), jnp.float32(ramp))
+        zeros = size * int(_counts._fixed_point(s * ramp)) >> 30
+        assert int(kept.high) * 2**24 + int(kept.low) == size - zeros
+
+
+def test_such_budgets_are_kept_to_the_last_weight(monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(_counts, "WIDE", 2**7)  # as if no number were wider than 7 bits
+    leaves = find({"kernel": jnp.zeros((20, 15))}).leaves
+    w = jax.random.normal(jax.random.key(0), (20, 15))
+    chosen = lambda s: choose(leaves, [jnp.abs(w)], allocations.Uniform(), s)[0]
+    for s in (0.9, 0.5, 0.25):
+        assert int(jax.jit(chosen)(jnp.float32(s)).sum()) == 300 - int(300 * s)
+    jax.clear_caches()
+
+
+def test_nine_tenths_of_8200_weights_leave_820():
+    assert _counts.kept_count(8200, 0.9) == 820
+    _, masks = jaxsparse.prune({"w": jnp.ones((82, 100))}, 0.9)
+    assert int(masks["w"].sum()) == 820
+
+
 # -- A conditional that survives vmap --------------------------------------------------------------
 
 
@@ -77,7 +107,7 @@ def counted():
 
 def test_a_condition_that_fails_skips_its_work():
     calls, double = counted()
-    run = jax.jit(lambda go, x: _counts.when(go, double, x, x))
+    run = jax.jit(lambda go, x: _control.when(go, double, x, x))
     assert float(run(False, 2.0)) == 2.0 and float(run(True, 2.0)) == 4.0
     jax.effects_barrier()
     assert len(calls) == 1
@@ -85,7 +115,7 @@ def test_a_condition_that_fails_skips_its_work():
 
 def test_under_vmap_the_work_is_skipped_unless_a_member_asks_for_it():
     calls, double = counted()
-    run = jax.jit(jax.vmap(lambda go, x: _counts.when(go, double, x, 10.0)))
+    run = jax.jit(jax.vmap(lambda go, x: _control.when(go, double, x, 10.0)))
     x = jnp.arange(3.0)
     assert run(jnp.array([False] * 3), x).tolist() == [0, 1, 2]
     jax.effects_barrier()
@@ -97,7 +127,7 @@ def test_under_vmap_the_work_is_skipped_unless_a_member_asks_for_it():
 
 def test_under_two_vmaps_too():
     calls, double = counted()
-    run = jax.jit(jax.vmap(jax.vmap(lambda go, x: _counts.when(go, double, x, 10.0))))
+    run = jax.jit(jax.vmap(jax.vmap(lambda go, x: _control.when(go, double, x, 10.0))))
     x = jnp.arange(4.0).reshape(2, 2)
     assert run(jnp.zeros((2, 2), bool), x).tolist() == [[0, 1], [2, 3]]
     jax.effects_barrier()
@@ -106,5 +136,5 @@ def test_under_two_vmaps_too():
 
 
 def test_what_the_work_closes_over_may_be_batched():
-    run = jax.vmap(lambda go, x, y: _counts.when(go, lambda c: c + y, x), in_axes=(None, None, 0))
+    run = jax.vmap(lambda go, x, y: _control.when(go, lambda c: c + y, x), in_axes=(None, None, 0))
     assert run(True, 1.0, jnp.arange(3.0)).tolist() == [1, 2, 3]

@@ -10,7 +10,7 @@ import pytest
 from contracts import QUICK
 
 import jaxsparse
-from jaxsparse import allocations, schedules, selection, structures
+from jaxsparse import allocations, schedules, structures
 from jaxsparse.choose import unit_budgets
 from jaxsparse.leaves import find
 from jaxsparse.state import get_masks
@@ -89,16 +89,16 @@ def test_erk_at_one_half_keeps_exactly_10144_weights():
 
 def test_lamp_scores_of_1_2_3_are_1_14_4_13_1():
     expected = [1 / 14, 4 / 13, 1.0]
-    assert selection.lamp_scores(jnp.array([1.0, 2.0, 3.0])).tolist() == pytest.approx(expected)
-    assert selection.lamp_scores(jnp.array([3.0, 1.0, 2.0])).tolist() == pytest.approx(
+    assert allocations.lamp_scores(jnp.array([1.0, 2.0, 3.0])).tolist() == pytest.approx(expected)
+    assert allocations.lamp_scores(jnp.array([3.0, 1.0, 2.0])).tolist() == pytest.approx(
         [1.0, 1 / 14, 4 / 13]
     )
 
 
 def test_lamp_scores_do_not_depend_on_the_scale_of_a_layer_and_keep_its_order():
     w = jnp.abs(jax.random.normal(jax.random.key(0), (64,)))
-    scores = selection.lamp_scores(w)
-    np.testing.assert_allclose(scores, selection.lamp_scores(1e-3 * w), rtol=1e-5)
+    scores = allocations.lamp_scores(w)
+    np.testing.assert_allclose(scores, allocations.lamp_scores(1e-3 * w), rtol=1e-5)
     assert np.array_equal(np.argsort(scores, kind="stable"), np.argsort(w, kind="stable"))
 
 

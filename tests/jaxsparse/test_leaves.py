@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxsparse
-from jaxsparse import _counts, _search, allocations, structures
+from jaxsparse import _counts, allocations, structures
 from jaxsparse.choose import choose, unit_budgets
 from jaxsparse.leaves import Leaf, find
 from jaxsparse.testing import by_path
@@ -82,15 +82,14 @@ def test_a_schedule_of_a_global_budget_counts_beyond_2_to_the_31(monkeypatch):
     n = 5 * 2**31 + 12345
     for size in (1, 3, 128):
         for s in (0.0, 0.25, 0.9, 0.998, 1.0):
-            high, low = _counts.kept_units(n, jnp.float32(s), size)
+            high, low = _counts.kept_count(n, jnp.float32(s)) // size
             found = int(high) * 2**24 + int(low)
             zeros = n * int(_counts._fixed_point(s)) >> 30
             assert found == (n - zeros) // size
             assert abs(found * size - n * (1 - s)) < n * 2**-22 + size
     # The whole way through, where numbers of 7 bits are the widest.
     jax.clear_caches()
-    monkeypatch.setattr(_search, "WIDE", 2**7)
-    monkeypatch.setattr(_counts, "MAX_TRACED", 2**7 - 1)
+    monkeypatch.setattr(_counts, "WIDE", 2**7)
     leaves = find(shapes(a=(20, 10), b=(10, 10))).leaves
     values = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
     chosen = jax.jit(lambda f: choose(leaves, values, allocations.Global(), 0.9, fraction=f))

@@ -33,7 +33,7 @@ import optax
 import pytest
 
 import jaxsparse
-from jaxsparse import selection, structures
+from jaxsparse import structures
 
 # LAMP's score of a weight is a sum over the weights that rank no lower: a sort, at updates only.
 SORTS = {"lamp"}
@@ -51,8 +51,8 @@ def test_no_method_sorts_a_leaf(name):
         if re.search(r"= (sort|top_k|approx_top_k)\[", line)
         for shape in re.findall(r"\[([\d,]+)\]", line.split("=")[0])
     ]
-    # A sample of scores is sorted, and short vectors with one entry per layer, group or unit.
-    assert all(n <= 3 * selection._SAMPLE for n in sizes) == (name not in SORTS), sizes
+    # Only short vectors are sorted, with one entry per layer, group or unit.
+    assert all(n <= 3 * 4096 for n in sizes) == (name not in SORTS), sizes
 
 
 def test_layers_of_one_network_may_have_structures_of_their_own():

@@ -1,9 +1,6 @@
 """Selection is exact: against plain NumPy, in every transformation of JAX, on any sharding."""
 
 import functools
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import jax
@@ -14,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxsparse import _search, selection
+from jaxsparse import _counts, allocations, selection, structures
+from jaxsparse.selection import _search
+from jaxsparse.selection.quantile import times
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint32", "int8", "bool"]
 
@@ -52,6 +51,14 @@ def scores_like(rng, shape, dtype, kind):
     if dtype in ("uint32", "bool"):
         x = np.abs(x)
     return jnp.asarray(x.astype(np.float32)).astype(dtype)
+
+
+together = functools.partial(selection.topk_masks, together=True)
+
+
+def random_mask(seed, shape, k):
+    """k entries at random: all scores are equal, and a hash ranks them."""
+    return selection.topk_mask(jnp.zeros(shape), k, ties="hash", seed=seed)
 
 
 KINDS = st.sampled_from(["smooth", "rounded", "zeros", "equal", "special"])
@@ -100,7 +107,15 @@ def test_few_passes_over_the_data(kind, kept):
         x = jnp.where(rng.random((600, 500)) < 0.9, 0, x)
     elif kind != "smooth":
         x = x.astype(jnp.bfloat16).astype(jnp.float32)
-    assert 1 <= int(selection.passes(x, int(kept * x.size))) <= 10
+    reads = []
+
+    def score(x):
+        jax.debug.callback(lambda: reads.append(1))
+        return x
+
+    selection.topk_mask(x, int(kept * x.size), score=score).block_until_ready()
+    jax.effects_barrier()
+    assert 2 <= len(reads) <= 12  # the last makes the mask
 
 
 @given(kind=KINDS, seed=st.integers(0, 99), k=st.integers(0, 80))
@@ -177,10 +192,8 @@ def test_empty_and_single_entries(shape):
     x = jnp.ones(shape)
     for k in (0, 1, 5):
         assert int(selection.topk_mask(x, k).sum()) == min(k, x.size)
-        assert int(selection.random_mask(0, shape, k).sum()) == min(k, x.size)
-        assert sum(int(m.sum()) for m in selection.global_topk_masks([x, x], k)) == min(
-            k, 2 * x.size
-        )
+        assert int(random_mask(0, shape, k).sum()) == min(k, x.size)
+        assert sum(int(m.sum()) for m in together([x, x], k)) == min(k, 2 * x.size)
 
 
 def test_wide_words_keep_their_order():
@@ -206,12 +219,12 @@ def test_arrays_are_ranked_together_without_regard_to_shape_and_dtype(kind, seed
     shapes = [((4, 5), "float32"), ((3, 2, 7), "bfloat16"), ((), "float32"), ((0, 3), "float16")]
     leaves = [scores_like(rng, shape, dtype, kind) for shape, dtype in shapes]
     where = [rng.random(shape) < 0.7 if some else np.ones(shape, bool) for shape, _ in shapes]
-    masks = selection.global_topk_masks(leaves, k, where=where)
+    masks = together(leaves, k, where=where)
     flat = np.concatenate([exact(x).ravel() for x in leaves])
     expected = reference(flat, k, np.concatenate([np.ravel(w) for w in where]))
     np.testing.assert_array_equal(np.concatenate([np.ravel(m) for m in masks]), expected)
     assert [m.shape for m in masks] == [shape for shape, _ in shapes]
-    hashed = selection.global_topk_masks(leaves, k, where=where, ties="hash", seed=seed)
+    hashed = together(leaves, k, where=where, ties="hash", seed=seed)
     chosen = np.concatenate([np.ravel(m) for m in hashed])
     np.testing.assert_array_equal(np.sort(flat[chosen]), np.sort(flat[expected]))
 
@@ -221,7 +234,7 @@ def test_every_array_keeps_its_minimum_and_all_together_k(seed, k):
     rng = np.random.default_rng(seed)
     leaves = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((5, 6), (20,), (4, 4))]
     minimum = [3, 20, 0]
-    masks = selection.global_topk_masks(leaves, jnp.int32(k), minimum=minimum)
+    masks = together(leaves, jnp.int32(k), minimum=minimum)
     assert sum(int(m.sum()) for m in masks) == k
     if k >= 23:
         own = [reference(x, n) for x, n in zip(leaves, minimum)]
@@ -244,25 +257,13 @@ def test_quantiles_are_those_of_numpy(kind, seed, q):
         )
 
 
-@given(kind=KINDS, seed=st.integers(0, 99), k=st.integers(1, 50))
-def test_the_kth_largest_value(kind, seed, k):
-    rng = np.random.default_rng(seed)
-    leaves = [scores_like(rng, s, "float32", kind) for s in ((9, 4), (15,))]
-    flat = np.sort(np.concatenate([exact(x).ravel() for x in leaves]))
-    flat = flat[~np.isnan(flat)]
-    found = float(selection.global_kth_largest(leaves, k))
-    if flat.size:
-        assert found == flat[::-1][min(k, flat.size) - 1]
-    assert float(selection.kth_largest(jnp.arange(5.0), k=2, where=jnp.arange(5) < 4)) == 2.0
-
-
 @given(
     bits=st.integers(0, 0x3F800000),
     n=st.integers(0, 2**32 - 1) | st.integers(0, 1000) | st.just(2**31),
 )
 def test_the_index_of_a_quantile_is_exact_up_to_billions_of_entries(bits, n):
     q = np.uint32(bits).view(np.float32)
-    floor, fraction = selection._times(jnp.asarray(q), n)
+    floor, fraction = times(jnp.asarray(q), n)
     h = Fraction(float(q)) * n
     assert int(floor) == h.__floor__()
     assert abs(float(fraction) - float(h - h.__floor__())) < 1e-6
@@ -276,9 +277,8 @@ def test_the_index_of_a_quantile_is_exact_up_to_billions_of_entries(bits, n):
 @pytest.mark.parametrize("stride", [False, True])
 def test_n_of_every_m(n, m, axis, stride):
     x = np.round(np.random.default_rng(0).standard_normal((m * 2, m * 3)) * 3).astype(np.float32)
-    mask = np.moveaxis(
-        np.asarray(selection.nm_mask(x, n, m, axis=axis, stride_groups=stride)), axis, -1
-    )
+    kind = structures.NM(max(n, 1), m, axis=axis, strided=stride)
+    mask = np.moveaxis(np.asarray(structures.topk(kind, jnp.asarray(x), n)), axis, -1)
     y = np.moveaxis(x, axis, -1)
     for row, kept in zip(y, mask):
         split = (
@@ -291,17 +291,17 @@ def test_n_of_every_m(n, m, axis, stride):
 
 
 def test_random_masks_have_exactly_k_anywhere():
-    masks = [np.asarray(selection.random_mask(s, (200, 300), 6000)) for s in range(4)]
+    masks = [np.asarray(random_mask(s, (200, 300), 6000)) for s in range(4)]
     assert [m.sum() for m in masks] == [6000] * 4
     assert len({m.tobytes() for m in masks}) == 4
     for mask in masks:
         chi2 = ((mask.sum(1) - 30) ** 2).sum() / 27
         assert abs(chi2 - 200) < 5 * 20
     key = jax.random.key(7)
-    a = selection.random_mask(key, (50,), 20)
-    b = selection.random_mask(jax.random.key_data(key), (50,), 20)
+    a = random_mask(key, (50,), 20)
+    b = random_mask(jax.random.key_data(key), (50,), 20)
     np.testing.assert_array_equal(a, b)
-    grown = selection.random_mask(0, (200, 300), 7000)
+    grown = random_mask(0, (200, 300), 7000)
     assert not (masks[0] & ~np.asarray(grown)).any()  # a larger k adds to a smaller one
 
 
@@ -358,7 +358,7 @@ def test_shard_map_ranks_what_a_device_holds():
     specs = dict(mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d"))
 
     def local(x):
-        a, b = selection.global_topk_masks([x, x[0]], 9, ties="hash", seed=1)
+        a, b = together([x, x[0]], 9, ties="hash", seed=1)
         quantile = selection.quantile([x], 0.5)
         return jnp.stack([a, jnp.broadcast_to(b, x.shape), x > quantile], 1)
 
@@ -371,8 +371,8 @@ def many_masks(x, k):
     return [
         selection.topk_mask(x, k),
         selection.topk_mask(x, k // 512, axis=0),
-        *selection.global_topk_masks([x, x * x], k, ties="hash", seed=3),
-        selection.random_mask(1, x.shape, k) & (x >= 0),
+        *together([x, x * x], k, ties="hash", seed=3),
+        random_mask(1, x.shape, k) & (x >= 0),
         selection.quantile([x], 0.9),
     ]
 
@@ -408,8 +408,8 @@ def test_sharded_arrays_give_bitwise_the_masks_of_one_device(spec, axis_type):
 def small_words(monkeypatch):
     """As if numbers of 7 bits were the widest: what happens at 2^31 entries, with a few hundred."""
     jax.clear_caches()
-    monkeypatch.setattr(_search, "WIDE", 2**7)
-    monkeypatch.setattr(_search, "BASE_BITS", 3)
+    monkeypatch.setattr(_counts, "WIDE", 2**7)
+    monkeypatch.setattr(_counts, "BASE_BITS", 3)
     yield
     jax.clear_caches()
 
@@ -420,19 +420,19 @@ def test_counts_and_positions_of_two_words(small_words):
     for k in (0, 1, 127, 128, 200, 389, 390, 1000):
         best = reference(x, k)
         np.testing.assert_array_equal(selection.topk_mask(x, k), best)
-        masks = selection.global_topk_masks([x[:5], x[5:]], k)
+        masks = together([x[:5], x[5:]], k)
         np.testing.assert_array_equal(np.concatenate(masks), best)
         hashed = np.asarray(selection.topk_mask(x, jnp.int32(k), ties="hash", seed=1))
         np.testing.assert_array_equal(np.sort(exact(x)[hashed]), np.sort(exact(x)[best]))
-        assert int(selection.random_mask(0, x.shape, k).sum()) == min(k, x.size)
+        assert int(random_mask(0, x.shape, k).sum()) == min(k, x.size)
 
 
 def test_counts_from_the_host_have_any_size():
-    high, low = _search.count_of(5 * 10**9, 10**10, wide=True)
-    assert int(high) * 2**_search.BASE_BITS + int(low) == 5 * 10**9
-    traced = _search.count_of(jnp.uint32(4 * 10**9), 10**10, wide=True)
-    assert int(traced[0]) * 2**_search.BASE_BITS + int(traced[1]) == 4 * 10**9
-    assert int(_search.count_of(jnp.uint32(4 * 10**9), 100, wide=False)[0]) == 100
+    high, low = _counts.count_of(5 * 10**9, 10**10, wide=True)
+    assert int(high) * 2**_counts.BASE_BITS + int(low) == 5 * 10**9
+    traced = _counts.count_of(jnp.uint32(4 * 10**9), 10**10, wide=True)
+    assert int(traced[0]) * 2**_counts.BASE_BITS + int(traced[1]) == 4 * 10**9
+    assert int(_counts.count_of(jnp.uint32(4 * 10**9), 100, wide=False)[0]) == 100
 
 
 # -- Bad input -------------------------------------------------------------------------------------
@@ -456,20 +456,17 @@ def test_counts_from_the_host_have_any_size():
         (lambda x: selection.topk_mask(x, 1, where=x[None] > 0), r"where has shape \(1, 4, 6\)"),
         (lambda x: selection.topk_mask((x, x), 1), "several operands need score="),
         (lambda x: selection.topk_mask(x, 1, score=jnp.sum), "it must be elementwise"),
-        (lambda x: selection.nm_mask(x, 2, 4), "m=4 does not divide axis 1"),
-        (lambda x: selection.nm_mask(x, 3, 2), "n=3, m=2: give integers"),
-        (lambda x: selection.nm_mask(x, 0, 0), "m=0 does not divide"),
-        (lambda x: selection.nm_mask(x, 1, 2, axis=5), "axis=5: give distinct axes"),
-        (lambda x: selection.random_mask(jnp.ones(3), (2,), 1), "seed of dtype float32 and shape"),
-        (lambda x: selection.random_mask(0, (2,), -3), "k=-3: give a count"),
-        (lambda x: selection.global_topk_masks([x], 1, where=[]), "where must be a list"),
-        (lambda x: selection.global_topk_masks([x], 1, minimum=[2]), r"adds up to 2, more than k=1"),
-        (lambda x: selection.global_topk_masks([x], 1, minimum=[-2]), "minimum=-2: give a count"),
-        (lambda x: selection.topk_masks([x], [1, 2]), "ks must be a list with one entry per leaf"),
-        (lambda x: selection.topk_masks([x], [1], axes=[4]), "axis=4: give distinct axes"),
+        (lambda x: random_mask(jnp.ones(3), (2,), 1), "seed of dtype float32 and shape"),
+        (lambda x: random_mask(0, (2,), -3), "k=-3: give a count"),
+        (lambda x: together([x], 1, where=[]), "where must be a list"),
+        (lambda x: together([x], 1, minimum=[2]), r"adds up to 2, more than k=1"),
+        (lambda x: together([x], 1, minimum=[-2]), "minimum=-2: give a count"),
+        (lambda x: selection.topk_masks([x], [1, 2]), "k must be a list with one entry per leaf"),
+        (lambda x: selection.topk_masks([x], [1], axis=[4]), "axis=4: give distinct axes"),
         (lambda x: selection.topk_masks([x], [-1]), "k=-1: give a count"),
         (lambda x: selection.topk_masks([x], [1], ties="hash"), "needs a seed"),
-        (lambda x: selection.global_kth_largest([x[:0]], 1), "no scores at all"),
+        (lambda x: together([x], 1, axis=0), "axis=0: a ranking of all arrays together has no axes"),
+        (lambda x: selection.topk_masks([x], 1, minimum=[1]), "minimum= is for together=True"),
         (lambda x: selection.quantile([], 0.5), "no entries at all"),
         (lambda x: selection.quantile([x], 1.5), r"q=1.5: must be in \[0, 1\]"),
     ],
@@ -482,9 +479,9 @@ def test_bad_arguments_are_named(call, message):
 def test_lamp_scores_are_the_share_of_what_ranks_no_lower():
     x = jnp.array([[1.0, 2.0], [2.0, 3.0]])
     np.testing.assert_allclose(
-        selection.lamp_scores(x), np.array([[1 / 18, 4 / 17], [4 / 13, 1.0]]), rtol=1e-6
+        allocations.lamp_scores(x), np.array([[1 / 18, 4 / 17], [4 / 13, 1.0]]), rtol=1e-6
     )
-    stacked = selection.lamp_scores(jnp.stack([x, 5 * x]), lead=1)
+    stacked = allocations.lamp_scores(jnp.stack([x, 5 * x]), lead=1)
     np.testing.assert_allclose(stacked[0], stacked[1], rtol=1e-6)
 
 
@@ -510,101 +507,8 @@ def test_masks_searched_side_by_side_are_those_searched_one_by_one(ties):
         for (x, n, a, w), s in zip(rows, seeds)
     ]
     x, n, a, w = map(list, zip(*rows))
-    listed = selection.topk_masks(x, n, axes=a, where=w, ties=ties, seeds=seeds)
+    listed = selection.topk_masks(x, n, axis=a, where=w, ties=ties, seed=seeds)
     np.testing.assert_equal(jax.device_get(listed), jax.device_get(alone))
-
-    # What accelerators run, which CPU does not choose.
-    axes = tuple(selection._check_axes(a, x.ndim) for x, _, a, _ in rows[:5])
-    counts = [selection._count_per_slice(n, x.shape, a) for (x, n, *_), a in zip(rows, axes)]
-    salts = seeds[:5] if ties == "hash" else [None] * 5
-    at_once = jax.jit(selection._topk_at_once, static_argnames="axes")(
-        x[:5], counts, w[:5], salts, axes=axes
-    )
-    np.testing.assert_equal(jax.device_get(at_once), jax.device_get(alone[:5]))
-
-    # What a single CPU device runs, of arrays whose last axes are ranked.
-    in_rows = jax.jit(selection._topk_in_rows, static_argnames=("axes", "length"))
-    for length in (8, 64):
-        found = in_rows(x[:4], counts[:4], w[:4], salts[:4], axes=axes[:4], length=length)
-        np.testing.assert_equal(jax.device_get(found), jax.device_get(alone[:4]))
-
-
-ROWS = [((7, 9), (0, 1)), ((3, 4, 5), (1, 2)), ((6,), (0,)), ((2, 3, 3), (2,))]
-AXES = tuple(axes for _, axes in ROWS)
-
-
-@functools.partial(jax.jit, static_argnames="ties")
-def alone(arrays, ks, where, seeds, ties):
-    rows = zip(arrays, ks, where, seeds, AXES)
-    return [selection.topk_mask(x, k, where=w, ties=ties, seed=s, axis=a) for x, k, w, s, a in rows]
-
-
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("dtype, ties", [("float32", "position"), ("bfloat16", "hash")])
-def test_rows_of_many_arrays_hold_the_masks_of_each(dtype, ties, sampled, monkeypatch):
-    monkeypatch.setattr(selection, "_SAMPLED_FROM", 0 if sampled else 1 << 17)
-    in_rows = jax.jit(functools.partial(selection._topk_in_rows, axes=AXES, length=4))
-
-    @given(seed=st.integers(0, 2**31), kinds=st.tuples(*[KINDS] * len(ROWS)))
-    def check(seed, kinds):
-        rng = np.random.default_rng(seed)
-        x = [scores_like(rng, shape, dtype, kind) for (shape, _), kind in zip(ROWS, kinds)]
-        slices = [shape[: len(shape) - len(axes)] for shape, axes in ROWS]
-        ks = [jnp.asarray(rng.integers(0, v.size + 2, n)) for v, n in zip(x, slices)]
-        where = [None if i % 2 else jnp.asarray(rng.random(v.shape) < 0.7) for i, v in enumerate(x)]
-        seeds = [jnp.uint32(i + seed) for i in range(len(x))]
-        counts = [selection._count_per_slice(k, v.shape, a) for v, k, a in zip(x, ks, AXES)]
-        salts = seeds if ties == "hash" else [None] * len(x)
-        found = in_rows(x, counts, where, salts)
-        np.testing.assert_equal(
-            jax.device_get(found), jax.device_get(alone(x, ks, where, seeds, ties))
-        )
-
-    check()
-
-
-def test_rows_are_for_arrays_that_they_waste_little_of():
-    fits = functools.partial(selection._fits_rows, length=1024)
-    x = jnp.zeros((4, 8, 512))
-    assert fits(x, (0, 1, 2)) and fits(x, (1, 2)) and fits(jnp.zeros(10), (0,))
-    assert not fits(x, (0, 1)), "the ranked axes are not the last"
-    assert not fits(jnp.zeros((1000, 100)), (1,)), "ten times as much would be read"
-    assert not fits(x.astype(jnp.int32), (0, 1, 2))
-
-
-ONE_DEVICE = """
-import jax, jax.numpy as jnp, numpy as np, optax, sys, jaxsparse
-from jaxsparse import selection
-used, rows = [], selection._topk_in_rows
-selection._topk_in_rows = lambda *a, **k: used.append(1) or rows(*a, **k)
-keys = jax.random.split(jax.random.key(0), 3)
-params = {f"kernel{i}": jax.random.normal(k, (30, 50)) for i, k in enumerate(keys)}
-digest = []
-for name in ("rigl", "set"):
-    tx = jaxsparse.make(name, optax.sgd(0.1), sparsity=0.8, total_steps=20, update_every=2)
-    step, state = jax.jit(tx.update), tx.init(params)
-    for i in range(5):
-        grads = jax.tree.map(lambda p: jnp.sign(p) * jnp.abs(jnp.round(2 * p)), params)
-        _, state = step(grads, state, params)
-    masks = jax.device_get(jaxsparse.get_masks(state))
-    digest += [np.packbits(masks[k]).tobytes().hex() for k in sorted(masks)]
-print(jax.device_count(), bool(used), *digest)
-"""
-
-
-def test_one_device_finds_the_masks_of_many():
-    def start(devices):
-        flags = (
-            f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-        )
-        env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", ONE_DEVICE]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-
-    runs = [start(1), start(2)]
-    (one, in_rows, *masks), (two, in_turn, *same) = [run.communicate()[0].split() for run in runs]
-    assert (one, in_rows, two, in_turn) == ("1", "True", "2", "False")
-    assert masks == same and len(masks) == 6
 
 
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])

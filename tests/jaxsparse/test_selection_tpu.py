@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsparse import selection
+from jaxsparse import selection, structures
 
 pytestmark = pytest.mark.slow
 
@@ -75,18 +75,20 @@ CASES = {
         lambda x, m, k: selection.topk_mask(x, k, where=m), BOTH, (*BOTH, jnp.bool_), K,
     ),
     "global topk": (
-        lambda x, y, z, k: selection.global_topk_masks([x, y, z], k),
+        lambda x, y, z, k: selection.topk_masks([x, y, z], k, together=True),
         BOTH, CONV, ROWS, K,
     ),
     "several topk": (
         lambda x, y, z, k: selection.topk_masks(
-            [x, y, z], [k, k, 2 * k], ties="hash", seeds=[k, k, k], axes=[None, None, (0,)]
+            [x, y, z], [k, k, 2 * k], ties="hash", seed=k, axis=[None, None, 0]
         ),
         BOTH, ROWS, BOTH, K,
     ),
-    "2:4 along rows": (lambda x: selection.nm_mask(x, 2, 4, axis=0), BOTH),
-    "2:4 along columns": (lambda x: selection.nm_mask(x, 2, 4, axis=1), BOTH),
-    "random": (lambda x, k: selection.random_mask(k, x.shape, k) & (x >= 0), BOTH, K),
+    "2:4 along rows": (lambda x: structures.topk(structures.NM(2, 4), x, 2), BOTH),
+    "2:4 along columns": (lambda x: structures.topk(structures.NM(2, 4, axis=-1), x, 2), BOTH),
+    "random": (
+        lambda x, k: selection.topk_mask(0 * x, k, ties="hash", seed=k), BOTH, K,
+    ),
     "quantile": (lambda x, q: x > selection.quantile([x], q), BOTH, ((), ())),
 }  # fmt: skip
 
