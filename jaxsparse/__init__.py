@@ -24,6 +24,7 @@ from jaxsparse.summary import Summary, summarize
 
 if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import analysis as analysis
+    from jaxsparse import channels as channels
     from jaxsparse import nn as nn
     from jaxsparse import testing as testing
     from jaxsparse.nn import compact as compact
@@ -57,7 +58,7 @@ def __getattr__(name: str):
     """Modules that are imported on first use, so that `import jaxsparse` stays light."""
     import importlib
 
-    if name in ("analysis", "nn", "testing"):
+    if name in ("analysis", "channels", "nn", "testing"):
         return importlib.import_module(f"jaxsparse.{name}")
     if name == "compact":
         return importlib.import_module("jaxsparse.nn").compact

@@ -32,6 +32,7 @@ FLOORS = [
     "summary",
     "nn",
     "analysis",
+    "channels",
     "testing",
 ]
 MODULES = [p for p in (ROOT / "jaxsparse").rglob("*.py") if p.parent != ROOT / "jaxsparse" or

@@ -1,0 +1,200 @@
+"""`find`: the channels of a model that must be removed together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from jaxsparse.channels.adapt import Adapted, adapt
+from jaxsparse.channels.collect import Fixed, Group, collect, ties_of
+from jaxsparse.channels.rules import RULES
+from jaxsparse.channels.trace import Trace, Value
+from jaxsparse.channels.union import Expr, Reason
+from jaxsparse.targets import unmatched_message
+
+_SILENT = ("the window of a convolution", "the length of a scan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A product of the model: its operations are `2 * times * prod(widths of axes)`."""
+
+    leaf: str
+    times: int
+    axes: tuple[Expr, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups(Mapping[str, Group]):
+    """The groups of a model by name, and what the trace knows besides.
+
+    Attributes:
+      fixed: channels that cannot be removed, with reasons.
+      axes: the form of every axis of every leaf, by path.
+      work: every matrix product and convolution.
+      shapes: of the leaves, by path.
+      trained: paths of the parameters, statistics apart.
+      model: the model, taken apart, as it was traced.
+    """
+
+    groups: Mapping[str, Group]
+    fixed: tuple[Fixed, ...]
+    axes: Mapping[str, tuple[Expr, ...]]
+    work: tuple[Work, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    trained: frozenset[str]
+    model: Adapted = dataclasses.field(repr=False)
+
+    def __getitem__(self, name: str) -> Group:
+        if name not in self.groups:
+            raise KeyError(unmatched_message("groups", [name], list(self.groups)))
+        return self.groups[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many channels each group has."""
+        return {name: group.width for name, group in self.groups.items()}
+
+    def matching(self, pattern: str) -> Groups:
+        """The groups whose name the regular expression finds; all others are left alone.
+
+        Raises:
+          ValueError: if it finds none.
+        """
+        kept = {name: g for name, g in self.groups.items() if re.search(pattern, name)}
+        if not kept:
+            raise ValueError(unmatched_message("pattern", [pattern], list(self.groups)))
+        return self._only(kept)
+
+    def without(self, *patterns: str) -> Groups:
+        """All groups but those whose name one of the regular expressions finds.
+
+        Raises:
+          ValueError: if a pattern finds none.
+        """
+        missing = [p for p in patterns if not any(re.search(p, name) for name in self.groups)]
+        if missing:
+            raise ValueError(unmatched_message("patterns", missing, list(self.groups)))
+        gone = lambda name: any(re.search(p, name) for p in patterns)
+        return self._only({name: g for name, g in self.groups.items() if not gone(name)})
+
+    def _only(self, kept: Mapping[str, Group]) -> Groups:
+        why = Reason("left out on request")
+        out = tuple(Fixed(n, g.width, why) for n, g in self.groups.items() if n not in kept)
+        return dataclasses.replace(self, groups=kept, fixed=(*self.fixed, *out))
+
+    def parameters(self, counts: Mapping[str, int] | None = None) -> int:
+        """How many parameters there are when so many channels of the groups stay."""
+        atoms = self._counts(counts)
+        return sum(
+            math.prod(axis.width(atoms) for axis in axes)
+            for path, axes in self.axes.items()
+            if path in self.trained
+        )
+
+    def flops(self, counts: Mapping[str, int] | None = None) -> int:
+        """Operations of products and convolutions on the example input when so many channels stay."""
+        atoms = self._counts(counts)
+        return sum(2 * w.times * math.prod(axis.width(atoms) for axis in w.axes) for w in self.work)
+
+    def _counts(self, counts: Mapping[str, int] | None) -> dict[int, int]:
+        return {self[name].atom: count for name, count in (counts or {}).items()}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self)} groups of channels, {self.parameters()} parameters, {self.flops()} operations"
+        ]
+        for group in self.groups.values():
+            lines.append(f"  {group.name}: {group.width} channels")
+            for side, verb in (("out", "made by"), ("with", "along"), ("in", "read by")):
+                places = [f"{m.path}:{m.axis}" for m in group.members if m.side == side]
+                lines += [f"    {verb} {', '.join(dict.fromkeys(places))}"] if places else []
+            if group.summed:
+                lines.append(
+                    f"    summed over by {', '.join(group.summed)}: zeroed may not be removed"
+                )
+            if group.tied:
+                lines.append(f"    keeps as many channels as {', '.join(group.tied)}")
+        shown = [f for f in self.fixed if f.why.what not in _SILENT]
+        return "\n".join(
+            [*lines, "left as they are:", *(f"  {f}" for f in shown)] if shown else lines
+        )
+
+
+def find(model: object, *args: object) -> Groups:
+    """The groups of channels of a model, from one trace.
+
+    A *channel* is what can be removed from a network as a whole: a hidden neuron, a feature of a convolution, a
+    head, one coordinate of a head, an expert. A *group* lists every place in every leaf that one of its channels
+    takes. Nothing is computed, and no kind of layer is known: the axes of all variables of the trace are
+    unified by what each primitive does to them.
+
+    Channels that reach an output, an input, an index, or a primitive without a rule stay; the report
+    (`print(groups)`) says which, with the line of the model.
+
+    Args:
+      model: a Flax NNX module, or another callable tree of arrays (Equinox); or a function `apply_fn(params,
+        *inputs)` or a Linen module, followed by its parameters. Modules are traced as they serve: no dropout,
+        running averages.
+      *args: example inputs, arrays or `jax.ShapeDtypeStruct`s, with a batch axis if the model takes one. Values
+        do not matter.
+
+    Returns:
+      The groups by name.
+
+    Raises:
+      ValueError: if the model does not run on the inputs, or is no model.
+
+    Source: the idea is that of Fang et al., "DepGraph: towards any structural pruning", 2023.
+
+    >>> import jax, jax.numpy as jnp
+    >>> params = {"first": jnp.ones((4, 6)), "bias": jnp.ones(6), "last": jnp.ones((6, 3))}
+    >>> net = lambda p, x: jax.nn.relu(x @ p["first"] + p["bias"]) @ p["last"]
+    >>> print(find(net, params, jnp.ones((2, 4))))
+    1 groups of channels, 48 parameters, 168 operations
+      first:1: 6 channels
+        made by first:1
+        along bias:0
+        read by last:0
+    left as they are:
+      last:1 (3): an output of the model
+      first:0 (4): an input of the model
+    """
+    return groups_of(adapt(model, args))
+
+
+def groups_of(adapted: Adapted) -> Groups:
+    """`find` of a model that has been taken apart."""
+    named = adapted.named()
+    if not named:
+        raise ValueError("model: it has no arrays")
+    closed, count = adapted.jaxpr()
+    trace = Trace(RULES)
+    values = [Value(trace.fresh(var.aval.shape)) for var in closed.jaxpr.invars]
+    values[:count] = [
+        Value(v.axes, path) for v, (path, _) in zip(values[:count], named, strict=True)
+    ]
+    for value in values[count:]:
+        trace.pin(value.axes, Reason("an input of the model"))
+    outputs = trace.walk(closed.jaxpr, closed.consts, values)
+    for value in outputs:
+        trace.pin(value.axes, Reason("an output of the model"))
+    for value in values[:count]:
+        if value.leaf not in trace.used:
+            trace.pin(value.axes, Reason("a leaf that the trace does not use"))
+    ties = ties_of(trace)
+    axes = {v.leaf: tuple(map(trace.labels.expr, v.axes)) for v in values[:count]}
+    groups, fixed = collect(trace, axes, ties)
+    work = tuple(
+        Work(p.leaf, p.times, tuple(map(trace.labels.expr, p.labels))) for p in trace.products
+    )
+    shapes = {path: tuple(leaf.shape) for path, leaf in named}
+    return Groups(groups, fixed, axes, work, shapes, adapted.trained(), adapted)
