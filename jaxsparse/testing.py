@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -220,6 +222,52 @@ def check_state_is_stable(subject: Subject, dtypes=(jnp.bfloat16,)):
         assert jax.tree.structure(state) == jax.tree.structure(new), "the state changes structure"
         assert describe(state) == describe(new), f"{jnp.dtype(dtype).name}: the state changes"
         assert describe(updates) == describe(params), "updates differ from parameters in dtype"
+
+
+def check_no_array_of_all_weights(subject: Subject):
+    """No array that an update makes is as large as all weights together: of sharded weights it could
+    fit on no device."""
+    names = "abcd"
+    params = {n: {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for n in names}
+    tx = optax.with_extra_args_support(subject.build(subject.inner))
+    state = jax.eval_shape(tx.init, params)
+    limit = len(names) * 64 * 64
+    for equation in _equations(jax.make_jaxpr(tx.update)(params, state, params).jaxpr):
+        sizes = [getattr(x.aval, "size", 0) for x in equation.outvars]
+        assert max(sizes, default=0) < limit, (
+            f"{equation.primitive.name} makes {max(sizes)} numbers of {limit} weights"
+        )
+
+
+def _equations(jaxpr):
+    """The equations of a jaxpr and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+_COLLECTIVES = (
+    "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+)
+
+
+def exchanged(program: str) -> list[int]:
+    """How many numbers each collective operation of a compiled program gives to a device.
+
+    >>> exchanged("x = f32[4,8]{1,0} all-gather(y), dimensions={0}")
+    [32]
+    """
+    shapes = re.findall(rf"= (.*?) (?:{_COLLECTIVES})(?:-start)?\(", program)
+    sizes = lambda text: [
+        math.prod(int(n) for n in dims.split(",") if n)
+        for dims in re.findall(r"\w+\[([\d,]*)\]", text)
+    ]
+    return [sum(sizes(text)) for text in shapes]
 
 
 def check_extra_args(subject: Subject):
@@ -462,6 +510,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         check_first_forward,
         check_compiles_once,
         check_state_is_stable,
+        check_no_array_of_all_weights,
         check_extra_args,
         check_resumes,
         check_nan,

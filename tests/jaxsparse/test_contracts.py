@@ -1,6 +1,9 @@
 """The contracts of the design, over every method of the registry."""
 
 import contracts
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import jaxsparse
@@ -38,6 +41,10 @@ def test_update_compiles_once(subject):
 
 def test_state_keeps_structure_shapes_and_dtypes(subject):
     testing.check_state_is_stable(subject)
+
+
+def test_no_array_is_as_large_as_all_weights_together(subject):
+    testing.check_no_array_of_all_weights(subject)
 
 
 def test_extra_arguments_reach_the_inner_optimizer(subject):
@@ -91,3 +98,15 @@ def test_masks_follow_the_options_of_every_method(name):
     assert method.dynamics in ("none", "fixed", "gradual", "dynamic", "projected")
     assert method.summary
     assert method.reference or name == "dense"
+
+
+def test_the_check_sees_weights_that_are_joined():
+    def joined(inner):
+        def update(updates, state, params=None, **extra):
+            norm = jnp.linalg.norm(jnp.concatenate([x.ravel() for x in jax.tree.leaves(updates)]))
+            return jax.tree.map(lambda x: x / norm, updates), state
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    with pytest.raises(AssertionError, match="concatenate makes 16384 numbers of 16384 weights"):
+        testing.check_no_array_of_all_weights(testing.Subject(joined))

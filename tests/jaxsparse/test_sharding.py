@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse
-from jaxsparse.testing import by_path, close, masks_of, parameters, same, target
+from jaxsparse.testing import by_path, close, exchanged, masks_of, parameters, same, target
 
 STEPS = 5
 SHAPE = (16, 32)
@@ -154,6 +154,11 @@ def test_jit_with_sharded_parameters(name, mesh):
         assert not wrong, f"{wrong} are not sharded like their weights after {t} steps"
 
 
+# LAMP's score is a sum over the weights of a layer that rank no lower: a sort of each layer. Bi-Mask
+# looks for an order of the outputs, and these are what is spread over devices here.
+GATHERS = {"lamp", "bi_mask"}
+
+
 @pytest.mark.parametrize("name", jaxsparse.METHODS)
 def test_every_method_finds_the_masks_of_one_device_where_weights_are_sharded(name, mesh):
     """Columns of each kernel on eight devices."""
@@ -169,6 +174,12 @@ def test_every_method_finds_the_masks_of_one_device_where_weights_are_sharded(na
     )
     same(method.run.masks, run.masks, f"{name}: masks")
     close(method.run.params, run.params, f"{name}: weights", rtol=1e-4, atol=1e-5)
+
+    # The step that has just run, which compiles nothing anew. Between devices go counters.
+    args = spread(start), method.tx.init(spread(start)), spread(target(start))
+    largest = max(exchanged(method.step.lower(*args).compile().as_text()), default=0)
+    smallest = min(x.size for x in jax.tree.leaves(start) if x.ndim > 1)
+    assert (largest < smallest) == (name not in GATHERS), f"{largest} numbers are exchanged"
 
 
 def test_packed_masks_keep_the_sharding_of_the_other_axes(mesh):
