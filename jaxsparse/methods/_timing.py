@@ -4,6 +4,7 @@ once for a method's body and for `Method.resolved`."""
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,23 +24,23 @@ class Timing:
       every: the interval, as a fraction (numerator, denominator) of the run; None: the method's
         `update_every` is a number.
       at_end: whether masks are updated at `end_step` whatever the interval.
-      from_step: the least `begin_step`. Methods that rewire what was trained take 1: at step 0 their
-        masks are those of `init`, and nothing has been trained.
+      skips_start: whether there is no update at step 0, even with `begin_step=0`: of methods that rewire
+        what was trained.
     """
 
     begin: int | None = 0
     end: int = 75
     every: tuple[int, int] | None = None
     at_end: bool = True
-    from_step: int = 0
+    skips_start: bool = False
 
     def updates(
         self, total_steps, begin_step=None, end_step=None, update_every=None
     ) -> schedules.Updates:
-        """The update steps, checked.
+        """The update steps, checked. Warns of a `begin_step` of 0 that is passed over.
 
         Raises:
-          ValueError: as `schedules.window`; a `begin_step` before `from_step`.
+          ValueError: as `schedules.window`.
         """
         schedules.check_length(total_steps)
         every = self._interval(total_steps) if update_every is None else update_every
@@ -53,11 +54,16 @@ class Timing:
             fraction=self.end / 100,
             at_end=self.at_end,
         )
-        if is_concrete(found.begin) and found.begin < self.from_step:
-            raise ValueError(
-                f"begin_step={begin_step}: at step 0 the masks are those of init, and nothing has "
-                "been trained that could be ranked; give at least 1, or leave it out: the first "
-                "update is then at update_every"
+        if (
+            self.skips_start
+            and begin_step is not None
+            and is_concrete(begin_step)
+            and begin_step == 0
+        ):
+            warnings.warn(
+                "begin_step=0: step 0 has no update: its masks are those of init, and nothing has been "
+                f"trained that could be ranked; the first update is at step {every}",
+                stacklevel=3,
             )
         return found
 
@@ -78,4 +84,4 @@ class Timing:
 # The first update after one interval, the last one before 75 % of the run.
 AFTER_ONE_INTERVAL = Timing(begin=None, at_end=False)
 # So do RigL and its kin, which rewire what was trained.
-REWIRING = dataclasses.replace(AFTER_ONE_INTERVAL, from_step=1)
+REWIRING = dataclasses.replace(AFTER_ONE_INTERVAL, skips_start=True)

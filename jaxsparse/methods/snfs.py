@@ -12,7 +12,7 @@ from jaxsparse._counts import scale_count
 from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, momentum, refill
 from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
 
 
 @register(
@@ -72,7 +72,7 @@ def snfs(
       ValueError: a sparsity, fraction or step out of range, an inner optimizer without momentum.
     """
     sparsity = recipe.sparsity_of(sparsity, None)
-    updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
+    updates = AFTER_ONE_INTERVAL.updates(total_steps, begin_step, end_step, update_every)
     fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
     start = recipe.random_masks(allocation, sparsity, seed)
 

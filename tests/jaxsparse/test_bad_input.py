@@ -33,7 +33,7 @@ BAD = [
     ("drop_fraction", -0.1),
     ("initial_sparsity", -0.1),
     ("initial_sparsity", 0.9),
-    ("structure", "2:4"),
+    ("structure", "two of four"),
     ("allocation", "erdos"),
     ("targets", "no_such_layer"),
     ("targets", [("kernel", 3)]),
