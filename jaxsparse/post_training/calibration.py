@@ -1,0 +1,219 @@
+"""Running a model block by block over calibration batches, and what its layers see."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxsparse import targets as targets_
+from jaxsparse.post_training import models, program
+from jaxsparse.post_training.program import Kernel, Program, Segment
+from jaxsparse.post_training.statistics import Gram as Gram
+from jaxsparse.post_training.statistics import Inputs, Statistic, add
+from jaxsparse.typing import Targets
+
+TokenMask = Callable[[Any], Array]
+"""The mask of a batch: True (or 1) at tokens that count, False at padding; of the shape of the tokens."""
+
+
+class Stream:
+    """Calibration batches on their way through a model: for each the values that are alive.
+
+    Batches of one shape share a traced program; equal blocks share a compiled function. Values between
+    blocks are kept on the host.
+    """
+
+    def __init__(
+        self,
+        model: models.Model,
+        batches: Iterable[Any],
+        targets: Targets,
+        mask: TokenMask | None,
+        blocks: str | None,
+    ):
+        self.model, self.batches = model, list(batches)
+        if not self.batches:
+            raise ValueError("batches: there are none; give at least one batch of calibration data")
+        self.chosen = targets_.select(model.params, targets)
+        named = model.named()
+        self.paths, leaves = [p for p, _ in named], [x for _, x in named]
+        wanted = {i for i, s in enumerate(self.chosen) if s.selected}
+        if not wanted:
+            raise ValueError(
+                "targets: no leaf is chosen; by default kernels of two or more dimensions"
+            )
+        traced: dict[str, tuple[Program, list[Segment]]] = {}
+        self.runs = []
+        for batch in self.batches:
+            shape = str(jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), batch))
+            if shape not in traced:
+                made = program.trace(model.function, model.params, batch, wanted)
+                found = program.kernels(made, self.paths, leaves, wanted)
+                traced[shape] = made, program.segments(made, found, blocks)
+            self.runs.append(traced[shape])
+        self.segments = self.runs[0][1]
+        self.masks = [None if mask is None else jnp.asarray(mask(b)) != 0 for b in self.batches]
+        self._compiled: dict[tuple, Callable] = {}
+        self._texts: dict[tuple[int, int], str] = {}
+        self.restart()
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """All kernels, in the order of their use."""
+        return [k for segment in self.segments for k in segment.kernels]
+
+    def restart(self) -> None:
+        """Puts the batches before the first block."""
+        self.alive: list[dict[int, Any]] = []
+        for batch, (made, _) in zip(self.batches, self.runs):
+            self.alive.append(made.constants | dict(zip(made.inputs, jax.tree.leaves(batch))))
+
+    def statistics(
+        self, at: int, params: Sequence[Any], statistic: Statistic
+    ) -> tuple[dict[str, Inputs], list[list[Any]]]:
+        """The statistics of the kernels of segment `at`, and what it gives for each batch, which is not
+        yet passed on."""
+        total: dict[str, Inputs] = {}
+        gave = []
+        for i in range(len(self.batches)):
+            out, found = self._run(at, i, params, statistic)
+            gave.append(out)
+            names = [k.name for k in self.runs[i][1][at].kernels]
+            total |= {name: add(total.get(name), x) for name, x in zip(names, found)}
+        return total, gave
+
+    def outputs(self, at: int, params: Sequence[Any]) -> list[list[Any]]:
+        """What segment `at` gives for each batch."""
+        return [self._run(at, i, params, None)[0] for i in range(len(self.batches))]
+
+    def advance(self, at: int, gave: list[list[Any]]) -> None:
+        """Passes on what a segment gave, and forgets what no later one takes."""
+        for i, out in enumerate(gave):
+            made, segments = self.runs[i]
+            later = {v for s in segments[at + 1 :] for v in s.takes} | set(made.outputs)
+            alive = self.alive[i] | dict(zip(segments[at].gives, jax.device_get(out)))
+            self.alive[i] = {v: x for v, x in alive.items() if v in later}
+
+    def results(self, params: Sequence[Any]) -> list[list[Any]]:
+        """What the model returned, as a list of arrays for each batch; after the last segment."""
+        return [
+            [
+                v.value if isinstance(v, program.Constant) else self._value(made, alive, params, v)
+                for v in made.outputs
+            ]
+            for alive, (made, _) in zip(self.alive, self.runs)
+        ]
+
+    def _text(self, i: int, at: int) -> str:
+        key = id(self.runs[i][0]), at
+        if key not in self._texts:
+            self._texts[key] = program.text(self.runs[i][0], self.runs[i][1][at])
+        return self._texts[key]
+
+    def _value(self, made: Program, alive: dict[int, Any], params: Sequence[Any], v: int) -> Any:
+        return made.views[v](params[made.views[v].leaf]) if v in made.views else alive[v]
+
+    def _run(self, at: int, i: int, params: Sequence[Any], statistic: Statistic | None) -> Any:
+        made, segment = self.runs[i][0], self.runs[i][1][at]
+        values = [self._value(made, self.alive[i], params, v) for v in segment.takes]
+        mask = self.masks[i]
+        key = self._text(i, at), repr(statistic)
+        if key not in self._compiled:
+            function = functools.partial(_watched, made, segment, statistic)
+            self._compiled[key] = jax.jit(function)
+        return self._compiled[key](values, mask)
+
+
+def _watched(
+    made: Program, segment: Segment, statistic: Statistic | None, values: list[Any], mask: Any
+) -> tuple[list[Any], list[Inputs]]:
+    """What a segment gives, and the statistics of its kernels, in their order."""
+    found: dict[str, Inputs] = {}
+
+    def watch(kernel: Kernel, x: Array, operand: Array) -> None:
+        if statistic is None:
+            return
+        rows, tokens = kernel.geometry.rows(x, operand.shape)
+        if mask is not None:
+            keep = _tokens(mask, tokens, kernel, rows)
+            rows = jnp.where(keep[None, :, None], rows, 0)
+        found[kernel.name] = add(found.get(kernel.name), statistic(rows))
+
+    out = program.run(made, segment, values, watch)
+    return out, [found[k.name] for k in segment.kernels] if statistic is not None else []
+
+
+def _tokens(mask: Array, tokens: tuple[int, ...], kernel: Kernel, rows: Array) -> Array:
+    """The mask of the rows of an input whose axes of tokens were `tokens`."""
+    if kernel.geometry.stack == () and kernel.geometry.convolution is None:
+        flat = mask.reshape(-1)
+        if tokens == mask.shape or tokens == flat.shape:
+            return flat
+        if tokens[: mask.ndim] == mask.shape:
+            return jnp.repeat(flat, rows.shape[1] // flat.shape[0])
+    raise ValueError(
+        f"mask: has shape {mask.shape}, and the tokens that enter {kernel.name!r} have {tokens}; give a mask "
+        "of the shape of the tokens, or leave the leaf out by targets="
+    )
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Any],
+    statistic: Statistic,
+    *,
+    targets: Targets = None,
+    mask: TokenMask | None = None,
+    forward: models.Forward | None = None,
+    blocks: str | None = None,
+) -> dict[str, Inputs]:
+    """What enters the layers of a model, over batches.
+
+    Args:
+      model: an `nnx.Module`, `(linen module, params)` or `(function, params)`, see `models`; it is traced,
+        and nothing of it is changed.
+      batches: of calibration data.
+      statistic: `Norms()`, `Gram()`, or a function of tokens `[stack, tokens, in]` whose results add.
+      targets: which leaves, see `jaxsparse.targets`; by default kernels.
+      mask: a function of a batch that says which of its tokens count; padding then enters no sum.
+      forward: `forward(model, batch)`, in place of the usual call.
+      blocks: a regular expression for the names of blocks.
+
+    Returns:
+      The statistics by the name of the kernel: its path, and `path[i]` for layer i of a stacked leaf (or
+      any other part of a leaf). Add those of two runs by `jax.tree.map(jnp.add, a, b)`.
+
+    >>> model = (lambda params, x: x @ params["kernel"], {"kernel": jnp.ones((2, 3))})
+    >>> stats = calibrate(model, [jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 1.0]])], Gram())
+    >>> stats["kernel"].gram[0].tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+
+    Raises:
+      ValueError: no batch; a target that no input is multiplied with; a mask that does not fit.
+    """
+    whole = models.of(model, forward)
+    stream = Stream(whole, batches, targets, mask, blocks)
+    params = jax.tree.leaves(whole.params)
+    found: dict[str, Inputs] = {}
+    for at in range(len(stream.segments)):
+        stats, gave = stream.statistics(at, params, statistic)
+        found |= stats
+        if len(found) == len(stream.kernels):
+            break
+        stream.advance(at, gave)
+    return found
+
+
+def finite(name: str, x: Inputs) -> None:
+    """Raises `ValueError` if a statistic is not finite."""
+    if not all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(x)):
+        raise ValueError(
+            f"batches: the inputs of {name!r} hold NaN or infinity; look for them in the batches and the "
+            "weights, and run the model in float32 if they overflow"
+        )
