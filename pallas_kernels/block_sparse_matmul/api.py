@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,29 @@ from pallas_kernels._dispatch import check_operands, choose, vary_alike
 from pallas_kernels._formats import Array, integer_places
 from pallas_kernels.block_sparse_matmul import reference, tpu, xla
 from pallas_kernels.block_sparse_matmul.format import BlockSparse
+
+
+class Implementation(Protocol):
+    """What a module (or any object) needs to be one of `IMPLEMENTATIONS`; only those that can be
+    interpreted are given `interpret=True`."""
+
+    def why_not(self, x: Array, w: BlockSparse, interpret: bool) -> str | None:
+        """The reason why it cannot take these arguments, or None."""
+        ...
+
+    def matmul(self, x: Array, w: BlockSparse, **options: Any) -> Array:
+        """`x @ w`, or `x @ w.T` with `transposed=True`; `precision`, `out_dtype`."""
+        ...
+
+    def weight_gradient(self, x: Array, dy: Array, w: BlockSparse, **options: Any) -> Array:
+        """The stored blocks of `x^T dy`; `precision`."""
+        ...
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"tpu": tpu, "xla": xla, "reference": reference}
+"""By name, the best first."""
+
+_PLAIN = ("xla", "reference")  # `jnp` alone, which `vmap` takes as it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +98,7 @@ def block_sparse_matmul(
     dtype = jnp.result_type(x.dtype, w.dtype)
     out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
     x, w = jnp.asarray(x, dtype), w.astype(dtype)
-    reasons = {
-        "tpu": tpu.why_not(x, w, interpret),
-        "xla": "interpret=True is about the TPU kernels" if interpret else None,
-        "reference": "interpret=True is about the TPU kernels" if interpret else None,
-    }
+    reasons = {name: module.why_not(x, w, interpret) for name, module in IMPLEMENTATIONS.items()}
     name = choose(implementation, reasons)
     static = _Static(name, w.shape, w.block_shape, precision, out_dtype, interpret)
     if w.num_blocks == 0 or x.size == 0:
@@ -115,14 +134,14 @@ def _multiply(
     kwargs: dict[str, Any] = dict(
         transposed=transposed, precision=static.precision, out_dtype=out_dtype
     )
+    if static.interpret:
+        kwargs["interpret"] = True
 
     def run(x, values, places):
         w = BlockSparse(values, places, static.shape, static.block_shape)
-        if static.implementation == "tpu":
-            return tpu.matmul(x, w, interpret=static.interpret, **kwargs)
-        return {"xla": xla, "reference": reference}[static.implementation].matmul(x, w, **kwargs)
+        return IMPLEMENTATIONS[static.implementation].matmul(x, w, **kwargs)
 
-    if static.implementation != "tpu":
+    if static.implementation in _PLAIN:
         return run(x, values, places)
     kernel = jax.custom_batching.custom_vmap(run)
 
@@ -143,14 +162,11 @@ def _multiply(
 def _weight_gradient(static: _Static, x: Array, dy: Array, values: Array, places: Array) -> Array:
     def run(x, dy, values, places):
         w = BlockSparse(values, places, static.shape, static.block_shape)
-        if static.implementation == "tpu":
-            return tpu.weight_gradient(
-                x, dy, w, precision=static.precision, interpret=static.interpret
-            )
-        module = {"xla": xla, "reference": reference}[static.implementation]
-        return module.weight_gradient(x, dy, w, precision=static.precision)
+        kwargs: dict[str, Any] = {"interpret": True} if static.interpret else {}
+        module = IMPLEMENTATIONS[static.implementation]
+        return module.weight_gradient(x, dy, w, precision=static.precision, **kwargs)
 
-    if static.implementation != "tpu":
+    if static.implementation in _PLAIN:
         return run(x, dy, values, places)
     kernel = jax.custom_batching.custom_vmap(run)
 
