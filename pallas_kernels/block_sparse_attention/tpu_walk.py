@@ -311,36 +311,23 @@ class Fetched:
         self.head = head if plan.backward else plan.kv_index(head)
 
     def _each(self, chunk: Any, step: Any, w: int, do: Callable[[Any], None]) -> None:
-        """do(copy) for the copies of the kept blocks of a chunk."""
+        """do(copy) for the copies of a chunk, unless it is empty. What is absent from it is its first
+        block again: it is multiplied, too, and a branch per block costs more than its copy."""
         slot, size = lax.rem(step, AHEAD + 1), self.plan.inner_block
-        for g, (index, code) in enumerate(zip(*self.lists.chunk(*chunk))):
+        indices, codes = self.lists.chunk(*chunk)
 
-            @pl.when(code != 0)
-            def _kept(g=g, index=index):
+        @pl.when(codes[0] != 0)
+        def _used():
+            for g, index in enumerate(indices):
                 at = pl.ds(pl.multiple_of(index * size, size), size)
                 for ref, ring in zip(self.refs, self.rings):
                     target = ring.at[slot, w, pl.ds(g * size, size), :]
                     source = ref.at[self.head, at, :]
                     do(pltpu.make_async_copy(source, target, self.arrived.at[slot]))
 
-    def _clear(self, chunk: Any, step: Any, w: int) -> None:
-        """Zeros for blocks that are absent from a chunk: they are multiplied, too, and what was there
-        before may not be finite."""
-        slot, size = lax.rem(step, AHEAD + 1), self.plan.inner_block
-        for g, code in enumerate(self.lists.chunk(*chunk)[1]):
-            if g:  # the first block of a chunk is there, or the chunk is not used
-
-                @pl.when(code == 0)
-                def _absent(g=g):
-                    for ring in self.rings:
-                        ring[slot, w, pl.ds(g * size, size), :] = jnp.zeros(
-                            (size, ring.shape[-1]), ring.dtype
-                        )
-
     def _fetch(self, front: Any, step: Any) -> Any:
         for w in range(self.plan.width):
             self._each(front, step, w, lambda copy: copy.start())
-            self._clear(front, step, w)
             front = self.lists.next(*front)
         return front
 

@@ -14,7 +14,8 @@ from pallas_kernels import (
     block_sparse_decode,
     merge_attention,
 )
-from pallas_kernels.block_sparse_attention import tpu_walk
+from pallas_kernels.block_sparse_attention import tpu, tpu_walk
+from pallas_kernels.block_sparse_attention.inputs import Inputs
 
 quick = functools.partial(
     jax.jit,
@@ -124,6 +125,24 @@ def test_blocks_that_are_not_kept_may_hold_anything(small_steps, implementation)
     bad = [x.at[:, :, :block].set(jnp.nan) for x in (k, v)]
     run = quick(functools.partial(attend, ids=None, implementation=implementation))
     for a, b in zip(run(q, *bad, mask), run(q, k, v, mask)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_absent_blocks_of_a_fetched_chunk_may_hold_anything(small_steps):
+    # Row 0 fetches blocks 0 and 1 (NaN), row 1 has one block: what row 0 left must not reach it.
+    keep = np.array([[True, True, False], [False, False, True]])
+    mask = BlockMask.from_dense(keep, (128, 128))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 1, n, 8)), jnp.float32) for n in (256, 384, 384))
+    bad = [x.at[:, :, 128:256].set(jnp.nan) for x in (k, v)]
+
+    @quick
+    def run(q, k, v):
+        inputs = Inputs(q, k, v, mask, None, 0.3, None)
+        out, lse = tpu.forward(inputs, fetch=True, interpret=True)
+        return out[:, :, 128:], lse[:, :, 128:]
+
+    for a, b in zip(run(q, *bad), run(q, k, v)):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
