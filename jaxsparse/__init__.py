@@ -12,7 +12,7 @@ modules of their own: `structures`, `scores`, `allocations`, `schedules`, `targe
 
 from typing import TYPE_CHECKING
 
-from jaxsparse import allocations, masking, schedules, scores, selection, structures, targets
+from jaxsparse import allocations, masking, schedules, scores, selection, state, structures, targets
 from jaxsparse._version import __version__
 from jaxsparse.initial import minimum_threshold, preserve_flow, rescale_fan_in, score_ratios
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
@@ -47,6 +47,7 @@ __all__ = [
     "score_ratios",
     "scores",
     "selection",
+    "state",
     "structures",
     "summarize",
     "targets",

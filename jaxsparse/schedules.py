@@ -254,3 +254,23 @@ def window(
                 f"its target; steps count from 0, so give an end_step of at most {total - 1}"
             )
     return Updates(begin, end, every, at_end)
+
+
+def drop_fraction(value: float | jax.Array | Schedule, end_step, *, final: float = 0.0) -> Schedule:
+    """The `drop_fraction` of a method that drops and grows: a schedule as it is; a number as the start
+    of a cosine to `final` at `end_step`.
+
+    >>> [round(float(drop_fraction(0.3, 100)(jnp.int32(t))), 2) for t in (0, 50, 100)]
+    [0.3, 0.15, 0.0]
+
+    Raises:
+      ValueError: a number not in [0, 1].
+    """
+    if callable(value):
+        return value
+    if is_concrete(value) and not 0.0 <= float(value) <= 1.0:
+        raise ValueError(
+            f"drop_fraction={value}: the part of the kept weights that an update replaces must be in "
+            "[0, 1]"
+        )
+    return cosine(value, end_step, final=final)

@@ -2,8 +2,9 @@
 
 from jaxsparse.engines.drop_and_grow import drop_and_grow, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
-from jaxsparse.engines.keep_best import keep_best
+from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
+from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, View, momentum
 from jaxsparse.engines.straight_through import (
     Learner,
@@ -17,8 +18,10 @@ from jaxsparse.engines.straight_through import (
 __all__ = [
     "Learner",
     "Projection",
+    "Setup",
     "Step",
     "View",
+    "all_kept",
     "apportion",
     "by_layer",
     "by_leaf",
@@ -26,6 +29,7 @@ __all__ = [
     "keep_best",
     "hold_masks",
     "momentum",
+    "random_masks",
     "refill",
     "refresh",
     "soft_threshold_learner",

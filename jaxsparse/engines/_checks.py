@@ -16,10 +16,9 @@ from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse import masking
+from jaxsparse.engines.setup import Setup
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.state import SparseState
-
-PlanFor = Callable[[Any], SparseLeaves]
 
 
 def sharded_as(x: Array, param: Array) -> Array:
@@ -52,10 +51,8 @@ def check_inner(inner) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
-def check_storage(pack_masks: Any, raw_dtype: Any = None) -> None:
-    """Raises `ValueError` for options of storage that are none."""
-    if not isinstance(pack_masks, bool):
-        raise ValueError(f"pack_masks={pack_masks!r}: give True (one bit per weight) or False")
+def check_raw_dtype(raw_dtype: Any) -> None:
+    """Raises `ValueError` for what is no dtype of weights."""
     if raw_dtype is not None and not jnp.issubdtype(raw_dtype, jnp.floating):
         raise ValueError(f"raw_dtype={raw_dtype!r}: give a floating-point dtype, or None")
 
@@ -71,7 +68,7 @@ def with_whole_masks(state, init: Callable[[Any], Any], params):
     )
 
 
-def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> SparseLeaves:
+def check_arguments(params, state, setup: Setup, *, keeps_raw: bool) -> SparseLeaves:
     """The plan of an update, whose arguments fit together.
 
     Raises:
@@ -89,7 +86,7 @@ def check_arguments(params, state, plan_for: PlanFor, *, keeps_raw: bool) -> Spa
             f"opt_state: the state of another method: it {'does not hold' if keeps_raw else 'holds'} "
             "raw weights; restore it with the method that made it"
         )
-    plan = plan_for(params)
+    plan = setup.leaves_for(params)
     try:
         masks = plan.take(state.masks)
     except ValueError as error:

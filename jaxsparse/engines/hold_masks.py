@@ -21,10 +21,8 @@ from jax import Array
 
 from jaxsparse._control import when
 from jaxsparse.engines._checks import (
-    PlanFor,
     check_arguments,
     check_inner,
-    check_storage,
     compiled_once,
     first_state,
     sharded_as,
@@ -32,6 +30,7 @@ from jaxsparse.engines._checks import (
     with_whole_masks,
 )
 from jaxsparse.engines._slots import restart, stand_still
+from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, any_nan, views
 from jaxsparse.masking import unpack
 from jaxsparse.schedules import At, Both, Updates
@@ -43,7 +42,7 @@ RuleWithAux = Callable[[Step], tuple[list[Array], Any]]
 
 def hold_masks(
     inner: optax.GradientTransformation,
-    plan_for: PlanFor,
+    setup: Setup,
     *,
     init: Rule,
     rule: Rule | RuleWithAux | None = None,
@@ -54,13 +53,12 @@ def hold_masks(
     fresh: Literal["grown"] | Callable[[Array], Array] | None = None,
     grow_init: Callable[[Step], list[Array]] | None = None,
     aux: Callable[[Step], Any] | None = None,
-    pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a method that holds masks.
 
     Args:
       inner: the optimizer of the weights.
-      plan_for: makes the plan from the parameters.
+      setup: which leaves are sparse, and how masks are stored; see `jaxsparse.methods.setup`.
       init: the masks at `init`, from a `Step` that holds the weights and the inner state.
       rule: the masks at an update, from a `Step` whose views hold the weights before this step,
         their gradients and the masks so far; with `aux`, the pair of masks and the new aux.
@@ -79,13 +77,11 @@ def hold_masks(
       grow_init: the values at which grown weights start, of the leaves' shapes, from the `Step` that
         the rule sees; None: 0.
       aux: what the method keeps besides, from a `Step` that holds the weights and their masks.
-      pack_masks: store masks as bits.
     """
     inner = check_inner(inner)
-    check_storage(pack_masks)
 
     def init_fn(params):
-        plan = plan_for(params)
+        plan = setup.leaves_for(params)
         ws, inner_state = plan.take(params), inner.init(params)
         masks = init(Step(jnp.int32(0), views(plan, ws), inner_state))
         # Buffers of their own: what a user has given must survive the donation of the state.
@@ -93,7 +89,7 @@ def hold_masks(
         step = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
         state = SparseState(
             count=jnp.zeros((), jnp.int32),
-            masks=plan.scatter(store_masks(masks, pack_masks)),
+            masks=plan.scatter(store_masks(masks, setup.pack_masks)),
             raw=None,
             shift=None,
             scale=None,
@@ -104,7 +100,7 @@ def hold_masks(
 
     def update_fn(updates, state, params=None, **extra):
         state = with_whole_masks(state, init_fn, params)
-        plan = check_arguments(params, state, plan_for, keeps_raw=False)
+        plan = check_arguments(params, state, setup, keeps_raw=False)
         ws, gs = plan.take(params), plan.gradients(updates, params)
         old = plan.masks(state.masks)
         read = hidden(gs, old) if gradient == "kept" else gs
@@ -121,10 +117,10 @@ def hold_masks(
                 masks = [unpack(m) for m in carry[0]]
                 step = Step(count, views(plan, ws, gs, masks), state.inner, carry[1])
                 new, new_aux = rule(step) if aux else (rule(step), carry[1])
-                return store_masks(new, pack_masks), new_aux
+                return store_masks(new, setup.pack_masks), new_aux
 
             # Masks alone pass the conditional: weights and slots would be copied there.
-            carry = store_masks(old, pack_masks), state.aux
+            carry = store_masks(old, setup.pack_masks), state.aux
             stored, new_aux = when(fires, run, carry, state.count, ws, read)
             masks = [unpack(m) for m in stored]
 
@@ -173,7 +169,7 @@ def hold_masks(
             out = [jnp.where(m, p - w, -w) for m, p, w in zip(masks, weights, ws)]
         new_state = state._replace(
             count=optax.safe_increment(state.count),
-            masks=plan.scatter(store_masks(masks, pack_masks)),
+            masks=plan.scatter(store_masks(masks, setup.pack_masks)),
             inner=slots,
             aux=new_aux,
         )

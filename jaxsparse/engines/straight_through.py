@@ -22,10 +22,9 @@ from jax import Array
 
 from jaxsparse._control import when
 from jaxsparse.engines._checks import (
-    PlanFor,
     check_arguments,
     check_inner,
-    check_storage,
+    check_raw_dtype,
     compiled_once,
     first_state,
     sharded_as,
@@ -33,6 +32,7 @@ from jaxsparse.engines._checks import (
     with_whole_masks,
 )
 from jaxsparse.engines.hold_masks import Rule, hidden
+from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, any_nan, views
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.scores import View
@@ -59,7 +59,7 @@ class Learner(NamedTuple):
 
 def straight_through(
     inner: optax.GradientTransformation,
-    plan_for: PlanFor,
+    setup: Setup,
     rule: Callable[[Step], Projection],
     *,
     pull_back: Callable[[View, Array], Array] | None = None,
@@ -67,13 +67,12 @@ def straight_through(
     learner: Learner | None = None,
     init_aux: Callable[[list], Any] | None = None,
     raw_dtype: Any = None,
-    pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation of a method that keeps raw weights.
 
     Args:
       inner: the optimizer of z.
-      plan_for: makes the plan from the parameters.
+      setup: which leaves are sparse, and how masks are stored; see `jaxsparse.methods.setup`.
       rule: S, from a `Step` whose views hold the new z, the gradient, and the masks so far.
       pull_back: the gradient that the inner optimizer sees, from a view (z, g, mask so far) and the
         step; None: g itself.
@@ -83,10 +82,9 @@ def straight_through(
       init_aux: what the method keeps besides, from the raw weights (not together with `learner`).
       raw_dtype: the dtype of z; None: that of the parameters. bfloat16 weights stall where steps
         are small: give float32 then.
-      pack_masks: store masks as bits.
     """
     inner = check_inner(inner)
-    check_storage(pack_masks, raw_dtype)
+    check_raw_dtype(raw_dtype)
 
     def initial_aux(plan, zs):
         if learner is not None:
@@ -99,7 +97,7 @@ def straight_through(
 
         return SparseState(
             count=state_count,
-            masks=plan.scatter(store_masks(projection.masks, pack_masks)),
+            masks=plan.scatter(store_masks(projection.masks, setup.pack_masks)),
             raw=plan.scatter(zs),
             shift=tree(projection.shift),
             scale=tree(projection.scale),
@@ -111,7 +109,7 @@ def straight_through(
         return x if raw_dtype is None else x.astype(raw_dtype)
 
     def init_fn(params):
-        plan = plan_for(params)
+        plan = setup.leaves_for(params)
         ws = plan.take(params)
         # A buffer of its own: z must survive the donation of the parameters.
         zs = [sharded_as(jnp.array(cast(w), copy=True), w) for w in ws]
@@ -123,7 +121,7 @@ def straight_through(
 
     def update_fn(updates, state, params=None, **extra):
         state = with_whole_masks(state, init_fn, params)
-        plan = check_arguments(params, state, plan_for, keeps_raw=True)
+        plan = check_arguments(params, state, setup, keeps_raw=True)
         ws, zs = plan.take(params), plan.take(state.raw)
         gs = plan.gradients(updates, params)
         masks = plan.masks(state.masks)

@@ -20,13 +20,13 @@ from jax import Array
 
 from jaxsparse import masking
 from jaxsparse.engines._checks import (
-    PlanFor,
     compiled_once,
     first_state,
     sharded_as,
     store_masks,
     with_whole_masks,
 )
+from jaxsparse.engines.setup import Setup
 from jaxsparse.leaves import Leaf
 from jaxsparse.state import find_states
 from jaxsparse.structures import NM
@@ -46,20 +46,17 @@ BackwardRule = Callable[[Leaf, Array, Array, Any, Array], tuple[Array, Any]]
 
 def two_view(
     tx: optax.GradientTransformationExtraArgs,
-    plan_for: PlanFor,
+    setup: Setup,
     structure: NM,
     rule: BackwardRule,
-    *,
-    pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the backward view to a method of one of the engines, as the `aux` of its state.
 
     Args:
       tx: the method of the forward view; it must keep no `aux` of its own.
-      plan_for: makes the plan from the parameters.
+      setup: the setup of the forward view.
       structure: the N:M structure of b, along the outputs; must fit every sparse leaf.
       rule: the new b and order of a leaf.
-      pack_masks: store b as bits.
     """
 
     def view(plan, ws, masks, old, count):
@@ -67,12 +64,12 @@ def two_view(
         bs = [sharded_as(b, w) for (b, _), w in zip(found, ws)]
         orders = [order for _, order in found]
         return BackwardView(
-            plan.scatter(store_masks(bs, pack_masks)),
+            plan.scatter(store_masks(bs, setup.pack_masks)),
             None if all(o is None for o in orders) else plan.scatter(orders),
         )
 
     def init_fn(params):
-        plan = plan_for(params)
+        plan = setup.leaves_for(params)
         for leaf in plan.leaves:
             structure.check(leaf.path, leaf.layer_shape)
         state: Any = tx.init(params)
@@ -85,7 +82,7 @@ def two_view(
         new: Any
         state = with_whole_masks(state, init_fn, params)
         updates, new = tx.update(updates, state._replace(aux=None), params, **extra)
-        plan = plan_for(params)
+        plan = setup.leaves_for(params)
         if new.raw is None:
             ws = [w + u for w, u in zip(plan.take(params), plan.take(updates))]
         else:

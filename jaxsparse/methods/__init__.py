@@ -1,6 +1,8 @@
 """Published methods, each a short recipe on the engines; `METHODS` lists them."""
 
-from jaxsparse.methods import _recipe as recipe  # noqa: F401 - for recipes of your own
+from jaxsparse.engines.setup import Setup as Setup
+from jaxsparse.engines.setup import setup as setup
+from jaxsparse.methods._pq_index import gini_index, pq_index
 from jaxsparse.methods._registry import METHODS, Method, make
 from jaxsparse.methods._registry import register as register
 from jaxsparse.methods.ac_dc import ac_dc
@@ -16,20 +18,15 @@ from jaxsparse.methods.granet import granet
 from jaxsparse.methods.gsm import gsm
 from jaxsparse.methods.hypersparse import art_stop, hypersparse, hypersparse_loss
 from jaxsparse.methods.iss_p import iss_p
-from jaxsparse.methods.itop import exploration_rate, rigl_itop, set_itop
+from jaxsparse.methods.itop import exploration_rate, itop, rigl_itop, set_itop
 from jaxsparse.methods.lamp import lamp
 from jaxsparse.methods.magnitude_ste import magnitude_ste
 from jaxsparse.methods.mdgf import mdgf
 from jaxsparse.methods.mest import mest, mest_soft
-from jaxsparse.methods.pruning import (
-    global_magnitude,
-    magnitude,
-    one_shot,
-    random_pruning,
-    saliency,
-)
+from jaxsparse.methods.one_shot import one_shot
+from jaxsparse.methods.pruning import global_magnitude, magnitude, random_pruning, saliency
 from jaxsparse.methods.rigl import rigl
-from jaxsparse.methods.sap import gini_index, pq_index, sap
+from jaxsparse.methods.sap import sap
 from jaxsparse.methods.sdgf import sdgf, sdgf_stages
 from jaxsparse.methods.set import set_
 from jaxsparse.methods.slope import slope
@@ -63,6 +60,7 @@ __all__ = [
     "hypersparse",
     "hypersparse_loss",
     "iss_p",
+    "itop",
     "lamp",
     "magnitude",
     "magnitude_ste",

@@ -11,9 +11,10 @@ from jax import Array
 from jaxsparse import structures
 from jaxsparse.leaves import Leaf
 from jaxsparse.structures import NM
+from jaxsparse.typing import StructureLike
 
 
-def pattern(structure: Any) -> tuple[NM, NM]:
+def pattern(structure: StructureLike) -> tuple[NM, NM]:
     """The forward structure (groups along the inputs) and the backward one (along the outputs).
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,11 +11,25 @@ import optax
 from jaxsparse import schedules, scores
 from jaxsparse._control import is_concrete
 from jaxsparse.engines import hold_masks, keep_best
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 # Percent of the run: the authors' 100 epochs on ImageNet.
 _SWITCHES = (10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85)
+
+
+def _default_switches(total_steps) -> tuple:
+    """The authors' table; a run too short to hold it has one switch, half way."""
+    steps = tuple(total_steps * percent // 100 for percent in _SWITCHES)
+    if is_concrete(total_steps) and len(set(steps)) < len(steps):
+        return (total_steps // 2,)
+    return steps
+
+
+def _timing(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = options["switches"]
+    return {"switches": _default_switches(options["total_steps"]) if given is None else given}
 
 
 @register(
@@ -25,17 +39,18 @@ _SWITCHES = (10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85)
     dynamics="gradual",
     dense_phase="dense before the first switch, and between each second switch and the next",
     starts_dense=True,
+    timing=_timing,
 )
 def ac_dc(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    switches: Sequence[Any] | None = None,
-    structure: Any = None,
-    allocation: Any = "global",
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    switches: Sequence[StepCount] | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "global",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Alternates between compressed phases, at the full sparsity at once by the largest |w|, and
@@ -46,15 +61,18 @@ def ac_dc(
     pruned weight is $-\eta g$ with SGD. Step counts, and so learning rates, go on.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: of the compressed phases, in [0, 1); may be left out with an N:M structure (then
         with `allocation="uniform"`).
       total_steps: the length of the run, in steps.
       switches: the steps at which the phase changes, an odd number of them, so that the last phase
-        is compressed. By default, in percent of the run: compressed at 10, 20, ..., 70 for 5
-        each, and from 85 on.
+        is compressed. By default, in percent of the run: compressed at 10, 20, ..., 70 for 5 each,
+        and from 85 on.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
       allocation: "global" as the authors' main results, or "uniform".
-      structure, targets, seed, pack_masks: see the guide of options.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.ac_dc(optax.sgd(0.1, momentum=0.9), 0.9, total_steps=1000)
@@ -75,24 +93,13 @@ def ac_dc(
             )
     events = schedules.At(tuple(switches))
     compressed = lambda step: (events.passed(step) % 2).astype(jnp.float32)
-    rule = keep_best(
-        scores.magnitude, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
-        ramp=compressed, seed=seed,
-    )  # fmt: skip
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    rule = keep_best(scores.magnitude, sparse, ramp=compressed)
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
+        sparse,
         init=rule,
         rule=rule,
         at=events,
         fresh=lambda count: events.fires(count) & (compressed(count) == 0),
-        pack_masks=pack_masks,
     )
-
-
-def _default_switches(total_steps) -> tuple:
-    """The authors' table; a run too short to hold it has one switch, half way."""
-    steps = tuple(total_steps * percent // 100 for percent in _SWITCHES)
-    if is_concrete(total_steps) and len(set(steps)) < len(steps):
-        return (total_steps // 2,)
-    return steps

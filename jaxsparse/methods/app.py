@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._control import is_concrete
-from jaxsparse.engines import hold_masks, keep_best
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import all_kept, hold_masks, keep_best
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 
 def cumulative_error(errors: Iterable[float]) -> float:
@@ -35,16 +35,16 @@ def cumulative_error(errors: Iterable[float]) -> float:
 )
 def app(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     stages: int = 8,
     base: float = 0.8,
-    score: Any = "saliency",
-    structure: Any = None,
-    allocation: Any = "global",
-    targets: Any = None,
-    seed: Any = 0,
+    score: str | scores.ScoreLike = "saliency",
+    structure: StructureLike = None,
+    allocation: AllocationLike = "global",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The data arrive in `stages` megabatches of equally many steps; before it trains on number i,
@@ -57,14 +57,18 @@ def app(
     it is made at `init`. A pruned weight stays pruned.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: S at the last megabatch, in [0, 1); the authors' 4.5 is $1 - 0.8^{4.5} = 0.634$. A
         sparsity below 1 - `base` is reached at once.
       total_steps: the length of the run, in steps.
       stages: the number of megabatches.
       base: the density per unit of $\tau$.
       score: "saliency" (SNIP's), "magnitude", or a function `(w, g) -> score`.
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     The authors take the gradient of 20 % of the new megabatch: accumulate over it (with
     `optax.MultiSteps`) where one batch is too noisy.
@@ -75,7 +79,8 @@ def app(
     Raises:
       ValueError: a sparsity out of range, fewer steps than stages, `base` not in (0, 1).
     """
-    sparsity = recipe.sparsity_of(sparsity, structure)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    sparsity = sparse.sparsity
     if not 0 < base < 1:
         raise ValueError(f"base={base}: the density per unit of the exponent must be in (0, 1)")
     if stages < 1 or (is_concrete(total_steps) and total_steps < stages):
@@ -89,14 +94,11 @@ def app(
         return jnp.where(starts.passed(step) >= stages, 1.0, jnp.minimum(done, 1.0))
 
     function = scores.resolve(score)
-    rule = keep_best(
-        function, recipe.allocation_of(allocation), sparsity, ramp=ramp, nested=True, seed=seed
-    )
+    rule = keep_best(function, sparse, ramp=ramp, nested=True)
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.all_kept if getattr(function, "needs_gradient", False) else rule,
+        sparse,
+        init=all_kept if scores.needs_gradient(function) else rule,
         rule=rule,
         at=starts,
-        pack_masks=pack_masks,
     )

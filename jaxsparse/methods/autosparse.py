@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxsparse import schedules, selection
 from jaxsparse._counts import kept_count
@@ -17,8 +16,9 @@ from jaxsparse.engines import (
     straight_through,
     threshold_of,
 )
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import ScalarOrSchedule, StepCount, Targets
 
 
 def learned_threshold(
@@ -49,10 +49,17 @@ def learned_threshold(
         shared,
     )
     return straight_through(
-        inner, recipe.plan_for(targets, None), rule,
+        inner,
+        setup(asks_sparsity=False, targets=targets, pack_masks=pack_masks),
+        rule,
         pull_back=lambda v, step: v.g * backward(v, step).astype(v.g.dtype),
-        learner=learner, raw_dtype=raw_dtype, pack_masks=pack_masks,
-    )  # fmt: skip
+        learner=learner,
+        raw_dtype=raw_dtype,
+    )
+
+
+def _reset(total_steps, reset_step):
+    return total_steps * 9 // 10 if reset_step is None else reset_step
 
 
 @register(
@@ -65,18 +72,20 @@ def learned_threshold(
     gradients="all",
     dynamics="projected",
     structures="unstructured",
+    timing=lambda options: {"reset_step": _reset(options["total_steps"], options["reset_step"])},
+    dense_phase="nearly dense at first: as sparse as the thresholds make it",
 )
 def autosparse(
     inner: optax.GradientTransformation,
     *,
-    total_steps: Any,
-    alpha: Any = 0.5,
-    reset_step: Any = None,
+    total_steps: StepCount,
+    alpha: ScalarOrSchedule = 0.5,
+    reset_step: StepCount | None = None,
     backward_sparsity: float | None = None,
     threshold_init: float = -5.0,
     threshold_optimizer: optax.GradientTransformation | None = None,
-    targets: Any = None,
-    raw_dtype: Any = None,
+    targets: Targets = None,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learns its thresholds, one per layer, and so its sparsity, which cannot be asked for.
@@ -92,13 +101,14 @@ def autosparse(
       inner: the optimizer of z, and of s unless `threshold_optimizer` is given.
       total_steps: the length of the run, in steps.
       alpha: $\alpha_0$, or a schedule of $\alpha_t$.
-      reset_step: 90 % of the run by default.
+      reset_step: $\alpha_t$ is 0 from here on; 90 % of the run by default.
       backward_sparsity: with this, only the largest |z| (all but this fraction of a layer) have a
         gradient at all: the sparse backward pass.
       threshold_init: s at the start; $\sigma(-5) = 0.0067$.
       threshold_optimizer: the optimizer of s.
-      targets, pack_masks: see the guide of options.
-      raw_dtype: the dtype of z; see `magnitude_ste`.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     The method is taken from a third-party implementation; that one multiplies alpha in place by
     the decay of every epoch, which compounds. Here it is $\alpha_0$ times the curve.
@@ -114,7 +124,7 @@ def autosparse(
         raise ValueError(f"alpha={alpha}: must be in [0, 1]")
     if backward_sparsity is not None and not 0.0 <= backward_sparsity < 1.0:
         raise ValueError(f"backward_sparsity={backward_sparsity}: must be in [0, 1)")
-    reset = total_steps * 9 // 10 if reset_step is None else reset_step
+    reset = _reset(total_steps, reset_step)
     anneal = (
         alpha if callable(alpha) else schedules.gradient_annealing(alpha, total_steps, reset=reset)
     )
@@ -129,7 +139,11 @@ def autosparse(
         return jnp.where(v.m, 1.0, jnp.where(near, pruned, 0.0))
 
     return learned_threshold(
-        inner, backward=backward, threshold_init=threshold_init,
-        threshold_optimizer=threshold_optimizer, targets=targets, raw_dtype=raw_dtype,
+        inner,
+        backward=backward,
+        threshold_init=threshold_init,
+        threshold_optimizer=threshold_optimizer,
+        targets=targets,
+        raw_dtype=raw_dtype,
         pack_masks=pack_masks,
-    )  # fmt: skip
+    )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
+from jax.typing import DTypeLike
 
+from jaxsparse.engines.setup import setup
 from jaxsparse.engines.two_view import two_view
-from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import along_outputs, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
-from jaxsparse.structures import NM
+from jaxsparse.typing import Scalar, StructureLike, Targets
 
 
 @register(
@@ -21,16 +20,16 @@ from jaxsparse.structures import NM
     controls_sparsity=False,
     keeps_raw=True,
     dynamics="projected",
-    structures="NM",
+    structures="n:m",
     gradients="all",
 )
 def bdwp(
     inner: optax.GradientTransformation,
     *,
-    decay: Any = 0.0,
-    structure: Any = NM(2, 8),  # noqa: B008 - a frozen value
-    targets: Any = None,
-    raw_dtype: Any = None,
+    decay: Scalar = 0.0,
+    structure: StructureLike = "2:8",
+    targets: Targets = None,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bidirectional weight pruning: two n:m views of the dense W, made anew after every step and
@@ -45,10 +44,13 @@ def bdwp(
     ordinary layers this is `sr_ste` with this `decay`.
 
     Args:
-      inner: the optimizer of W.
+      inner: the optimizer of W, any optax transformation.
       decay: of the weights that $W_f$ lacks, as in `sr_ste`.
-      structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
-      targets, raw_dtype, pack_masks: see the guide of options.
+      structure: NM(n, m) or its text; m must divide the inputs and the outputs of every sparse
+        leaf.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.methods.bdwp(optax.sgd(0.1), structure=jaxsparse.structures.NM(2, 8))
@@ -57,10 +59,17 @@ def bdwp(
       ValueError: another structure, groups that do not divide.
     """
     forward, kind = pattern(structure)
-    tx = sr_ste(inner, decay=decay, structure=forward, targets=targets, raw_dtype=raw_dtype,
-                pack_masks=pack_masks)  # fmt: skip
-    return two_view(
-        tx, recipe.plan_for(targets, forward), kind,
-        lambda leaf, w, f, old, count: (along_outputs(leaf, kind, w), None),
+    tx = sr_ste(
+        inner,
+        decay=decay,
+        structure=forward,
+        targets=targets,
+        raw_dtype=raw_dtype,
         pack_masks=pack_masks,
-    )  # fmt: skip
+    )
+    return two_view(
+        tx,
+        setup(structure=forward, targets=targets, pack_masks=pack_masks),
+        kind,
+        lambda leaf, w, f, old, count: (along_outputs(leaf, kind, w), None),
+    )

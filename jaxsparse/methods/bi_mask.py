@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxsparse import selection
 from jaxsparse._control import is_concrete, when
+from jaxsparse.engines.setup import setup
 from jaxsparse.engines.two_view import two_view
 from jaxsparse.leaves import Leaf
-from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import aligned, along_outputs, grouped, pattern
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.structures import NM
+from jaxsparse.typing import Scalar, Seed, StructureLike, Targets
 
 
 def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: Any) -> Array:
@@ -51,19 +53,19 @@ def best_order(leaf: Leaf, kind: NM, w: Array, f: Array, candidates: int, salt: 
     controls_sparsity=False,
     keeps_raw=True,
     dynamics="projected",
-    structures="NM",
+    structures="n:m",
     gradients="all",
 )
 def bi_mask(
     inner: optax.GradientTransformation,
     *,
-    decay: Any = 2e-4,
-    structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
+    decay: Scalar = 2e-4,
+    structure: StructureLike = "2:4",
     update_every: int = 100,
     candidates: int = 100,
-    targets: Any = None,
-    seed: Any = 0,
-    raw_dtype: Any = None,
+    targets: Targets = None,
+    seed: Seed = 0,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SR-STE in the forward view, and a second mask $b \le f$ for the gradient of the input:
@@ -79,12 +81,16 @@ def bi_mask(
     loop: see `jaxsparse.nn.two_view`. On ordinary layers this is `sr_ste`.
 
     Args:
-      inner: the optimizer of W.
+      inner: the optimizer of W, any optax transformation.
       decay: $\lambda$; it is added to the gradient.
-      structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
+      structure: NM(n, m) or its text; m must divide the inputs and the outputs of every sparse
+        leaf.
       update_every: steps between two searches of $\pi$.
       candidates: orders tried by a search; the identity is the first, so 1 never permutes.
-      targets, seed, raw_dtype, pack_masks: see the guide of options.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of the random orders, an integer.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.methods.bi_mask(optax.sgd(0.1), structure=jaxsparse.structures.NM(2, 4))
@@ -109,6 +115,13 @@ def bi_mask(
             order = when((count + 1) % update_every == 0, search, old[1], w, f)
         return along_outputs(leaf, kind, w, where=f, order=order), order
 
-    tx = sr_ste(inner, decay=decay, structure=forward, targets=targets, raw_dtype=raw_dtype,
-                pack_masks=pack_masks)  # fmt: skip
-    return two_view(tx, recipe.plan_for(targets, forward), kind, rule, pack_masks=pack_masks)
+    tx = sr_ste(
+        inner,
+        decay=decay,
+        structure=forward,
+        targets=targets,
+        raw_dtype=raw_dtype,
+        pack_masks=pack_masks,
+    )
+    sparse = setup(structure=forward, targets=targets, pack_masks=pack_masks)
+    return two_view(tx, sparse, kind, rule)

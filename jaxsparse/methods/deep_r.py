@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import optax
 from jaxsparse import masking
 from jaxsparse._control import is_concrete
 from jaxsparse.choose import unit_budgets
-from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
+from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, random_masks, refill
+from jaxsparse.engines.setup import setup
 from jaxsparse.engines.step import any_nan
-from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, Targets
 
 
 @register(
@@ -24,14 +25,14 @@ from jaxsparse.methods._registry import register
 )
 def deep_r(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    l1: Any = 1e-5,
-    noise: Any = 1e-5,
+    l1: Scalar = 1e-5,
+    noise: Scalar = 1e-5,
     scope: Literal["layer", "global"] = "layer",
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Every position has a sign $\sigma$ for good. A kept weight $w = \sigma \theta$ moves by
@@ -50,9 +51,12 @@ def deep_r(
       l1: $\alpha$, which drives connections towards their death.
       noise: c as in the authors' code; the theory has $c = \sqrt{2T/\eta}$ at temperature T.
       scope: "layer": a connection is replaced in its layer. "global": the number of connections of
-        the network is fixed; where one is replaced is drawn, each layer with its part of the
-        budget at the start.
-      allocation, targets, seed, pack_masks: see the guide of options.
+        the network is fixed; where one is replaced is drawn, each layer with its part of the budget
+        at the start.
+      allocation: the budgets of layers: "uniform", "er", "erk", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of masks, noise and new connections, an integer.
+      pack_masks: store masks as one bit per weight.
 
     The signs are those of the parameters given to `init` (seeded where these are 0), kept as one bit
     per weight; the state of a weight that dies starts anew. The soft variant, in which dormant
@@ -68,7 +72,14 @@ def deep_r(
         raise ValueError(f"scope={scope!r}: use 'layer' or 'global'")
     if is_concrete(l1, noise) and (l1 < 0 or noise < 0):
         raise ValueError(f"l1={l1}, noise={noise}: must not be negative")
-    sparsity = recipe.sparsity_of(sparsity, None)
+    sparse = setup(
+        sparsity,
+        allocation=allocation,
+        targets=targets,
+        seed=seed,
+        pack_masks=pack_masks,
+        by_layer=True,
+    )
 
     def draw(v, count, stream):
         salt = v.leaf.salt(seed, count) ^ jnp.uint32(stream)
@@ -94,12 +105,12 @@ def deep_r(
             out.append(jnp.where(v.m, g, jnp.zeros((), g.dtype)))
         return out
 
-    budget = recipe.shape_rule(allocation)
-
     def spread(step: Step, lost, alive):
         """As many new connections as were lost, over all layers: exact, and on average in proportion
         to their budgets."""
-        shares = by_layer(unit_budgets(step.leaves, budget, sparsity)).astype(jnp.float32)
+        shares = by_layer(unit_budgets(step.leaves, sparse.allocation, sparse.sparsity)).astype(
+            jnp.float32
+        )
         total, start = jnp.sum(lost), jax.random.uniform(draw(step.views[0], step.count, 3))
         ends = jnp.floor(total * jnp.cumsum(shares) / jnp.sum(shares) + start).astype(jnp.int32)
         drawn = jnp.diff(jnp.minimum(ends, total).at[-1].set(total), prepend=0)
@@ -120,20 +131,22 @@ def deep_r(
         # A position that dies in this step stands at w, and w + (epsilon - w) would round to 0: those
         # that were dormant before it are drawn while there are any.
         masks = refill(
-            step.leaves, [v.leaf.units(a) for v, a in zip(views, alive)], lost, [(~v.m).astype(jnp.float32) for v in views],
+            step.leaves,
+            [v.leaf.units(a) for v, a in zip(views, alive)],
+            lost,
+            [(~v.m).astype(jnp.float32) for v in views],
             salts=step.salts(seed),
-        )  # fmt: skip
+        )
         newborn = lambda w: jnp.asarray(max(1e-12, float(jnp.finfo(w.dtype).tiny)), w.dtype)
         rows = zip(views, alive, signs)
         return masks, [jnp.where(a, v.w, sign * newborn(v.w)) for v, a, sign in rows]
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, None),
-        init=recipe.random_masks(budget, sparsity, seed),
+        sparse,
+        init=random_masks(sparse),
         gradient=seen,
         after=settle,
         fresh="grown",
         aux=initial_signs,
-        pack_masks=pack_masks,
     )

@@ -16,6 +16,7 @@ from jaxsparse.methods._registry import register
     gradients="all",
     dynamics="none",
     dense_phase="all steps",
+    structures="unstructured",
 )
 def dense(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """No sparsity: the inner optimizer as it is."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import selection
 from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, refill
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, random_masks, refill
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
+from jaxsparse.typing import AllocationLike, Scalar, ScalarOrSchedule, Seed, StepCount, Targets
 
 
 @register(
@@ -20,20 +19,21 @@ from jaxsparse.methods._timing import REWIRING
     reference="Mostafa & Wang, Parameter efficient training of deep convolutional neural networks by "
     "dynamic sparse reparameterization, 2019",
     structures="unstructured",
+    timing=REWIRING,
 )
 def dsr(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    drop_fraction: Any = 0.1,
-    threshold: Any = 1e-3,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    drop_fraction: ScalarOrSchedule = 0.1,
+    threshold: Scalar = 1e-3,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""At every update, with H one threshold for the whole network and $N_p$ = `drop_fraction` of
@@ -47,15 +47,18 @@ def dsr(
     The budget moves to the layers that keep their weights; the total never changes.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the fraction of zeros in [0, 1), over all sparse layers.
       total_steps: the length of the run, in steps.
       drop_fraction: $N_p$ as a fraction of the kept weights.
       threshold: H at the start.
       update_every: steps between updates; the authors lengthen it as they go (100 to 800).
-      begin_step, end_step: the first update (`update_every`) and the last (75 % of the run).
-      allocation: the split at the start.
-      targets, seed, pack_masks: see the guide of options.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      allocation: the budgets of layers: "uniform", "er", "erk", a mapping by path; at the start.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     This differs from the authors' code in: the split is by largest remainders with caps (theirs
     gives rounding errors to a random layer). Where all layers together have too few free positions
@@ -73,6 +76,15 @@ def dsr(
         raise ValueError(f"drop_fraction={drop_fraction}: must be in (0, 1)")
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
 
+    sparse = setup(
+        sparsity,
+        allocation=allocation,
+        targets=targets,
+        seed=seed,
+        pack_masks=pack_masks,
+        by_layer=True,
+    )
+
     def rule(step: Step):
         height, leaves, held = step.aux, step.leaves, step.masks
         axes = [leaf.layer_axes for leaf in leaves]
@@ -88,9 +100,12 @@ def dsr(
         free = jnp.where(jnp.sum(sizes - n) >= pruned, sizes - n, sizes - left)
         grown = by_leaf(leaves, apportion(pruned, left.astype(jnp.float32), free))
         masks = refill(
-            leaves, [x.units(k) for x, k in zip(leaves, keep)], grown, [(~m).astype(jnp.float32) for m in held],
+            leaves,
+            [x.units(k) for x, k in zip(leaves, keep)],
+            grown,
+            [(~m).astype(jnp.float32) for m in held],
             salts=step.salts(seed),
-        )  # fmt: skip
+        )
         wanted = drop_fraction * jnp.sum(n).astype(jnp.float32)
         cut = pruned.astype(jnp.float32)
         factor = jnp.where(cut > 1.1 * wanted, 0.5, jnp.where(cut < 0.9 * wanted, 2.0, 1.0))
@@ -98,14 +113,11 @@ def dsr(
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, None),
-        init=recipe.random_masks(
-            recipe.shape_rule(allocation), recipe.sparsity_of(sparsity, None), seed
-        ),
+        sparse,
+        init=random_masks(sparse),
         rule=rule,
         at=updates,
         gradient="kept",
         fresh="grown",
         aux=lambda _: jnp.asarray(threshold, jnp.float32),
-        pack_masks=pack_masks,
     )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import schedules
 from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, hold_masks, swap
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, hold_masks, random_masks, swap
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
+from jaxsparse.typing import (
+    AllocationLike,
+    Scalar,
+    ScalarOrSchedule,
+    Seed,
+    StepCount,
+    StructureLike,
+    Targets,
+)
 
 
 @register(
@@ -19,22 +27,23 @@ from jaxsparse.methods._timing import REWIRING
     reference="Huang et al., Dynamic sparse training via balancing the exploration-exploitation "
     "trade-off, 2023",
     gradients="updates",
+    timing=REWIRING,
 )
 def dst_ee(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    exploration: Any = 0.1,
+    total_steps: StepCount,
+    exploration: Scalar = 0.1,
     epsilon: float = 1.0,
-    drop_fraction: Any = 0.3,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
+    drop_fraction: ScalarOrSchedule = 0.3,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""As `rigl`, but growth ranks by
@@ -46,14 +55,22 @@ def dst_ee(
     c = 0 is RigL, bit for bit; a very large c tries every weight once before any again.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
       total_steps: the length of the run, in steps.
       exploration: c. The authors tune it per data set for a bonus without the mean; in units of the
         mean it has the same meaning in every layer.
       epsilon: $\epsilon$, so that N = 0 has a finite bonus.
-      drop_fraction, update_every, begin_step, end_step: as `rigl`.
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      drop_fraction: the part of the kept weights that the first update replaces, which falls along
+        a cosine to 0 at `end_step`; or a schedule.
+      update_every: steps between two updates of the masks.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     The counters N are int32, one per weight.
 
@@ -68,7 +85,8 @@ def dst_ee(
     if epsilon <= 0:
         raise ValueError(f"epsilon={epsilon}: must be positive")
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
-    fraction = recipe.drop_schedule(drop_fraction, updates.end)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end)
 
     def rule(step: Step):
         f, log_t = fraction(step.count), jnp.log(jnp.maximum(step.count, 1).astype(jnp.float32))
@@ -79,20 +97,22 @@ def dst_ee(
             return size + exploration * mean * log_t / (tried.astype(jnp.float32) + epsilon)
 
         masks = swap(
-            step.leaves, step.masks, [jnp.abs(v.w) for v in step.views],
-            [worth(v, tried) for v, tried in zip(step.views, step.aux)], f,
+            step.leaves,
+            step.masks,
+            [jnp.abs(v.w) for v in step.views],
+            [worth(v, tried) for v, tried in zip(step.views, step.aux)],
+            f,
             salts=step.salts(seed),
-        )  # fmt: skip
+        )
         return masks, [n + m.astype(jnp.int32) for n, m in zip(step.aux, masks)]
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        sparse,
+        init=random_masks(sparse),
         rule=rule,
         at=updates,
         on_update="replace",
         fresh="grown",
         aux=lambda step: [m.astype(jnp.int32) for m in step.masks],
-        pack_masks=pack_masks,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,10 +10,41 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._control import is_concrete
+from jaxsparse.allocations import resolve
 from jaxsparse.choose import choose
-from jaxsparse.engines import Step, hold_masks, swap
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, all_kept, hold_masks, random_masks, swap
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.pruning import start_of_ramp
+from jaxsparse.typing import (
+    AllocationLike,
+    Scalar,
+    ScalarOrSchedule,
+    Seed,
+    StepCount,
+    StructureLike,
+    Targets,
+)
+
+
+def _windows(total_steps, begin_step, end_step, update_every, regrow_end_step):
+    """The steps of the ramp, and all updates."""
+    prune = Timing(end=50).updates(total_steps, begin_step, end_step, update_every)
+    late = total_steps * 3 // 4
+    if regrow_end_step is None:
+        concrete = is_concrete(late, prune.end)
+        regrow_end_step = (max if concrete else jnp.maximum)(late, prune.end)
+    updates = Timing().updates(total_steps, begin_step, regrow_end_step, update_every)
+    if is_concrete(updates.end, prune.end) and updates.end < prune.end:
+        raise ValueError(f"regrow_end_step={regrow_end_step} is before end_step={prune.end}")
+    return prune, updates
+
+
+def _timing(options: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("total_steps", "begin_step", "end_step", "update_every", "regrow_end_step")
+    prune, updates = _windows(*(options[name] for name in names))
+    return {"begin_step": prune.begin, "end_step": prune.end, "regrow_end_step": updates.end}
 
 
 @register(
@@ -23,23 +55,24 @@ from jaxsparse.methods._registry import register
     dense_phase="dense before begin_step where initial_sparsity is 0; then as sparse as the schedule",
     starts_dense=True,
     gradients="updates",
+    timing=_timing,
 )
 def granet(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    initial_sparsity: Any = 0.0,
-    drop_fraction: Any = 0.5,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    regrow_end_step: Any = None,
-    initial_allocation: Any = "erk",
-    structure: Any = None,
-    allocation: Any = "global",
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    initial_sparsity: Scalar = 0.0,
+    drop_fraction: ScalarOrSchedule = 0.5,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    regrow_end_step: StepCount | None = None,
+    initial_allocation: AllocationLike = "erk",
+    structure: StructureLike = None,
+    allocation: AllocationLike = "global",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""At every update: 1. prunes the smallest |w| (of the whole network by default) to
@@ -51,17 +84,23 @@ def granet(
     done. A pruned weight returns by growth only.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: $S_f$ in [0, 1); may be left out with an N:M structure.
       total_steps: the length of the run, in steps.
-      initial_sparsity: $S_i$: 0 starts dense; the authors' sparse-to-sparse training takes 0.5, with
-        random masks split by `initial_allocation`.
+      initial_sparsity: $S_i$: 0 starts dense; the authors' sparse-to-sparse training takes 0.5,
+        with random masks split by `initial_allocation`.
       drop_fraction: $\rho$ at the start of a cosine to 0.005 at `regrow_end_step`, or a schedule.
       update_every: steps between updates.
-      begin_step, end_step: $t_0$ (0; the masks of step 0 are those of `init`) and $t_1$ (half of the
-        run).
+      begin_step: $t_0$; 0 by default. The masks of step 0 are those of `init`.
+      end_step: $t_1$; half of the run by default.
       regrow_end_step: the last update (75 % of the run, or `end_step` if that is later).
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      initial_allocation: how the random masks of `initial_sparsity` are split over the layers, as
+        `allocation`.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     `drop_fraction=0` is gradual magnitude pruning. The authors round the number dropped up.
 
@@ -71,44 +110,40 @@ def granet(
     Raises:
       ValueError: a sparsity, fraction or step out of range, `initial_sparsity` above `sparsity`.
     """
-    sparsity = recipe.sparsity_of(sparsity, structure)
-    if is_concrete(initial_sparsity, sparsity) and not 0.0 <= initial_sparsity <= sparsity:
-        raise ValueError(
-            f"initial_sparsity={initial_sparsity}: must be in [0, sparsity={sparsity}]"
-        )
-    prune = schedules.window(total_steps, begin_step, end_step, update_every, fraction=0.5)
-    late = total_steps * 3 // 4
-    if regrow_end_step is None:
-        regrow_end_step = max(late, prune.end) if is_concrete(late, prune.end) else jnp.maximum(
-            late, prune.end
-        )  # fmt: skip
-    updates = schedules.window(total_steps, begin_step, regrow_end_step, update_every)
-    if is_concrete(updates.end, prune.end) and updates.end < prune.end:
-        raise ValueError(f"regrow_end_step={regrow_end_step} is before end_step={prune.end}")
-    budget = recipe.allocation_of(allocation)
-    fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
-    start = initial_sparsity / jnp.maximum(sparsity, 1e-9) if initial_sparsity else 0.0
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    sparsity = sparse.sparsity
+    start = start_of_ramp(initial_sparsity, sparsity)
+    prune, updates = _windows(total_steps, begin_step, end_step, update_every, regrow_end_step)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end, final=0.005)
     ramp = schedules.cubic(prune.begin, prune.end, initial=start)
 
     def rule(step: Step):
         pruned = choose(
-            step.leaves, [jnp.abs(v.w) for v in step.views], budget, sparsity,
-            fraction=ramp(step.count), where=step.masks,
-        )  # fmt: skip
+            step.leaves,
+            [jnp.abs(v.w) for v in step.views],
+            sparse.allocation,
+            sparsity,
+            fraction=ramp(step.count),
+            where=step.masks,
+        )
         return swap(
-            step.leaves, pruned, [scores.magnitude(v) for v in step.views],
-            [scores.gradient(v) for v in step.views], fraction(step.count),
+            step.leaves,
+            pruned,
+            [scores.magnitude(v) for v in step.views],
+            [scores.gradient(v) for v in step.views],
+            fraction(step.count),
             salts=step.salts(seed),
-        )  # fmt: skip
+        )
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.random_masks(initial_allocation, initial_sparsity, seed)
+        sparse,
+        init=random_masks(
+            sparse.replace(allocation=resolve(initial_allocation), sparsity=initial_sparsity)
+        )
         if initial_sparsity
-        else recipe.all_kept,
+        else all_kept,
         rule=rule,
         at=schedules.Both(updates, schedules.At((prune.end,))),
         fresh="grown",
-        pack_masks=pack_masks,
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse.choose import choose
-from jaxsparse.engines import Step, hold_masks, keep_best
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, all_kept, hold_masks, keep_best
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
+
+_TIMING = Timing()
 
 
 @register(
@@ -20,17 +22,18 @@ from jaxsparse.methods._registry import register
     dynamics="gradual",
     dense_phase="dense before end_step",
     starts_dense=True,
+    timing=_TIMING,
 )
 def gsm(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "global",
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    end_step: StepCount | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "global",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""At each step only the $Q = N - \lfloor S N \rfloor$ weights of largest $|w g|$ of the network
@@ -51,8 +54,11 @@ def gsm(
       total_steps: the length of the run, in steps.
       end_step: when the cut is made; 75 % of the run, the rest fine-tunes. The authors cut at the
         very end (`total_steps - 1`).
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
       allocation: how $B$ and the cut split the budget; "global" is the method.
-      structure, targets, seed, pack_masks: see the guide of options.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     A gradient that is NaN is let through, so that it shows.
 
@@ -63,14 +69,20 @@ def gsm(
     Raises:
       ValueError: a sparsity or a step out of range.
     """
-    sparsity, budget = recipe.sparsity_of(sparsity, structure), recipe.allocation_of(allocation)
-    updates = schedules.window(total_steps, None, end_step)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    updates = _TIMING.updates(total_steps, None, end_step)
     cut = schedules.At((updates.end,))
 
     def active(step: Step):
         saliency = [scores.saliency(v) for v in step.views]
         chosen = choose(
-            step.leaves, saliency, budget, sparsity, ties="hash", seed=seed, stream=step.count
+            step.leaves,
+            saliency,
+            sparse.allocation,
+            sparse.sparsity,
+            ties="hash",
+            seed=seed,
+            stream=step.count,
         )
         done = step.count >= updates.end
         return [
@@ -80,10 +92,9 @@ def gsm(
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.all_kept,
-        rule=keep_best(scores.magnitude, budget, sparsity, seed=seed),
+        sparse,
+        init=all_kept,
+        rule=keep_best(scores.magnitude, sparse),
         at=cut,
         gradient=active,
-        pack_masks=pack_masks,
     )

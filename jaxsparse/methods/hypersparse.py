@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from jaxsparse import schedules, scores
 from jaxsparse._control import is_concrete
 from jaxsparse.allocations import Global
 from jaxsparse.choose import choose
-from jaxsparse.engines import Step, hold_masks, keep_best
+from jaxsparse.engines import Step, all_kept, hold_masks, keep_best
+from jaxsparse.engines.setup import setup
 from jaxsparse.leaves import find
-from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
+from jaxsparse.typing import Scalar, Seed, StepCount, Targets
 
 # artanh(1 / sqrt(3)): where tanh bends most; sech^2 is 2/3 there.
 _BEND = 0.6584789484624083
@@ -34,7 +36,7 @@ def _statistics(leaves, ws, sparsity) -> tuple[Array, Array, Array]:
     return s, total, squashed
 
 
-def hypersparse_loss(params, sparsity, *, targets: Any = None) -> Array:
+def hypersparse_loss(params, sparsity: Scalar, *, targets: Targets = None) -> Array:
     r"""The regulariser as a loss to be added to one's own: its value is 0, its gradient
 
     $$\frac{\partial R}{\partial w} = sign(w)\, s\, sech^2(s|w|)\,
@@ -79,6 +81,19 @@ def art_stop(pruned: Sequence[float], dense: Sequence[float], buffer: int = 1) -
     return None
 
 
+def _windows(total_steps, begin_step, end_step, update_every):
+    """The steps in which the penalty grows, and the length of an epoch."""
+    updates = Timing(begin=20, end=60).updates(total_steps, begin_step, end_step, update_every)
+    epoch = (updates.end - updates.begin) / 140 if update_every is None else update_every
+    return updates, epoch
+
+
+def _timing(options: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("total_steps", "begin_step", "end_step", "update_every")
+    updates, epoch = _windows(*(options[name] for name in names))
+    return {"begin_step": updates.begin, "end_step": updates.end, "update_every": epoch}
+
+
 @register(
     "hypersparse",
     reference="Glandorf, Kaiser & Rosenhahn, HyperSparse neural networks: shifting exploration to "
@@ -87,19 +102,20 @@ def art_stop(pruned: Sequence[float], dense: Sequence[float], buffer: int = 1) -
     dense_phase="dense before end_step",
     starts_dense=True,
     structures="unstructured",
+    timing=_timing,
 )
 def hypersparse(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    penalty: Any = 5e-6,
-    growth: Any = 1.05,
-    update_every: Any = None,
-    begin_step: Any = None,
-    end_step: Any = None,
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    penalty: Scalar = 5e-6,
+    growth: Scalar = 1.05,
+    update_every: StepCount | None = None,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds $\lambda_t\, \partial R/\partial w$ (see `hypersparse_loss`) to the gradients, with
@@ -110,7 +126,7 @@ def hypersparse(
     inner optimizer's per-weight state as at `init`.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: in [0, 1).
       total_steps: the length of the run, in steps.
       penalty: $\lambda_0$ (the authors' code; their text says 5e-4).
@@ -118,9 +134,11 @@ def hypersparse(
       update_every: T, the steps of an epoch. By default a 140th of the steps in which the penalty
         grows, which is about the length of the authors' runs in epochs: a factor of 900 in all.
       begin_step: $t_0$, before which nothing is added; 20 % of the run.
-      end_step: the cut; 60 % of the run. ART stops when a pruned copy is as good as the dense model,
-        which the training loop finds out: `art_stop`.
-      targets, seed, pack_masks: see the guide of options.
+      end_step: the cut; 60 % of the run. ART stops when a pruned copy is as good as the dense
+        model, which the training loop finds out: `art_stop`.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.hypersparse(optax.sgd(0.1, momentum=0.9), 0.9, total_steps=1000)
@@ -130,16 +148,12 @@ def hypersparse(
     """
     if is_concrete(penalty, growth) and (penalty < 0 or growth < 1):
         raise ValueError(f"penalty={penalty}, growth={growth}: need penalty >= 0 and growth >= 1")
-    sparsity = recipe.sparsity_of(sparsity, None)
-    updates = schedules.window(
-        total_steps, begin_step, end_step, 1 if update_every is None else update_every,
-        default_begin=total_steps // 5, fraction=0.6,
-    )  # fmt: skip
-    epoch = (updates.end - updates.begin) / 140 if update_every is None else update_every
+    sparse = setup(sparsity, allocation="global", targets=targets, seed=seed, pack_masks=pack_masks)
+    updates, epoch = _windows(total_steps, begin_step, end_step, update_every)
     cut = schedules.At((updates.end,))
 
     def pushed(step: Step):
-        s, total, squashed = _statistics(step.leaves, [v.w for v in step.views], sparsity)
+        s, total, squashed = _statistics(step.leaves, [v.w for v in step.views], sparse.sparsity)
         now = (step.count >= updates.begin) & (step.count < updates.end)
         age = (step.count - updates.begin).astype(jnp.float32) / jnp.maximum(epoch, 1e-3)
         strength = jnp.where(now, penalty * growth ** jnp.maximum(age, 0.0), 0.0) * total / squashed
@@ -153,11 +167,10 @@ def hypersparse(
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, None),
-        init=recipe.all_kept,
-        rule=keep_best(scores.magnitude, Global(), sparsity, seed=seed),
+        sparse,
+        init=all_kept,
+        rule=keep_best(scores.magnitude, sparse),
         at=cut,
         gradient=pushed,
         fresh=cut.fires,
-        pack_masks=pack_masks,
     )

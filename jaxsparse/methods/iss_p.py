@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse._control import is_concrete, when
-from jaxsparse.engines import Step, hold_masks, keep_best
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, all_kept, hold_masks, keep_best
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
+
+_TIMING = Timing(end=17)
 
 
 @register(
@@ -21,21 +25,22 @@ from jaxsparse.methods._registry import register
     dynamics="gradual",
     dense_phase="dense before end_step",
     starts_dense=True,
+    timing=_TIMING,
 )
 def iss_p(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     penalty: Literal["shrink", "l2"] = "shrink",
-    shrink: Any = 0.95,
-    limit: Any = 0.5,
-    update_every: Any = 20,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
+    shrink: Scalar = 0.95,
+    limit: Scalar = 0.5,
+    update_every: StepCount = 20,
+    end_step: StepCount | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""After each step the weights that are now the smallest of their layer are multiplied by r:
@@ -59,11 +64,15 @@ def iss_p(
       penalty: "shrink" or "l2".
       shrink: r in [0, 1]; 0.95 in the authors' commands (0.99 in their code). 0 is iterative hard
         thresholding. Not read with "l2".
-      limit, update_every: the largest $\lambda$ and the steps between two of its updates, with "l2"
-        only. The authors add 1e-4 every 20 steps up to 0.5, in 100k steps: the same line, if the
-        run is as long.
+      limit: the largest $\lambda$, with "l2" only.
+      update_every: steps between two updates of $\lambda$, with "l2" only. The authors add 1e-4
+        every 20 steps up to 0.5, in 100k steps: the same line, if the run is as long.
       end_step: when the masks become fixed; a sixth of the run, as the authors (100k of 600k).
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     Large layers are ranked exactly (the authors estimate the threshold from 32,400 entries).
 
@@ -80,15 +89,13 @@ def iss_p(
         raise ValueError(f"limit={limit}: the largest L2 penalty must not be negative")
     if is_concrete(shrink) and not 0 <= shrink <= 1:
         raise ValueError(f"shrink={shrink}: the factor of the smallest weights must be in [0, 1]")
-    updates = schedules.window(total_steps, 0, end_step, update_every, fraction=0.17)
-    best = keep_best(
-        scores.magnitude, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
-        seed=seed,
-    )  # fmt: skip
+    updates = _TIMING.updates(total_steps, 0, end_step, update_every)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    best = keep_best(scores.magnitude, sparse)
 
     def settle(step: Step):
         def soften(ws, count, *_):
-            views = [type(v)(v.leaf, w, None, None) for v, w in zip(step.views, ws)]
+            views = [v.replace(w=w, g=None, m=None) for v, w in zip(step.views, ws)]
             return [
                 jnp.where(m | jnp.isnan(w), w, (shrink * w).astype(w.dtype))
                 for m, w in zip(best(Step(count, views)), ws)
@@ -114,14 +121,21 @@ def iss_p(
         zero = lambda g: jnp.zeros((), g.dtype)
         return [jnp.where(v.m, v.g + (x * v.w).astype(v.g.dtype), zero(v.g)) for v, x in rows]
 
-    plan_for = recipe.plan_for(targets, structure)
     if penalty == "l2":
         return hold_masks(
-            inner, plan_for, init=recipe.all_kept, rule=grow, at=updates, gradient=pulled,
+            inner,
+            sparse,
+            init=all_kept,
+            rule=grow,
+            at=updates,
+            gradient=pulled,
             aux=lambda step: [jnp.zeros_like(v.w) for v in step.views],
-            pack_masks=pack_masks,
-        )  # fmt: skip
+        )
     return hold_masks(
-        inner, plan_for, init=recipe.all_kept, rule=best, at=schedules.At((updates.end,)),
-        after=settle, pack_masks=pack_masks,
-    )  # fmt: skip
+        inner,
+        sparse,
+        init=all_kept,
+        rule=best,
+        at=schedules.At((updates.end,)),
+        after=settle,
+    )

@@ -9,22 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import masking, scores
-from jaxsparse.engines import Step, hold_masks, swap
-from jaxsparse.methods import _recipe as recipe
-from jaxsparse.methods._registry import register
+from jaxsparse import masking, schedules, scores
+from jaxsparse.engines import Step, hold_masks, random_masks, swap
+from jaxsparse.engines.setup import setup
+from jaxsparse.methods._registry import preset
 from jaxsparse.methods._timing import REWIRING
 from jaxsparse.state import find_states
-
-_REFERENCE = (
-    "Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in "
-    "sparse training, 2021"
+from jaxsparse.typing import (
+    AllocationLike,
+    Scalar,
+    ScalarOrSchedule,
+    Seed,
+    StepCount,
+    StructureLike,
+    Targets,
 )
-
-
-# The authors' intervals of 1,500 and 4,000 steps in runs of 97,500.
-_SET = dataclasses.replace(REWIRING, every=(1, 65))
-_RIGL = dataclasses.replace(REWIRING, every=(8, 195))
 
 
 class Fired(NamedTuple):
@@ -54,118 +53,127 @@ def exploration_rate(fired: Any) -> float:
     return masking.count_kept(masks) / max(sum(masking.unpack(m).size for m in masks), 1)
 
 
-def _itop(
-    inner, sparsity, *, by_gradient, unfired, total_steps, drop_fraction, update_every, begin_step,
-    end_step, structure, allocation, targets, seed, pack_masks,
-) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    timing = _RIGL if by_gradient else _SET
+# The authors' intervals of 1,500 steps in a run of 97,500, and 4,000 where gradients choose.
+_RANDOM = dataclasses.replace(REWIRING, every=(1, 65))
+_GRADIENT = dataclasses.replace(REWIRING, every=(8, 195))
+
+
+def itop(
+    inner: optax.GradientTransformation,
+    sparsity: Scalar | None = None,
+    *,
+    total_steps: StepCount,
+    growth: Literal["random", "unfired", "gradient"] = "random",
+    drop_fraction: ScalarOrSchedule = 0.5,
+    update_every: StepCount | None = None,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
+    pack_masks: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Dynamic sparse training that drops much and rarely, so that over time many weights are tried
+    and each is tried for long. The state records what has been tried (`exploration_rate`).
+
+    Args:
+      inner: the optimizer of the weights, any optax transformation.
+      sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
+      total_steps: the length of the run, in steps.
+      growth: "random": uniformly among the positions that are not kept, as `set_`. "unfired": among
+        those that have never been kept while there are any, so that all n weights are tried after
+        $\lceil (n - n_1)/k \rceil$ updates of k weights each. "gradient": where |g| is largest, and
+        updates take the place of the gradient step, as `rigl`.
+      drop_fraction: the start of a cosine to 0.005 (the authors use 0.5), or a schedule.
+      update_every: steps between updates; a grown weight needs time before it is judged. By default
+        the authors' part of the run: 1,500 of 97,500 steps, with `growth="gradient"` 4,000.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
+
+    This differs from the authors' code in: growth draws exactly as many positions as were dropped,
+    where theirs flips a coin for each, so that their budget drifts.
+
+    >>> import jaxsparse
+    >>> tx = jaxsparse.itop(optax.sgd(0.1), 0.9, total_steps=10_000, growth="unfired")
+
+    Raises:
+      ValueError: a sparsity, fraction or step out of range, an update that never comes, an unknown
+        growth.
+    """
+    if growth not in ("random", "unfired", "gradient"):
+        raise ValueError(f"growth={growth!r}: use 'random', 'unfired' or 'gradient'")
+    by_gradient = growth == "gradient"
+    timing = _GRADIENT if by_gradient else _RANDOM
     updates = timing.updates(total_steps, begin_step, end_step, update_every)
-    fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end, final=0.005)
 
     def rule(step: Step):
-        if unfired:
+        if growth == "unfired":
             grow = [(~fired.unpack()).astype(jnp.float32) for fired in step.aux.masks]
         else:
             worth = scores.gradient if by_gradient else scores.random
             grow = [worth(v) for v in step.views]
         masks = swap(
-            step.leaves, step.masks, [jnp.abs(v.w) for v in step.views], grow,
-            fraction(step.count), salts=step.salts(seed),
-        )  # fmt: skip
+            step.leaves,
+            step.masks,
+            [jnp.abs(v.w) for v in step.views],
+            grow,
+            fraction(step.count),
+            salts=step.salts(seed),
+        )
         both = [masking.pack(f.unpack() | m) for f, m in zip(step.aux.masks, masks)]
         return masks, Fired(both)
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        sparse,
+        init=random_masks(sparse),
         rule=rule,
         at=updates,
         gradient="masked" if by_gradient else "kept",
         on_update="replace" if by_gradient else "step",
         fresh="grown",
         aux=lambda step: Fired([masking.pack(m) for m in step.masks]),
-        pack_masks=pack_masks,
     )
 
 
-_ARGS = """
+_REFERENCE = (
+    "Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in "
+    "sparse training, 2021"
+)
 
-    Args:
-      inner: the optimizer of the weights.
-      sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
-      total_steps: the length of the run, in steps.
-      drop_fraction: the start of a cosine to 0.005 (the authors use 0.5), or a schedule.
-      update_every: steps between updates; a grown weight needs time before it is judged. By default
-        the authors' part of the run, which has 97,500 steps: 1,500 of them in `set_itop`, 4,000 in
-        `rigl_itop`.
-      begin_step, end_step: the first update (`update_every`) and the last (75 % of the run).
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+set_itop = preset(
+    "set_itop",
+    itop,
+    """SET that drops much and rarely, and records what has been tried: `itop` with random growth; see
+    there for the options.
 
-    This differs from the authors' code in: growth draws exactly as many positions as were dropped,
-    where theirs flips a coin for each, so that their budget drifts.
+    >>> import jaxsparse
+    >>> tx = jaxsparse.set_itop(optax.sgd(0.1), 0.9, total_steps=10_000, growth="unfired")
+    """,
+    reference=_REFERENCE,
+    fixed={},
+    timing=_RANDOM,
+)
 
-    Raises:
-      ValueError: as `rigl`.
-"""
+rigl_itop = preset(
+    "rigl_itop",
+    itop,
+    """RigL that drops much and rarely, and records what has been tried: `itop` with
+    `growth="gradient"`; see there for the options.
 
-
-@register("set_itop", reference=_REFERENCE)
-def set_itop(
-    inner: optax.GradientTransformation,
-    sparsity: Any = None,
-    *,
-    total_steps: Any,
-    growth: Literal["random", "unfired"] = "random",
-    drop_fraction: Any = 0.5,
-    update_every: Any = None,
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""SET that drops much and rarely, and records what has been tried (`exploration_rate`).
-
-    `growth="unfired"` draws from the positions that have never been kept while there are any, so
-    that all n weights are tried after $\lceil (n - n_1)/k \rceil$ updates of k weights each.
-    """
-    if growth not in ("random", "unfired"):
-        raise ValueError(f"growth={growth!r}: use 'random' or 'unfired'")
-    return _itop(
-        inner, sparsity, by_gradient=False, unfired=growth == "unfired", total_steps=total_steps,
-        drop_fraction=drop_fraction, update_every=update_every, begin_step=begin_step, end_step=end_step,
-        structure=structure, allocation=allocation, targets=targets, seed=seed,
-        pack_masks=pack_masks,
-    )  # fmt: skip
-
-
-@register("rigl_itop", reference=_REFERENCE, gradients="updates")
-def rigl_itop(
-    inner: optax.GradientTransformation,
-    sparsity: Any = None,
-    *,
-    total_steps: Any,
-    drop_fraction: Any = 0.5,
-    update_every: Any = None,
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """RigL that drops much and rarely, and records what has been tried (`exploration_rate`)."""
-    return _itop(
-        inner, sparsity, by_gradient=True, unfired=False, total_steps=total_steps,
-        drop_fraction=drop_fraction, update_every=update_every, begin_step=begin_step, end_step=end_step,
-        structure=structure, allocation=allocation, targets=targets, seed=seed,
-        pack_masks=pack_masks,
-    )  # fmt: skip
-
-
-for _method in (set_itop, rigl_itop):
-    _method.__doc__ = (_method.__doc__ or "").rstrip() + _ARGS
+    >>> import jaxsparse
+    >>> tx = jaxsparse.rigl_itop(optax.sgd(0.1), 0.9, total_steps=10_000)
+    """,
+    reference=_REFERENCE,
+    fixed={"growth": "gradient"},
+    gradients="updates",
+    timing=_GRADIENT,
+)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse.allocations import Global
-from jaxsparse.engines import hold_masks, keep_best
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import all_kept, hold_masks, keep_best
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
+from jaxsparse.typing import Scalar, Seed, StepCount, Targets
+
+_TIMING = Timing()
 
 
 @register(
@@ -20,18 +21,19 @@ from jaxsparse.methods._registry import register
     dense_phase="dense before begin_step, sparser along the schedule",
     starts_dense=True,
     structures="unstructured",
+    timing=_TIMING,
 )
 def lamp(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     rounds: int | None = None,
-    begin_step: Any = None,
-    end_step: Any = None,
-    update_every: Any = 100,
-    targets: Any = None,
-    seed: Any = 0,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    update_every: StepCount = 100,
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes the smallest scores of the network, with no option for layers: in a layer with
@@ -43,15 +45,18 @@ def lamp(
     multiplied by a constant. Masks are nested.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the final sparsity in [0, 1).
       total_steps: the length of the run, in steps.
       rounds: None: the cubic curve. A number R: the paper's iterative pruning, R cuts from
-        `begin_step` to `end_step` that each leave the same fraction $(1 - S)^{1/R}$ of what
-        is there (the authors take 20 rounds with retraining in between).
-      begin_step, end_step: the ramp: 0 and 75 % of the run, at which the sparsity is exact.
+        `begin_step` to `end_step` that each leave the same fraction $(1 - S)^{1/R}$ of what is
+        there (the authors take 20 rounds with retraining in between).
+      begin_step: where the ramp starts; 0 by default.
+      end_step: where it ends, at the exact sparsity; 75 % of the run by default.
       update_every: steps between updates.
-      targets, seed, pack_masks: see the guide of options.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     Any method has the same ranking with `allocation="lamp"`.
 
@@ -63,20 +68,17 @@ def lamp(
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds={rounds}: give at least one, or None for the cubic curve")
-    sparsity = recipe.sparsity_of(sparsity, None)
-    updates = schedules.window(total_steps, begin_step, end_step, update_every)
+    sparse = setup(sparsity, allocation="lamp", targets=targets, seed=seed, pack_masks=pack_masks)
+    updates = _TIMING.updates(total_steps, begin_step, end_step, update_every)
     if rounds is None:
         ramp = schedules.cubic(updates.begin, updates.end)
     else:
-        ramp = schedules.rounds(sparsity, rounds, updates.begin, updates.end)
-    rule = keep_best(
-        scores.magnitude, Global(normalize="lamp"), sparsity, ramp=ramp, nested=True, seed=seed
-    )
+        ramp = schedules.rounds(sparse.sparsity, rounds, updates.begin, updates.end)
+    rule = keep_best(scores.magnitude, sparse, ramp=ramp, nested=True)
     return hold_masks(
         inner,
-        recipe.plan_for(targets, None),
-        init=recipe.all_kept,
+        sparse,
+        init=all_kept,
         rule=rule,
         at=updates,
-        pack_masks=pack_masks,
     )

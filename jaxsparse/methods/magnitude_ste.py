@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
+from jax.typing import DTypeLike
 
 from jaxsparse import schedules, scores
 from jaxsparse._control import is_concrete
 from jaxsparse.engines import Projection, keep_best, refresh, straight_through
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 
 @register(
@@ -22,16 +22,16 @@ from jaxsparse.methods._registry import register
 )
 def magnitude_ste(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    begin_step: Any = 0,
-    end_step: Any = 0,
-    update_every: Any = 1,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
-    raw_dtype: Any = None,
+    begin_step: StepCount = 0,
+    end_step: StepCount = 0,
+    update_every: StepCount = 1,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""$p = z \odot topk(|z|)$, and the gradient at p is applied unchanged to every raw weight z,
@@ -41,13 +41,18 @@ def magnitude_ste(
     along the cubic curve between them. Weight decay of `inner` acts on z.
 
     Args:
-      inner: the optimizer of z.
+      inner: the optimizer of z, any optax transformation.
       sparsity: the (final) sparsity in [0, 1); may be left out with an N:M structure.
-      begin_step, end_step: the ramp, in steps.
+      begin_step: where the ramp starts.
+      end_step: where it ends, at the full sparsity; equal to `begin_step`: at once.
       update_every: steps between two rankings; in between the mask stays.
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
       raw_dtype: the dtype of z; give float32 if the parameters are bfloat16, where small steps of z
         would be lost.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.magnitude_ste(optax.sgd(0.1), 0.8)
@@ -62,18 +67,15 @@ def magnitude_ste(
             )
         if update_every < 1:
             raise ValueError(f"update_every={update_every}: must be at least 1")
-    rule = keep_best(
-        scores.magnitude, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
-        ramp=schedules.cubic(begin_step, end_step), seed=seed,
-    )  # fmt: skip
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    rule = keep_best(scores.magnitude, sparse, ramp=schedules.cubic(begin_step, end_step))
     return straight_through(
         inner,
-        recipe.plan_for(targets, structure),
+        sparse,
         lambda step: Projection(
             refresh((step.count - begin_step) % update_every == 0, rule, step)
             if not is_concrete(update_every) or update_every > 1
             else rule(step)
         ),
         raw_dtype=raw_dtype,
-        pack_masks=pack_masks,
     )

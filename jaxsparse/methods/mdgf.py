@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from jaxsparse import schedules, structures
+from jaxsparse import structures
 from jaxsparse.engines import Projection, Step, straight_through
-from jaxsparse.leaves import find
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
 from jaxsparse.structures import NM
+from jaxsparse.typing import StepCount, StructureLike, Targets
 
 REFERENCE = (
     "Bambhaniya et al., Progressive gradient flow for robust N:M sparsity training in transformers, "
     "2024"
 )
+
+_TIMING = Timing()
 
 
 def largest(v, pattern: NM):
@@ -39,23 +44,24 @@ def check_pattern(structure) -> NM:
     controls_sparsity=False,
     keeps_raw=True,
     dynamics="projected",
-    structures="NM",
+    structures="n:m",
     dense_phase="dense, pruned weights fading, before end_step",
     starts_dense=True,
     gradients="all",
+    timing=_TIMING,
 )
 def mdgf(
     inner: optax.GradientTransformation,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     decay: Literal["exponential", "linear"] = "exponential",
     rate: float | None = None,
     flow: Literal["identity", "true"] = "identity",
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
-    targets: Any = None,
-    raw_dtype: Any = None,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    structure: StructureLike = "2:4",
+    targets: Targets = None,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Fades the weights that an N:M mask would prune, until they are gone:
@@ -67,17 +73,19 @@ def mdgf(
     $t_0$ and 0 from `end_step` on. The sparsity is that of the structure.
 
     Args:
-      inner: the optimizer of z.
+      inner: the optimizer of z, any optax transformation.
       total_steps: the length of the run, in steps.
       decay: the curve of $\beta$.
       rate: c per step; the authors take 1e-4 (exponential) and 2e-4 (linear) for long runs. By
         default $\beta$ is 0.01, or 0, at `end_step`.
       flow: "identity", as the authors' code: the gradient at p goes to z as it is; "true": the
         derivative of the formula, $g \odot (m + (1 - m)\beta_t)$.
-      begin_step, end_step: 0 and 75 % of the run.
-      structure: groups run along the inputs by default.
-      targets, pack_masks: see the guide of options.
-      raw_dtype: the dtype of z; see `magnitude_ste`.
+      begin_step: $t_0$; 0 by default.
+      end_step: where $\beta$ becomes 0; 75 % of the run by default.
+      structure: NM(n, m) or its text; groups run along the inputs by default.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     The authors count t from the start of the run, so that beta jumps when a dense phase ends.
 
@@ -94,7 +102,7 @@ def mdgf(
         raise ValueError(f"flow={flow!r}: use 'identity' or 'true'")
     if rate is not None and rate <= 0:
         raise ValueError(f"rate={rate}: must be positive; beta would never fall")
-    window = schedules.window(total_steps, begin_step, end_step)
+    window = _TIMING.updates(total_steps, begin_step, end_step)
     span = jnp.maximum(window.end - window.begin, 1)
     c = rate if rate is not None else (math.log(100.0) if decay == "exponential" else 1.0) / span
 
@@ -116,9 +124,8 @@ def mdgf(
 
     return straight_through(
         inner,
-        lambda params: find(params, targets, pattern),
+        setup(structure=pattern, targets=targets, pack_masks=pack_masks),
         rule,
         pull_back=None if flow == "identity" else lambda v, t: v.g * factor(v, t).astype(v.g.dtype),
         raw_dtype=raw_dtype,
-        pack_masks=pack_masks,
     )

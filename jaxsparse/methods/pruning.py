@@ -1,129 +1,50 @@
-r"""Pruning by score, at once or gradually.
-
-Along the cubic curve of Zhu & Gupta (To prune, or not to prune, 2017), between `begin_step` $t_0$
-and `end_step` $t_1$,
-
-$$S(t) = S_f + (S_i - S_f)\bigl(1 - \tfrac{t - t_0}{t_1 - t_0}\bigr)^3,$$
-
-each update keeps the weights of highest score. The members of the family differ in the score, in
-the split of the budget and in the curve.
-"""
+"""Gradual pruning along the cubic curve: by magnitude in each layer or over all, at random, by saliency."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import schedules, scores
+from jaxsparse import allocations, schedules, scores
 from jaxsparse._control import is_concrete
-from jaxsparse.engines import Projection, hold_masks, keep_best, refresh, straight_through
-from jaxsparse.methods import _recipe as recipe
-from jaxsparse.methods._registry import register
+from jaxsparse.engines import Projection, all_kept, hold_masks, keep_best, refresh, straight_through
+from jaxsparse.engines.setup import setup
+from jaxsparse.methods._registry import preset, register
+from jaxsparse.methods._timing import Timing
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
-_GRADUAL = "dense before begin_step, sparser along the schedule"
-
-
-@register(
-    "one_shot",
-    reference="Gupta et al., Is complexity required for neural network pruning?, 2022",
+_TIMING = Timing()
+_FACTS = dict(
     starts_dense=True,
     dynamics="gradual",
-    dense_phase="before begin_step",
+    dense_phase="dense before begin_step, sparser along the schedule",
+    timing=_TIMING,
 )
-def one_shot(
-    inner: optax.GradientTransformation,
-    sparsity: Any = None,
-    *,
-    score: str | scores.Score = "magnitude",
-    begin_step: Any = 0,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Prunes once, at `begin_step`, to the full sparsity; then trains what is left.
-
-    With a score that needs no gradient and `begin_step=0` the network is sparse from `init` on;
-    with one that does, from the first update on.
-
-    >>> import jaxsparse
-    >>> tx = jaxsparse.one_shot(optax.sgd(0.1), 0.75, begin_step=0)
-    >>> masks = jaxsparse.get_masks(tx.init({"kernel": jnp.arange(4.0).reshape(2, 2)}))
-    >>> masks["kernel"].tolist()
-    [[False, False], [False, True]]
-    """
-    function = scores.resolve(score)
-    if is_concrete(begin_step) and begin_step < 0:
-        raise ValueError(f"begin_step={begin_step}: must not be negative")
-    rule = keep_best(
-        function, recipe.allocation_of(allocation), recipe.sparsity_of(sparsity, structure),
-        ramp=schedules.one_shot(begin_step), seed=seed,
-    )  # fmt: skip
-    return hold_masks(
-        inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.all_kept if getattr(function, "needs_gradient", False) else rule,
-        rule=rule,
-        at=schedules.Updates(begin_step, begin_step),
-        pack_masks=pack_masks,
-    )
-
-
-def _gradual(
-    inner, sparsity, *, score, total_steps, begin_step, end_step, update_every, initial_sparsity,
-    recovery, structure, allocation, targets, seed, pack_masks,
-) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    sparsity = recipe.sparsity_of(sparsity, structure)
-    updates = schedules.window(total_steps, begin_step, end_step, update_every)
-    if is_concrete(initial_sparsity, sparsity) and not 0.0 <= initial_sparsity <= sparsity:
-        raise ValueError(
-            f"initial_sparsity={initial_sparsity}: must be in [0, sparsity={sparsity}]"
-        )
-    none = is_concrete(initial_sparsity) and initial_sparsity == 0
-    start = 0.0 if none else initial_sparsity / jnp.maximum(sparsity, 1e-9)
-    ramp = schedules.cubic(updates.begin, updates.end, initial=start)
-    rule = keep_best(
-        score, recipe.allocation_of(allocation), sparsity, ramp=ramp, nested=not recovery, seed=seed
-    )
-    plan_for = recipe.plan_for(targets, structure)
-    if not recovery:
-        init = recipe.all_kept if getattr(score, "needs_gradient", False) else rule
-        return hold_masks(inner, plan_for, init=init, rule=rule, at=updates, pack_masks=pack_masks)
-
-    # Masked weights keep their last value, out of sight, and may come back with it.
-    return straight_through(
-        inner,
-        plan_for,
-        lambda step: Projection(refresh(updates.fires(step.count), rule, step)),
-        pull_back=lambda v, _: jnp.where(v.m, v.g, jnp.zeros((), v.g.dtype)),
-        pack_masks=pack_masks,
-    )
 
 
 @register(
     "magnitude",
     reference="Zhu & Gupta, To prune, or not to prune: exploring the efficacy of pruning, 2017",
-    starts_dense=True,
-    dynamics="gradual",
-    dense_phase=_GRADUAL,
+    **_FACTS,
 )
 def magnitude(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    begin_step: Any = None,
-    end_step: Any = None,
-    update_every: Any = 100,
-    initial_sparsity: Any = 0.0,
+    total_steps: StepCount,
+    score: Literal["magnitude", "random", "saliency"] | scores.ScoreLike = "magnitude",
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    update_every: StepCount = 100,
+    initial_sparsity: Scalar = 0.0,
     recovery: bool = False,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
+    minimum: int | float = 0,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradual magnitude pruning, by default per layer: at each update the smallest |w| go.
@@ -132,158 +53,127 @@ def magnitude(
     $t_0, t_0 + \Delta t, \dots, t_1$.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the final sparsity $S_f$ in [0, 1); may be left out with an N:M structure.
       total_steps: the length of the run, in steps.
-      begin_step, end_step: $t_0$ (0) and $t_1$ (75 % of the run), at which the sparsity is exact.
+      score: what a weight is worth: "magnitude" (|w|), "random" (the baseline of the family),
+        "saliency" ($|w g|$ with the gradient of the update's own batch), or a function.
+      begin_step: $t_0$; 0 by default.
+      end_step: $t_1$, at which the sparsity is exact; 75 % of the run by default.
       update_every: $\Delta t$ in steps.
       initial_sparsity: $S_i$.
       recovery: False: a pruned weight is zero for good (masks are nested). True: a raw weight lives
         on out of sight, ranks, and may return, as in the authors' code. Its gradient is 0, so that
         plain SGD leaves it at its last value; the momentum that it has gathered and weight decay go
         on moving it. This keeps a copy of the weights.
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      minimum: with a global ranking, the number of weights (below 1: the fraction of all weights)
+        that every layer keeps: its best enter first, and one ranking fills the rest. This is not the
+        minimum threshold of Gupta et al., which takes what a layer lacks from all others in
+        proportion: `jaxsparse.minimum_threshold` gives that as an allocation.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.magnitude(optax.adam(1e-3), 0.9, total_steps=1000)
 
     Raises:
-      ValueError: a sparsity or a step out of range, a schedule that does not fit into the run.
+      ValueError: a sparsity or a step out of range, a schedule that does not fit into the run,
+        `recovery` with a score that reads gradients, `minimum` without a global ranking.
     """
-    return _gradual(
-        inner, sparsity, score=scores.magnitude, total_steps=total_steps, begin_step=begin_step,
-        end_step=end_step, update_every=update_every, initial_sparsity=initial_sparsity,
-        recovery=recovery, structure=structure, allocation=allocation, targets=targets, seed=seed,
-        pack_masks=pack_masks,
-    )  # fmt: skip
+    worth = scores.resolve(score)
+    if recovery and scores.needs_gradient(worth):
+        raise ValueError(f"recovery=True: score={score!r} reads gradients, which only updates have")
+    if minimum:
+        allocation = _with_minimum(allocation, minimum)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    updates = _TIMING.updates(total_steps, begin_step, end_step, update_every)
+    ramp = schedules.cubic(
+        updates.begin, updates.end, initial=start_of_ramp(initial_sparsity, sparse.sparsity)
+    )
+    rule = keep_best(worth, sparse, ramp=ramp, nested=not recovery)
+    if not recovery:
+        init = all_kept if scores.needs_gradient(worth) else rule
+        return hold_masks(inner, sparse, init=init, rule=rule, at=updates)
+    return straight_through(
+        inner,
+        sparse,
+        lambda step: Projection(refresh(updates.fires(step.count), rule, step)),
+        pull_back=lambda v, _: jnp.where(v.m, v.g, jnp.zeros((), v.g.dtype)),
+    )
 
 
-@register(
+def start_of_ramp(initial, sparsity):
+    """The part of the way to `sparsity` at which a ramp from `initial` starts.
+
+    Raises:
+      ValueError: `initial` above `sparsity`, or negative.
+    """
+    if not is_concrete(initial):
+        return initial / jnp.maximum(sparsity, 1e-9)
+    if is_concrete(sparsity) and not 0.0 <= initial <= sparsity:
+        raise ValueError(f"initial_sparsity={initial}: must be in [0, sparsity={sparsity}]")
+    return 0.0 if initial == 0 else initial / jnp.maximum(sparsity, 1e-9)
+
+
+def _with_minimum(allocation: AllocationLike, minimum) -> allocations.Global:
+    rule = allocations.resolve(allocation)
+    if not isinstance(rule, allocations.Global) or rule.minimum:
+        raise ValueError(
+            f"minimum={minimum}: it belongs to a global ranking that has none yet, such as "
+            f"allocation='global'; allocation={allocation!r} is another"
+        )
+    return allocations.Global(rule.normalize, minimum)
+
+
+global_magnitude = preset(
     "global_magnitude",
-    reference="Gupta et al., Is complexity required for neural network pruning?, 2022",
-    starts_dense=True,
-    dynamics="gradual",
-    dense_phase=_GRADUAL,
-)
-def global_magnitude(
-    inner: optax.GradientTransformation,
-    sparsity: Any = None,
-    *,
-    total_steps: Any,
-    minimum: int | float = 0,
-    begin_step: Any = None,
-    end_step: Any = None,
-    update_every: Any = 100,
-    initial_sparsity: Any = 0.0,
-    recovery: bool = False,
-    structure: Any = None,
-    allocation: Any = None,
-    targets: Any = None,
-    seed: Any = 0,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """`magnitude` with one threshold on |w| over the whole network.
+    magnitude,
+    """Gradual pruning with one threshold on |w| over the whole network: `magnitude` with
+    `allocation="global"`; see there for the options.
 
-    `minimum` is the number of weights (or, below 1, the fraction of all weights) that every layer
-    keeps, so that none collapses: its best ones enter first, and one ranking fills the rest. This is
-    not the minimum threshold of the authors, which takes what a layer lacks from all others in
-    proportion: for that give `allocation=jaxsparse.minimum_threshold(params, sparsity)`.
-    `allocation` is `allocations.Global(minimum=minimum)` unless another ranking ("lamp") is given.
     Scores are not divided by the norm of the layer; `allocations.Global(normalize="l2")` does that.
+    `minimum` is what every layer keeps; it is not the minimum threshold of the authors, which
+    `jaxsparse.minimum_threshold` gives.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.global_magnitude(optax.adam(1e-3), 0.9, total_steps=1000, minimum=0.0005)
-
-    Raises:
-      ValueError: as `magnitude`; `minimum` together with an `allocation`.
-    """
-    from jaxsparse.allocations import Global
-
-    if allocation is not None and minimum:
-        raise ValueError(f"minimum={minimum}: set it in the allocation that is given")
-    return _gradual(
-        inner, sparsity, score=scores.magnitude, total_steps=total_steps, begin_step=begin_step,
-        end_step=end_step, update_every=update_every, initial_sparsity=initial_sparsity,
-        recovery=recovery, structure=structure,
-        allocation=Global(minimum=minimum) if allocation is None else allocation,
-        targets=targets, seed=seed, pack_masks=pack_masks,
-    )  # fmt: skip
-
-
-@register(
-    "random_pruning",
-    reference="Gale, Elsen & Hooker, The state of sparsity in deep neural networks, 2019",
-    starts_dense=True,
-    dynamics="gradual",
-    dense_phase=_GRADUAL,
+    """,
+    reference="Gupta et al., Is complexity required for neural network pruning?, 2022",
+    fixed={"score": "magnitude"},
+    defaults={"allocation": "global"},
+    **_FACTS,
 )
-def random_pruning(
-    inner: optax.GradientTransformation,
-    sparsity: Any = None,
-    *,
-    total_steps: Any,
-    begin_step: Any = None,
-    end_step: Any = None,
-    update_every: Any = 100,
-    initial_sparsity: Any = 0.0,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Gradual pruning of weights drawn at random: the baseline of the family. Masks are nested.
+
+random_pruning = preset(
+    "random_pruning",
+    magnitude,
+    """Gradual pruning of weights drawn at random, the baseline of the family: `magnitude` with
+    `score="random"`; see there for the options. Masks are nested.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.random_pruning(optax.adam(1e-3), 0.9, total_steps=1000)
-
-    Raises:
-      ValueError: as `magnitude`.
-    """
-    return _gradual(
-        inner, sparsity, score=scores.random, total_steps=total_steps, begin_step=begin_step,
-        end_step=end_step, update_every=update_every, initial_sparsity=initial_sparsity,
-        recovery=False, structure=structure, allocation=allocation, targets=targets, seed=seed,
-        pack_masks=pack_masks,
-    )  # fmt: skip
-
-
-@register(
-    "saliency",
-    reference="Molchanov et al., Pruning convolutional neural networks for resource efficient "
-    "inference, 2017",
-    starts_dense=True,
-    gradients="updates",
-    dynamics="gradual",
-    dense_phase=_GRADUAL,
+    """,
+    reference="Gale, Elsen & Hooker, The state of sparsity in deep neural networks, 2019",
+    fixed={"score": "random", "recovery": False},
+    **_FACTS,
 )
-def saliency(
-    inner: optax.GradientTransformation,
-    sparsity: Any = None,
-    *,
-    total_steps: Any,
-    begin_step: Any = None,
-    end_step: Any = None,
-    update_every: Any = 100,
-    initial_sparsity: Any = 0.0,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
-    pack_masks: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Gradual pruning of the smallest |w g|, g the gradient of the update's own batch. Masks are
-    nested; equal scores (a gradient of zeros) are ranked by a seeded hash.
+
+saliency = preset(
+    "saliency",
+    magnitude,
+    """Gradual pruning of the smallest |w g|, g the gradient of the update's own batch: `magnitude`
+    with `score="saliency"`; see there for the options. Masks are nested; equal scores (a gradient of
+    zeros) are ranked by a seeded hash.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.saliency(optax.adam(1e-3), 0.9, total_steps=1000)
-
-    Raises:
-      ValueError: as `magnitude`.
-    """
-    return _gradual(
-        inner, sparsity, score=scores.saliency, total_steps=total_steps, begin_step=begin_step,
-        end_step=end_step, update_every=update_every, initial_sparsity=initial_sparsity,
-        recovery=False, structure=structure, allocation=allocation, targets=targets, seed=seed,
-        pack_masks=pack_masks,
-    )  # fmt: skip
+    """,
+    reference="Molchanov et al., Pruning convolutional neural networks for resource efficient "
+    "inference, 2017",
+    fixed={"score": "saliency", "recovery": False},
+    gradients="updates",
+    **_FACTS,
+)

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
 
-from jaxsparse import scores
-from jaxsparse.engines import drop_and_grow, hold_masks
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse import schedules, scores
+from jaxsparse.engines import drop_and_grow, hold_masks, random_masks
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
+from jaxsparse.typing import (
+    AllocationLike,
+    Scalar,
+    ScalarOrSchedule,
+    Seed,
+    StepCount,
+    StructureLike,
+    Targets,
+)
 
 
 @register(
     "rigl",
     reference="Evci et al., Rigging the lottery: making all tickets winners, 2020",
     gradients="updates",
+    timing=REWIRING,
 )
 def rigl(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    drop_fraction: Any = 0.3,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    drop_fraction: ScalarOrSchedule = 0.3,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse from the first step at a constant budget. Every `update_every` steps, in each layer
@@ -47,13 +55,18 @@ def rigl(
     sparse parameters, of the update's own batch: average it over replicas before `update`.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
       total_steps: the length of the run, in steps.
       drop_fraction: $\alpha$, or a schedule of f.
       update_every: steps between two updates.
-      begin_step, end_step: the first update (`update_every`) and $T_{end}$ (75 % of the run).
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     This differs from the authors' code in exact counts where scores tie (they add noise to |w|);
     equal gradients are ranked by a seeded hash.
@@ -65,18 +78,18 @@ def rigl(
       ValueError: a sparsity, fraction or step out of range, an update that never comes.
     """
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        sparse,
+        init=random_masks(sparse),
         rule=drop_and_grow(
             scores.magnitude,
             scores.gradient,
-            recipe.drop_schedule(drop_fraction, updates.end),
+            schedules.drop_fraction(drop_fraction, updates.end),
             seed=seed,
-        ),  # fmt: skip
+        ),
         at=updates,
         on_update="replace",
         fresh="grown",
-        pack_masks=pack_masks,
     )

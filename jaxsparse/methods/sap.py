@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
 from jaxsparse import selection
 from jaxsparse._control import is_concrete
 from jaxsparse._counts import MAX_TRACED, scale_count
-from jaxsparse.engines import Step, hold_masks
+from jaxsparse.engines import Step, all_kept, hold_masks
 from jaxsparse.engines._checks import (
     check_arguments,
     check_inner,
@@ -23,70 +21,11 @@ from jaxsparse.engines._checks import (
     with_whole_masks,
 )
 from jaxsparse.engines._slots import renewed
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines.setup import setup
+from jaxsparse.methods._pq_index import check_pq, index_of_means, pq_index
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
-
-
-def pq_index(
-    w: Array, *, p: float = 0.5, q: float = 1.0, where: Any = None,
-    axis: int | Sequence[int] | None = None,
-) -> Array:  # fmt: skip
-    r"""The PQ index of sparsity, $I = 1 - d^{1/q - 1/p}\, \|w\|_p / \|w\|_q$, in [0, 1).
-
-    0 for a vector of equal magnitudes, $1 - k/d$ (p = 1/2, q = 1) for k equal ones among d; it does
-    not change when w is scaled or repeated. (Diao et al., Pruning deep neural networks from a
-    sparsity perspective, 2023.)
-
-    Args:
-      w: any array.
-      p, q: 0 < p < q.
-      where: the d entries that count (bool), such as those still kept; all by default. 0 if none.
-      axis: the axes over which it is taken.
-
-    >>> round(float(pq_index(jnp.array([1.0, 2.0, 3.0, 4.0]))), 6)
-    0.055586
-
-    Raises:
-      ValueError: p or q out of order.
-    """
-    _check_pq(p, q)
-    where = jnp.ones(w.shape, bool) if where is None else where
-    size = jnp.abs(w).astype(jnp.float32)
-    top = jnp.max(jnp.where(where, size, 0.0), axis=axis, keepdims=True)
-    x = jnp.where(where, size / jnp.where(top > 0, top, 1.0), 0.0)  # means do not overflow
-    d = jnp.maximum(jnp.sum(where, axis=axis, dtype=jnp.int32), 1).astype(jnp.float32)
-    a = (jnp.sum(x**p, axis=axis) / d) ** (1 / p)
-    b = (jnp.sum(x**q, axis=axis) / d) ** (1 / q)
-    return _index(a, b)
-
-
-def _index(a: Array, b: Array) -> Array:
-    """1 - a / b for the means a of power p and b of power q."""
-    return jnp.where(b > 0, jnp.clip(1.0 - a / jnp.where(b > 0, b, 1.0), 0.0, 1.0), 0.0)
-
-
-def gini_index(w: Any) -> float:
-    r"""The Gini index of the magnitudes, an index of sparsity in [0, 1):
-
-    $$\frac{\sum_i (2i - n - 1)\, |w|_{(i)}}{n \sum_i |w|_i}, \qquad |w|_{(1)} \le |w|_{(2)} \le \dots$$
-
-    0 for equal magnitudes, $1 - k/n$ for k equal ones among n, like `pq_index` (p = 1/2, q = 1). It
-    needs all weights in order, so it is computed on the host, in float64. (Hurley & Rickard, Comparing
-    measures of sparsity, 2009.)
-
-    >>> gini_index(jnp.array([1.0, 2.0, 3.0, 4.0])), gini_index(jnp.array([0.0, 5.0, 0.0, 0.0]))
-    (0.25, 0.75)
-    """
-    size = np.sort(np.abs(np.asarray(w, np.float64)).ravel())
-    n, total = size.size, size.sum()
-    ranks = 2.0 * np.arange(1, n + 1) - n - 1
-    return float(ranks @ size / (n * total)) if total > 0 else 0.0
-
-
-def _check_pq(p, q):
-    if not 0 < p < q:
-        raise ValueError(f"p={p}, q={q}: need 0 < p < q")
+from jaxsparse.typing import StepCount, Targets
 
 
 def _scaled(n: Array, factor) -> Array:
@@ -111,7 +50,7 @@ def _index_of_all(ws: list[Array], masks: list[Array], p, q) -> Array:
     scaled = [x / jnp.where(top > 0, top, 1.0) for x in sizes]
     d = jnp.maximum(sum(selection.count(m) for m in masks), 1).astype(jnp.float32)
     a, b = (sum(jnp.sum(x**r) for x in scaled) / d for r in (p, q))
-    return _index(a ** (1 / p), b ** (1 / q))
+    return index_of_means(a ** (1 / p), b ** (1 / q))
 
 
 @register(
@@ -122,11 +61,12 @@ def _index_of_all(ws: list[Array], masks: list[Array], p, q) -> Array:
     structures="unstructured",
     dense_phase="dense before begin_step; sparser by as much as the PQ index allows",
     starts_dense=True,
+    timing=AFTER_ONE_INTERVAL,
 )
 def sap(
     inner: optax.GradientTransformation,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     scope: Literal["global", "layer", "neuron"] = "global",
     p: float = 0.5,
     q: float = 1.0,
@@ -134,10 +74,10 @@ def sap(
     gamma: float = 1.0,
     beta: float = 0.9,
     rewind: bool | Literal["all"] = True,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    targets: Any = None,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    targets: Targets = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes in rounds as many weights as the PQ index I of those that are left says can go, so
@@ -151,16 +91,22 @@ def sap(
     gradient step at a cut. A schedule of the learning rate goes on.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       total_steps: the length of the run, in steps.
       scope: where weights compete: the network, each layer, or the inputs of each neuron.
-      p, q, eta, gamma, beta: as above; more eta or gamma prunes more.
-      rewind: whether weights return to their values at `init` (which are kept): True: sparse leaves;
-        "all": dense leaves (biases, norms), too, as the authors do it; False: no weight does, and
-        the inner state goes on.
+      p: the lower norm of the PQ index, 0 < p < q.
+      q: the higher norm.
+      eta: 0 or more, as above; more prunes more.
+      gamma: positive, as above; more prunes more.
+      beta: the largest part of the weights that a cut prunes, in (0, 1).
+      rewind: whether weights return to their values at `init` (which are kept): True: sparse
+        leaves; "all": dense leaves (biases, norms), too, as the authors do it; False: no weight
+        does, and the inner state goes on.
       update_every: the steps of a round; the authors train 200 epochs in each of 15 to 30 rounds.
-      begin_step, end_step: the first cut (`update_every`) and the last (75 % of the run).
-      targets, pack_masks: see the guide of options.
+      begin_step: the first cut; after `update_every` steps by default.
+      end_step: no cut after it; 75 % of the run by default.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.sap(optax.sgd(0.1), total_steps=1000, update_every=100)
@@ -168,7 +114,7 @@ def sap(
     Raises:
       ValueError: an option or a step out of range.
     """
-    _check_pq(p, q)
+    check_pq(p, q)
     if rewind not in (True, False, "all"):
         raise ValueError(f"rewind={rewind!r}: use True, False or 'all'")
     if scope not in ("global", "layer", "neuron"):
@@ -179,7 +125,8 @@ def sap(
         )
     updates = AFTER_ONE_INTERVAL.updates(total_steps, begin_step, end_step, update_every)
 
-    inner, plan_for = check_inner(inner), recipe.plan_for(targets, None)
+    inner = check_inner(inner)
+    sparse = setup(asks_sparsity=False, targets=targets, pack_masks=pack_masks)
 
     def cut(step: Step):
         ws, masks = [v.w for v in step.views], step.masks
@@ -195,9 +142,7 @@ def sap(
             stay.append(d - _prunable(index, d, p, q, eta, gamma, beta))
         return selection.topk_masks(sizes, stay, where=masks, axis=axes)
 
-    tx = hold_masks(
-        inner, plan_for, init=recipe.all_kept, rule=cut, at=updates, pack_masks=pack_masks
-    )
+    tx = hold_masks(inner, sparse, init=all_kept, rule=cut, at=updates)
     if not rewind:
         return tx
 
@@ -209,13 +154,13 @@ def sap(
         return {i: w for i, w in flat if i in chosen or (rewind == "all" and floats(w))}
 
     def init(params):
-        kept = starts(plan_for(params), params)
+        kept = starts(sparse.leaves_for(params), params)
         copies = [jnp.array(w, copy=True) for w in kept.values()]
         return first_state(tx.init(params)._replace(aux=copies), params)
 
     def update(grads, state, params=None, **extra):
         state = with_whole_masks(state, init, params)
-        plan = check_arguments(params, state, plan_for, keeps_raw=False)
+        plan = check_arguments(params, state, sparse, keeps_raw=False)
         ws, treedef = jax.tree.flatten(params)
         numbers = list(starts(plan, params))
         due, was_due = updates.fires(state.count), updates.fires(state.count - 1)
@@ -234,8 +179,10 @@ def sap(
         moves, new = tx.update(grads, state._replace(aux=None), treedef.unflatten(base), **extra)
         goal = at_start(due, new.masks)
         rows = zip(treedef.flatten_up_to(moves), base, goal, ws)
-        flat = [u if b is w and g is w else jnp.where(due, g - w, u + (b - w)).astype(u.dtype)
-                for u, b, g, w in rows]  # fmt: skip
+        flat = [
+            u if b is w and g is w else jnp.where(due, g - w, u + (b - w)).astype(u.dtype)
+            for u, b, g, w in rows
+        ]
         slots = renewed(due, inner, new.inner, treedef.unflatten(goal))
         return treedef.unflatten(flat), new._replace(inner=slots, aux=state.aux)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from jaxsparse import schedules
 from jaxsparse.engines import Projection, Step, straight_through
-from jaxsparse.leaves import find
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.methods._timing import Timing
 from jaxsparse.methods.mdgf import REFERENCE, check_pattern, largest
 from jaxsparse.structures import NM
+from jaxsparse.typing import StepCount, StructureLike, Targets
 
 Stages = Literal["stepwise", "geometric", "densify"]
+
+_TIMING = Timing()
 
 
 def sdgf_stages(structure: NM, stages: Stages = "stepwise") -> list[NM]:
@@ -54,21 +58,22 @@ def sdgf_stages(structure: NM, stages: Stages = "stepwise") -> list[NM]:
     controls_sparsity=False,
     keeps_raw=True,
     dynamics="projected",
-    structures="NM",
+    structures="n:m",
     dense_phase="dense before begin_step, another pattern than the structure before its last stage",
     starts_dense=True,
     gradients="all",
+    timing=_TIMING,
 )
 def sdgf(
     inner: optax.GradientTransformation,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     stages: Stages = "stepwise",
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
-    targets: Any = None,
-    raw_dtype: Any = None,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    structure: StructureLike = "2:4",
+    targets: Targets = None,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Straight-through N:M training whose pattern tightens in equally long stages between
@@ -78,14 +83,18 @@ def sdgf(
     gradient at p goes to every z. The sparsity is that of the structure from the last stage on.
 
     Args:
-      inner: the optimizer of z.
+      inner: the optimizer of z, any optax transformation.
       total_steps: the length of the run, in steps.
       stages: "stepwise": groups of M throughout, halving what stays; "geometric": groups of 8M, 4M,
         2M, M at one sparsity; "densify": N in groups of 8M, 4M, 2M, M (both in the authors' code,
         as "fine" and "densify").
-      begin_step, end_step: 0 and 75 % of the run; dense before.
-      structure, targets, pack_masks: as `mdgf`.
-      raw_dtype: the dtype of z; see `magnitude_ste`.
+      begin_step: where the first stage starts, dense before; 0 by default.
+      end_step: from here on the pattern is `structure`; 75 % of the run by default.
+      structure: NM(n, m) or its text, the pattern of the last stage; groups run along the inputs by
+        default.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.sdgf(optax.adam(1e-3), total_steps=1000, structure=NM(1, 4))
@@ -94,18 +103,12 @@ def sdgf(
       ValueError: as `mdgf`; a pattern that has no such stages, a stage whose groups do not divide.
     """
     patterns = sdgf_stages(structure, stages)
-    window = schedules.window(total_steps, begin_step, end_step)
-
-    def plan_for(params):
-        plan = find(params, targets, structure)
-        for leaf in plan.leaves:
-            for pattern in patterns:
-                pattern.check(leaf.path, leaf.layer_shape)
-        return plan
+    window = _TIMING.updates(total_steps, begin_step, end_step)
+    sparse = setup(structure=structure, targets=targets, pack_masks=pack_masks, fits=patterns)
 
     def rule(step: Step) -> Projection:
         ws = [v.w for v in step.views]
-        views = lambda ws: [type(v)(v.leaf, w, None, None) for v, w in zip(step.views, ws)]
+        views = lambda ws: [v.replace(w=w, g=None, m=None) for v, w in zip(step.views, ws)]
         dense = lambda ws: [jnp.ones(w.shape, bool) for w in ws]
         stage = [lambda ws, s=s: [largest(v, s) for v in views(ws)] for s in patterns]
         n, span = len(patterns), jnp.maximum(window.end - window.begin, 1)
@@ -113,4 +116,4 @@ def sdgf(
         now = jnp.where(past < 0, 0, 1 + jnp.minimum(past * n // span, n - 1))
         return Projection(jax.lax.switch(now, [dense, *stage], ws))
 
-    return straight_through(inner, plan_for, rule, raw_dtype=raw_dtype, pack_masks=pack_masks)
+    return straight_through(inner, sparse, rule, raw_dtype=raw_dtype)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import scores, selection
+from jaxsparse import schedules, scores, selection
 from jaxsparse._counts import scale_count
-from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, refill
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, random_masks, refill
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
+from jaxsparse.typing import (
+    AllocationLike,
+    Scalar,
+    ScalarOrSchedule,
+    Seed,
+    StepCount,
+    StructureLike,
+    Targets,
+)
 
 
 def _kept_by_sign(v: View, fraction) -> tuple[Array, Array]:
@@ -40,22 +49,23 @@ def drawn_values(step: Step, initializer: Callable[..., Array], seed) -> list[Ar
     "set",
     reference="Mocanu et al., Scalable training of artificial neural networks with adaptive sparse "
     "connectivity inspired by network science, 2018",
+    timing=REWIRING,
 )
 def set_(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
+    total_steps: StepCount,
     removal: Literal["magnitude", "signwise"] = "magnitude",
     grow_init: Callable[..., Array] | None = None,
-    drop_fraction: Any = 0.3,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    structure: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
+    drop_fraction: ScalarOrSchedule = 0.3,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""As `rigl`, but the positions that grow are drawn uniformly at random among those not kept,
@@ -69,37 +79,56 @@ def set_(
     grown weights at the values that their positions had, here they are 0, or drawn by `grow_init`
     (as in the authors' sparse code, N(0, 1)/10).
 
-    Args and errors: see `rigl`.
-
     Args:
+      inner: the optimizer of the weights, any optax transformation.
+      sparsity: the fraction of zeros in [0, 1); may be left out with an N:M structure.
+      total_steps: the length of the run, in steps.
+      removal: "magnitude" or "signwise", see above.
       grow_init: an initializer `(key, shape, dtype) -> values` of grown weights, such as
         `jax.nn.initializers.normal(0.1)`; None: they start at 0.
+      drop_fraction: the part of the kept weights that the first update replaces, which falls along
+        a cosine to 0 at `end_step`; or a schedule.
+      update_every: steps between two updates of the masks.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.set_(optax.adamw(1e-3), sparsity=0.9, total_steps=10_000)
+
+    Raises:
+      ValueError: a sparsity, fraction or step out of range, an update that never comes, an unknown
+        `removal`.
     """
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     if removal not in ("magnitude", "signwise"):
         raise ValueError(f"removal={removal!r}: use 'magnitude' or 'signwise'")
-    fraction = recipe.drop_schedule(drop_fraction, updates.end)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end)
 
     def by_sign(step: Step):
         f = fraction(step.count)
-        keep, missing = zip(*[_kept_by_sign(v, f) for v in step.views])
+        keep, missing = map(list, zip(*[_kept_by_sign(v, f) for v in step.views]))
         return refill(
-            step.leaves, keep, missing, [scores.random(v) for v in step.views],
+            step.leaves,
+            keep,
+            missing,
+            [scores.random(v) for v in step.views],
             salts=step.salts(seed),
-        )  # fmt: skip
+        )
 
     by_magnitude = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)
     return hold_masks(
         inner,
-        recipe.plan_for(targets, structure),
-        init=recipe.random_masks(allocation, recipe.sparsity_of(sparsity, structure), seed),
+        sparse,
+        init=random_masks(sparse),
         rule=by_sign if removal == "signwise" else by_magnitude,
         grow_init=None if grow_init is None else lambda step: drawn_values(step, grow_init, seed),
         at=updates,
         gradient="kept",
         fresh="grown",
-        pack_masks=pack_masks,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,13 +14,12 @@ import optax
 from jaxsparse import schedules, scores
 from jaxsparse import targets as rules
 from jaxsparse._control import is_concrete, when
-from jaxsparse.allocations import Uniform
 from jaxsparse.engines import hold_masks, keep_best
+from jaxsparse.engines.setup import setup
 from jaxsparse.engines.two_view import two_view
-from jaxsparse.methods import _recipe as recipe
 from jaxsparse.methods._backward import along_outputs, pattern
 from jaxsparse.methods._registry import register
-from jaxsparse.structures import NM
+from jaxsparse.typing import StepCount, StructureLike, Targets
 
 _ADAPTER = re.compile(r"(^|/)adapter_(in|out)$")
 
@@ -41,22 +41,34 @@ def sparsifiable(path: str, leaf: Any) -> bool:
     return rules.is_kernel(path, leaf) and not _ADAPTER.search(path)
 
 
+def _last_percent(total_steps):
+    """The first step of the last 1 % of the run, which has at least one step."""
+    length = total_steps // 100
+    return total_steps - (max(length, 1) if is_concrete(length) else jnp.maximum(length, 1))
+
+
+def _timing(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = options["adapter_step"]
+    return {"adapter_step": _last_percent(options["total_steps"]) if given is None else given}
+
+
 @register(
     "slope",
     reference="Mozaffari et al., SLoPe: double-pruned sparse plus lazy low-rank adapter "
     "pretraining of LLMs, 2025",
     controls_sparsity=False,
     dynamics="fixed",
-    structures="NM",
+    structures="n:m",
+    timing=_timing,
 )
 def slope(
     inner: optax.GradientTransformation,
     *,
-    total_steps: Any,
-    adapter_step: Any = None,
-    structure: Any = NM(2, 4),  # noqa: B008 - a frozen value
+    total_steps: StepCount,
+    adapter_step: StepCount | None = None,
+    structure: StructureLike = "2:4",
     update_every: int = 100,
-    targets: Any = None,
+    targets: Targets = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The forward mask $m_R$ is chosen once, by |W| at `init` (n of m inputs), and kept; the
@@ -75,11 +87,12 @@ def slope(
       total_steps: the length of the run, in steps.
       adapter_step: the first step that moves the adapters; by default the last 1 % of the run, at
         least its last step.
-      structure: NM(n, m); m must divide the inputs and the outputs of every sparse leaf.
+      structure: NM(n, m) or its text; m must divide the inputs and the outputs of every sparse
+        leaf.
       update_every: steps between two choices of $m_{RC}$.
-      targets: by default all kernels but the adapters. (The authors' release leaves out layers whose
-        sides differ by more than a factor of 5.)
-      pack_masks: see the guide of options.
+      targets: by default all kernels but the adapters. (The authors' release leaves out layers
+        whose sides differ by more than a factor of 5.)
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.methods.slope(optax.adamw(1e-4), total_steps=10_000)
@@ -94,8 +107,9 @@ def slope(
         raise ValueError(f"update_every={update_every}: must be at least 1")
     if isinstance(late, int) and late < 0:
         raise ValueError(f"adapter_step={late}: must not be negative")
-    plan_for = recipe.plan_for(sparsifiable if targets is None else targets, forward)
-    init = keep_best(scores.magnitude, Uniform(), forward.sparsity)
+    chosen = sparsifiable if targets is None else targets
+    sparse = setup(structure=forward, targets=chosen, pack_masks=pack_masks)
+    init = keep_best(scores.magnitude, sparse)
 
     def rule(leaf, w, m, old, count):
         def choose(_, w, m):
@@ -105,10 +119,7 @@ def slope(
             return choose(None, w, m), None
         return when((count + 1) % update_every == 0, choose, old[0], w, m), None
 
-    tx = two_view(
-        hold_masks(inner, plan_for, init=init, pack_masks=pack_masks), plan_for, kind, rule,
-        pack_masks=pack_masks,
-    )  # fmt: skip
+    tx = two_view(hold_masks(inner, sparse, init=init), sparse, kind, rule)
 
     def update(updates, state, params=None, **extra):
         def gate(tree):
@@ -122,9 +133,3 @@ def slope(
         return gate(updates), new
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def _last_percent(total_steps):
-    """The first step of the last 1 % of the run, which has at least one step."""
-    length = total_steps // 100
-    return total_steps - (max(length, 1) if is_concrete(length) else jnp.maximum(length, 1))

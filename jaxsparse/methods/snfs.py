@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import selection
+from jaxsparse import schedules, selection
 from jaxsparse._counts import scale_count
-from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, momentum, refill
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import (
+    Step,
+    apportion,
+    by_layer,
+    by_leaf,
+    hold_masks,
+    momentum,
+    random_masks,
+    refill,
+)
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
+from jaxsparse.typing import AllocationLike, Scalar, ScalarOrSchedule, Seed, StepCount, Targets
 
 
 @register(
@@ -22,19 +30,20 @@ from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
     structures="unstructured",
     gradients="all",
     needs_momentum=True,
+    timing=AFTER_ONE_INTERVAL,
 )
 def snfs(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    drop_fraction: Any = 0.5,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
+    total_steps: StepCount,
+    drop_fraction: ScalarOrSchedule = 0.5,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drops the smallest |w| of each layer and grows where the momentum M is largest; how many a
@@ -56,9 +65,13 @@ def snfs(
       total_steps: the length of the run, in steps.
       drop_fraction: $\rho$ at the start of a cosine to 0.005, or a schedule.
       update_every: steps between updates; the authors take an epoch.
-      begin_step, end_step: the first update (`update_every`) and the last (75 % of the run).
-      allocation: the split at the start.
-      targets, seed, pack_masks: see the guide of options.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path;
+        at the start.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     This differs from the authors' code in: 1. the split is by largest remainders with caps, exact
     where theirs rounds and steers the budget back later; what a full layer cannot take goes to the
@@ -71,10 +84,12 @@ def snfs(
     Raises:
       ValueError: a sparsity, fraction or step out of range, an inner optimizer without momentum.
     """
-    sparsity = recipe.sparsity_of(sparsity, None)
+    sparse = setup(
+        sparsity, allocation=allocation, targets=targets, seed=seed, pack_masks=pack_masks
+    )
     updates = AFTER_ONE_INTERVAL.updates(total_steps, begin_step, end_step, update_every)
-    fraction = recipe.drop_schedule(drop_fraction, updates.end, final=0.005)
-    start = recipe.random_masks(allocation, sparsity, seed)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end, final=0.005)
+    start = random_masks(sparse)
 
     def init(step: Step):
         momentum(step)  # an inner optimizer that has none is an error at once
@@ -113,10 +128,9 @@ def snfs(
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, None),
+        sparse,
         init=init,
         rule=rule,
         at=updates,
         gradient="dense",
-        pack_masks=pack_masks,
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from jaxsparse import scores, structures
+from jaxsparse import scores
 from jaxsparse.engines import Projection, keep_best, straight_through
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StructureLike, Targets
 
 
 @register(
@@ -23,14 +23,14 @@ from jaxsparse.methods._registry import register
 )
 def sr_ste(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    decay: Any = 2e-4,
-    structure: Any = structures.NM(2, 4),  # noqa: B008 - a frozen value
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
-    raw_dtype: Any = None,
+    decay: Scalar = 2e-4,
+    structure: StructureLike = "2:4",
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""$p = z \odot m$ with m the N largest |z| of each group of M, and the gradient
@@ -41,12 +41,15 @@ def sr_ste(
     `decay=0` is plain straight-through.
 
     Args:
-      inner: the optimizer of z.
+      inner: the optimizer of z, any optax transformation.
       sparsity: may be left out: an N:M structure fixes it. Other structures need it.
       decay: $\lambda$; it is added to the gradient, so `inner` scales it by the learning rate.
       structure: groups run along the inputs by default.
-      allocation, targets, seed, pack_masks: see the guide of options.
-      raw_dtype: the dtype of z; see `magnitude_ste`.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.sr_ste(optax.sgd(0.1), structure=jaxsparse.structures.NM(1, 4))
@@ -57,19 +60,16 @@ def sr_ste(
     """
     if isinstance(decay, float | int) and decay < 0:
         raise ValueError(f"decay={decay}: must not be negative; it shrinks pruned raw weights")
-    rule = keep_best(
-        scores.magnitude, recipe.allocation_of(allocation),
-        recipe.sparsity_of(sparsity, structure), seed=seed,
-    )  # fmt: skip
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    rule = keep_best(scores.magnitude, sparse)
 
     def pull_back(v, _):
         return v.g + decay * jnp.where(v.m, jnp.zeros((), v.w.dtype), v.w)
 
     return straight_through(
         inner,
-        recipe.plan_for(targets, structure),
+        sparse,
         lambda step: Projection(rule(step)),
         pull_back=pull_back,
         raw_dtype=raw_dtype,
-        pack_masks=pack_masks,
     )

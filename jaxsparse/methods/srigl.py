@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse import selection
+from jaxsparse import schedules, selection
 from jaxsparse._counts import kept_count, scale_count
 from jaxsparse.allocations import last_leaf
-from jaxsparse.engines import Step, View, hold_masks
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, View, hold_masks, random_masks
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
 from jaxsparse.structures import FanIn
+from jaxsparse.typing import AllocationLike, Scalar, ScalarOrSchedule, Seed, StepCount, Targets
 
 
 def _rewire(v: View, kept, fraction, gamma, ablate: bool, salt: Array) -> Array:
@@ -53,24 +53,25 @@ def _rewire(v: View, kept, fraction, gamma, ablate: bool, salt: Array) -> Array:
 @register(
     "srigl",
     reference="Lasby et al., Dynamic sparse training with structured sparsity, 2024",
-    structures="FanIn",
+    structures="fan_in",
     gradients="updates",
     exact_budget=False,
+    timing=REWIRING,
 )
 def srigl(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    total_steps: Any,
-    drop_fraction: Any = 0.3,
+    total_steps: StepCount,
+    drop_fraction: ScalarOrSchedule = 0.3,
     min_salient: float = 0.3,
     keep_neurons: str | None = None,
-    update_every: Any = 100,
-    begin_step: Any = None,
-    end_step: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RigL with constant fan-in: every neuron of a layer that is not switched off has the same
@@ -92,17 +93,22 @@ def srigl(
     one per active neuron less.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the fraction of zeros in [0, 1).
       total_steps: the length of the run, in steps.
       drop_fraction: the start of the cosine f, or a schedule of f.
       min_salient: $\gamma$: from 1 on a number of inputs, below 1 a fraction of the fan-in before
         the update (0.3 for convolutions; the authors use 0.95 for vision transformers); 0 switches
         only neurons without any off.
-      keep_neurons: a pattern of the layers whose neurons are never switched off; by default the last
-        layer in the natural order of the paths. Patterns must name the output layer too.
-      update_every, begin_step, end_step: as `rigl`.
-      allocation, targets, seed, pack_masks: see the guide of options.
+      keep_neurons: a pattern of the layers whose neurons are never switched off; by default the
+        last layer in the natural order of the paths. Patterns must name the output layer too.
+      update_every: steps between two updates of the masks.
+      begin_step: the first update, at least 1; after `update_every` steps by default.
+      end_step: no update after it; 75 % of the run by default.
+      allocation: the budgets of layers: "uniform", "er", "erk", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     This differs from the authors' code in: 1. a neuron with more than k keeps its largest |w| (they
     sort the mask, so that the order of the indices decides); 2. weights are not drawn anew for the
@@ -116,28 +122,39 @@ def srigl(
     """
     if min_salient < 0:
         raise ValueError(f"min_salient={min_salient}: give a count, or a fraction in [0, 1)")
-    sparsity, budget = recipe.sparsity_of(sparsity, None), recipe.shape_rule(allocation)
+    sparse = setup(
+        sparsity,
+        structure=FanIn(),
+        allocation=allocation,
+        targets=targets,
+        seed=seed,
+        pack_masks=pack_masks,
+        by_layer=True,
+    )
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
-    fraction = recipe.drop_schedule(drop_fraction, updates.end)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end)
 
     def rule(step: Step):
         f, last = fraction(step.count), last_leaf(step.leaves)
         fixed = lambda path: re.search(keep_neurons, path) if keep_neurons else path == last
         return [
             _rewire(
-                v, kept_count(v.leaf.layer_size, s), f, min_salient, not fixed(v.leaf.path),
+                v,
+                kept_count(v.leaf.layer_size, s),
+                f,
+                min_salient,
+                not fixed(v.leaf.path),
                 v.leaf.salt(seed, step.count),
             )
-            for v, s in zip(step.views, budget.sparsities(step.leaves, sparsity))
-        ]  # fmt: skip
+            for v, s in zip(step.views, sparse.allocation.sparsities(step.leaves, sparse.sparsity))
+        ]
 
     return hold_masks(
         inner,
-        recipe.plan_for(targets, FanIn()),
-        init=recipe.random_masks(budget, sparsity, seed),
+        sparse,
+        init=random_masks(sparse),
         rule=rule,
         at=updates,
         on_update="replace",
         fresh="grown",
-        pack_masks=pack_masks,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ import optax
 from jaxsparse import masking
 from jaxsparse import targets as targets_
 from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, hold_masks
-from jaxsparse.leaves import find
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines import Step, hold_masks, random_masks
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StructureLike, Targets
 
 
 @register(
@@ -25,13 +25,13 @@ from jaxsparse.methods._registry import register
 )
 def static(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    masks: Any = "random",
-    structure: Any = None,
-    allocation: Any = "erk",
-    targets: Any = None,
-    seed: Any = 0,
+    masks: Literal["random", "from_params"] | optax.Params = "random",
+    structure: StructureLike = None,
+    allocation: AllocationLike = "erk",
+    targets: Targets = None,
+    seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Masks that never change.
@@ -44,9 +44,16 @@ def static(
     - a tree of boolean masks like the parameters, `None` at dense leaves.
 
     Args:
-      inner: the optimizer of the weights.
+      inner: the optimizer of the weights, any optax transformation.
       sparsity: the fraction of zeros in [0, 1), for random masks.
-      masks, structure, allocation, targets, seed, pack_masks: see above and the guide of options.
+      masks: "random", "from_params" or a tree of masks, see above.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any;
+        of random masks.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path;
+        of random masks.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of random masks and ties, an integer.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 2.0]])}
@@ -65,19 +72,25 @@ def static(
             f"sparsity={sparsity}: these masks fix the sparsity themselves; leave it out"
         )
     if given:
-        return hold_masks(
-            inner,
-            lambda params: _plan_of(params, masks),
-            init=lambda step: [_given(masks, v) for v in step.views],
-            pack_masks=pack_masks,
+        wanted = masking.by_path(masks)
+        sparse = setup(
+            asks_sparsity=False, targets=lambda path, _: path in wanted, pack_masks=pack_masks
         )
-    plan_for = recipe.plan_for(targets, structure)
-    if masks == "from_params":
-        return hold_masks(inner, plan_for, init=_nonzeros, pack_masks=pack_masks)
-    sparsity = recipe.sparsity_of(sparsity, structure)
-    return hold_masks(
-        inner, plan_for, init=recipe.random_masks(allocation, sparsity, seed), pack_masks=pack_masks
-    )
+        tx = hold_masks(inner, sparse, init=lambda step: _given(wanted, step))
+
+        def init(params):
+            paths = [path for path, _ in targets_.named_leaves(params)]
+            missing = sorted(set(wanted) - set(paths))
+            if missing and hasattr(
+                params, "__len__"
+            ):  # not the placeholder of optax.tree.map_params
+                raise ValueError(targets_.unmatched_message("masks", missing, paths))
+            return tx.init(params)
+
+        return optax.GradientTransformationExtraArgs(init, tx.update)
+    drawn = masks == "random"
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks, asks_sparsity=drawn)
+    return hold_masks(inner, sparse, init=random_masks(sparse) if drawn else _nonzeros)
 
 
 def _nonzeros(step: Step) -> list:
@@ -94,23 +107,13 @@ def _nonzeros(step: Step) -> list:
     return found
 
 
-def _plan_of(params, masks):
-    """The plan whose sparse leaves are those that have a mask."""
-
-    wanted = masking.by_path(masks)
-    result = find(params, lambda path, _: path in wanted)
-    missing = sorted(set(wanted) - {leaf.path for leaf in result.leaves})
-    if missing and result.treedef.num_leaves:
-        paths = [s.path for s in targets_.select(params)]
-        raise ValueError(targets_.unmatched_message("masks", missing, paths))
-    return result
-
-
-def _given(masks, view) -> jax.Array:
-    mask = jnp.asarray(masking.unpack(masking.by_path(masks)[view.leaf.path]))
-    if mask.shape != view.w.shape or mask.dtype != bool:
-        raise ValueError(
-            f"masks: the mask of {view.leaf.path!r} is {mask.dtype}{list(mask.shape)}; it must be "
-            f"bool{list(view.w.shape)}"
-        )
-    return mask
+def _given(wanted, step: Step) -> list[jax.Array]:
+    """The masks that were given, by the path of their leaf."""
+    found = [jnp.asarray(masking.unpack(wanted[leaf.path])) for leaf in step.leaves]
+    for v, mask in zip(step.views, found):
+        if mask.shape != v.w.shape or mask.dtype != bool:
+            raise ValueError(
+                f"masks: the mask of {v.leaf.path!r} is {mask.dtype}{list(mask.shape)}; it must be "
+                f"bool{list(v.w.shape)}"
+            )
+    return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxsparse.methods._registry import register
 from jaxsparse.methods.autosparse import learned_threshold
+from jaxsparse.typing import Targets
 
 
 @register(
@@ -20,6 +22,7 @@ from jaxsparse.methods.autosparse import learned_threshold
     starts_dense=True,
     dynamics="projected",
     structures="unstructured",
+    dense_phase="nearly dense at first: as sparse as the thresholds make it",
 )
 def str_(
     inner: optax.GradientTransformation,
@@ -27,8 +30,8 @@ def str_(
     threshold_init: float = -3200.0,
     scope: Literal["layer", "global"] = "layer",
     threshold_optimizer: optax.GradientTransformation | None = None,
-    targets: Any = None,
-    raw_dtype: Any = None,
+    targets: Targets = None,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learns its thresholds, one per layer, and so its sparsity, which cannot be asked for.
@@ -49,8 +52,9 @@ def str_(
       scope: one threshold per layer, or one for the network (the gradient of s is then the sum over
         all layers).
       threshold_optimizer: the optimizer of s.
-      targets, pack_masks: see the guide of options.
-      raw_dtype: the dtype of z; see `magnitude_ste`.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.str_(optax.adamw(1e-3, weight_decay=1e-3), threshold_init=-5.0)
@@ -58,7 +62,12 @@ def str_(
     if scope not in ("layer", "global"):
         raise ValueError(f"scope={scope!r}: use 'layer' or 'global'")
     return learned_threshold(
-        inner, backward=lambda v, _: v.m.astype(jnp.float32), threshold_init=threshold_init,
-        threshold_optimizer=threshold_optimizer, targets=targets, raw_dtype=raw_dtype,
-        pack_masks=pack_masks, shared=scope == "global",
-    )  # fmt: skip
+        inner,
+        backward=lambda v, _: v.m.astype(jnp.float32),
+        threshold_init=threshold_init,
+        threshold_optimizer=threshold_optimizer,
+        targets=targets,
+        raw_dtype=raw_dtype,
+        pack_masks=pack_masks,
+        shared=scope == "global",
+    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxsparse import masking, scores
 from jaxsparse._control import is_concrete
 from jaxsparse.engines import Projection, Step, keep_best, refresh, straight_through
-from jaxsparse.methods import _recipe as recipe
+from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 
 @register(
@@ -22,16 +22,16 @@ from jaxsparse.methods._registry import register
 )
 def top_kast(
     inner: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Scalar | None = None,
     *,
-    backward_sparsity: Any = None,
-    decay: Any = 1e-4,
-    update_every: Any = 1,
-    structure: Any = None,
-    allocation: Any = "uniform",
-    targets: Any = None,
-    seed: Any = 0,
-    raw_dtype: Any = None,
+    backward_sparsity: Scalar | None = None,
+    decay: Scalar = 1e-4,
+    update_every: StepCount = 1,
+    structure: StructureLike = None,
+    allocation: AllocationLike = "uniform",
+    targets: Targets = None,
+    seed: Seed = 0,
+    raw_dtype: DTypeLike | None = None,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""$p = z \odot A$ with A the largest |z| at the sparsity, while the gradient moves the larger
@@ -47,12 +47,16 @@ def top_kast(
       inner: the optimizer of z. Its momentum does not move weights outside B.
       sparsity: of the forward pass, in [0, 1); may be left out with an N:M structure.
       backward_sparsity: of the set that has gradients, at most `sparsity`; by default half way
-        between dense and that in logarithms, $1 - \sqrt{1 - S}$; 0: straight-through for all.
-        With an N:M structure B is unstructured.
+        between dense and that in logarithms, $1 - \sqrt{1 - S}$; 0: straight-through for all. With
+        an N:M structure B is unstructured.
       decay: $\lambda$.
       update_every: steps between two rankings (the authors take 1 to 100).
-      structure, allocation, targets, seed, pack_masks: see the guide of options.
-      raw_dtype: the dtype of z; see `magnitude_ste`.
+      structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
+      allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
+      targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
+      seed: of ties, an integer.
+      raw_dtype: the dtype of z; None: that of the parameters, too coarse for small steps if bfloat16.
+      pack_masks: store masks as one bit per weight.
 
     Public sources disagree on the factor of B without A: here it is the 1/D of the paper, not 1/S
     or D as in third-party code. The raw weights are stored dense.
@@ -63,7 +67,8 @@ def top_kast(
     Raises:
       ValueError: a sparsity out of range, `backward_sparsity` above `sparsity`, a negative decay.
     """
-    forward = recipe.sparsity_of(sparsity, structure)
+    sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    forward = sparse.sparsity
     if is_concrete(decay) and decay < 0:
         raise ValueError(f"decay={decay}: must not be negative; it makes weights earn their place")
     if is_concrete(update_every) and update_every < 1:
@@ -78,9 +83,8 @@ def top_kast(
             f"backward_sparsity={backward_sparsity}: must be in [0, sparsity={forward}]; the set with "
             "gradients contains the one of the forward pass"
         )
-    budget = recipe.allocation_of(allocation)
-    in_forward = keep_best(scores.magnitude, budget, forward, seed=seed)
-    in_backward = keep_best(scores.magnitude, budget, backward_sparsity, seed=seed)
+    in_forward = keep_best(scores.magnitude, sparse)
+    in_backward = keep_best(scores.magnitude, sparse.replace(sparsity=backward_sparsity))
 
     def wider(step: Step):
         """B: without the structure, and never without what A holds."""
@@ -103,10 +107,9 @@ def top_kast(
 
     return straight_through(
         inner,
-        recipe.plan_for(targets, structure),
+        sparse,
         rule,
         pull_back=pull_back,
         moves=lambda step: [masking.unpack(m) for m in step.aux],
         raw_dtype=raw_dtype,
-        pack_masks=pack_masks,
     )
