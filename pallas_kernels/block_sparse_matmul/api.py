@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -19,16 +20,19 @@ class Implementation(Protocol):
     """What a module (or any object) needs to be one of `IMPLEMENTATIONS`; only those that can be
     interpreted are given `interpret=True`."""
 
-    def why_not(self, x: Array, w: BlockSparse, interpret: bool) -> str | None:
-        """The reason why it cannot take these arguments, or None."""
+    @property
+    def why_not(self) -> Callable[[Array, BlockSparse, bool], str | None]:
+        """`why_not(x, w, interpret)`: the reason why it cannot take these arguments, or None."""
         ...
 
-    def matmul(self, x: Array, w: BlockSparse, **options: Any) -> Array:
-        """`x @ w`, or `x @ w.T` with `transposed=True`; `precision`, `out_dtype`."""
+    @property
+    def matmul(self) -> Callable[..., Array]:
+        """`matmul(x, w, transposed=, precision=, out_dtype=)`: `x @ w`, or `x @ w.T`."""
         ...
 
-    def weight_gradient(self, x: Array, dy: Array, w: BlockSparse, **options: Any) -> Array:
-        """The stored blocks of `x^T dy`; `precision`."""
+    @property
+    def weight_gradient(self) -> Callable[..., Array]:
+        """`weight_gradient(x, dy, w, precision=)`: the stored blocks of `x^T dy`."""
         ...
 
 
