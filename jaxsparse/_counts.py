@@ -12,6 +12,7 @@ beyond 2^24, and a count that is one off is a contract broken.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -57,7 +58,7 @@ class Wide(NamedTuple):
             rest = (rest << 8) | ((word.astype(jnp.uint32) >> shift) & 0xFF)
             quotient.append((rest // size).astype(jnp.int32))
             rest = rest % size
-        joined = lambda bytes_: sum(x << (8 * i) for i, x in enumerate(reversed(bytes_)))
+        joined = lambda bytes_: functools.reduce(lambda high, low: (high << 8) | low, bytes_)
         return Wide(joined(quotient[:4]), joined(quotient[4:]))
 
 

@@ -126,7 +126,8 @@ def resolve(score: str | ScoreLike) -> Score:
                 f"score={score!r}: give a function of a View, or of (w, g), or one of {sorted(NAMED)}"
             )
         return NAMED[score]
-    return _adapted(score) if _takes_two(score) else score
+    function: Any = score
+    return _adapted(function) if _takes_two(function) else function
 
 
 def _adapted(function: Callable[[Array, Any], Array]) -> Score:

@@ -415,7 +415,7 @@ _COMPILED: list[str] = []
 
 @functools.cache
 def _listen() -> None:
-    def note(event: str, duration: float, **kwargs: Any) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             _COMPILED.append(event)
 

@@ -156,9 +156,13 @@ def _ratios(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 @jax.jit
 def _step(x, values, dy, w=None):
     """Forward and both gradients of x times a dense matrix, or a block-sparse w, of these values."""
-    dense = lambda x, values: jnp.matmul(x, values)
-    sparse = lambda x, values: block_sparse_matmul(x, w.with_values(values))
-    y, pull = jax.vjp(dense if w is None else sparse, x, values)
+
+    def product(x, values):
+        if w is None:
+            return jnp.matmul(x, values)
+        return block_sparse_matmul(x, w.with_values(values))
+
+    y, pull = jax.vjp(product, x, values)
     return y, *pull(dy)
 
 

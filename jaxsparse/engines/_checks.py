@@ -138,8 +138,13 @@ def first_state(state: SparseState, params) -> SparseState:
 @functools.cache
 def _placeholder() -> type:
     """The type that optax puts in place of the parameters, seen by asking as a user would."""
-    seen = []
-    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    seen: list[type] = []
+
+    def init(params: Any) -> Any:
+        seen.append(type(params))
+        return ()
+
+    optax.tree.map_params(init, lambda x: x, ())
     return seen[0]
 
 

@@ -27,7 +27,7 @@ def topk_masks(
     where: Sequence[Any] | None = None,
     ties: str = "position",
     seed: Any = None,
-    axis: Axis | list[Axis] = None,
+    axis: Axis | Sequence[Axis] = None,
     together: bool = False,
     minimum: Sequence[Any] | None = None,
     score: Score | None = None,
@@ -118,8 +118,10 @@ def topk_mask(
     >>> topk_mask(jnp.array([[3.0, 1.0], [-5.0, 2.0]]), 1, axis=0, score=jnp.abs).tolist()
     [[False, False], [True, True]]
     """
-    options = dict(ties=ties, seed=[seed], axis=[axis], score=score)
-    return topk_masks([scores], [k], where=[where], **options)[0]
+    found = topk_masks(
+        [scores], [k], where=[where], ties=ties, seed=[seed], axis=[axis], score=score
+    )
+    return found[0]
 
 
 def count(mask: Array, *, axis: Axis = None, keepdims: bool = False) -> Array:
@@ -179,7 +181,7 @@ def _together(operands, shapes, k, where, seed, minimum, *, score) -> list[Array
     own: list[Array | None] = [None] * n
     if any(not isinstance(m, int) or m > 0 for m in least):
         ties = "position" if seed is None else "hash"
-        own = topk_masks(operands, least, where=where, ties=ties, seed=seed, score=score)
+        own[:] = topk_masks(operands, least, where=where, ties=ties, seed=seed, score=score)
     k = _counts.count_of(k, size, size >= _counts.WIDE)
     return _masks_together(operands, k, where, seed, own, score=score)
 
