@@ -152,8 +152,8 @@ _REFERENCE = (
 set_itop = preset(
     "set_itop",
     itop,
-    """SET that drops much and rarely, and records what has been tried: `itop` with random growth; see
-    there for the options.
+    """SET that drops much and rarely, and records what has been tried. It is `itop` with random growth,
+    where the options are explained.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.set_itop(optax.sgd(0.1), 0.9, total_steps=10_000, growth="unfired")
@@ -166,8 +166,8 @@ set_itop = preset(
 rigl_itop = preset(
     "rigl_itop",
     itop,
-    """RigL that drops much and rarely, and records what has been tried: `itop` with
-    `growth="gradient"`; see there for the options.
+    """RigL that drops much and rarely, and records what has been tried. It is `itop` with
+    `growth="gradient"`, where the options are explained.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.rigl_itop(optax.sgd(0.1), 0.9, total_steps=10_000)

@@ -56,8 +56,9 @@ def mest(
     seed: Seed = 0,
     pack_masks: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Prunes each layer by $|w| + \lambda |g|$ and grows it back at random, in phases that mutate
-    less and less. g is the gradient of kept weights only: no dense gradient is ever needed.
+    r"""Prunes each layer by |w| and |g| and grows it back at random, in phases that mutate less and
+    less. The score is $|w| + \lambda |g|$, with g of kept weights only: no dense gradient is ever
+    needed.
 
     - `memory="elastic"` (EM): the layer is pruned to the density $(1 - S)(1 - \mu_t)$ and grown back
       to its sparsity S.
@@ -184,8 +185,8 @@ class _Shifted(ByShape):
 mest_soft = preset(
     "mest_soft",
     mest,
-    """MEST with a soft memory bound (EM&S), denser than asked until its last phase: `mest` with
-    `memory="soft"`; see there for the options.
+    """MEST with a soft memory bound (EM&S), denser than asked until its last phase. It is `mest` with
+    `memory="soft"`, where the options are explained.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.mest_soft(optax.sgd(0.1), 0.9, total_steps=10_000)

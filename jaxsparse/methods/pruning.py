@@ -131,8 +131,8 @@ def _with_minimum(allocation: AllocationLike, minimum) -> allocations.Global:
 global_magnitude = preset(
     "global_magnitude",
     magnitude,
-    """Gradual pruning with one threshold on |w| over the whole network: `magnitude` with
-    `allocation="global"`; see there for the options.
+    """Gradual pruning with one threshold on |w| over the whole network. It is `magnitude` with
+    `allocation="global"`, where the options are explained.
 
     Scores are not divided by the norm of the layer; `allocations.Global(normalize="l2")` does that.
     `minimum` is what every layer keeps; it is not the minimum threshold of the authors, which
@@ -150,8 +150,8 @@ global_magnitude = preset(
 random_pruning = preset(
     "random_pruning",
     magnitude,
-    """Gradual pruning of weights drawn at random, the baseline of the family: `magnitude` with
-    `score="random"`; see there for the options. Masks are nested.
+    """Gradual pruning of weights drawn at random, the baseline of the family. It is `magnitude` with
+    `score="random"`, where the options are explained. Masks are nested.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.random_pruning(optax.adam(1e-3), 0.9, total_steps=1000)
@@ -164,9 +164,9 @@ random_pruning = preset(
 saliency = preset(
     "saliency",
     magnitude,
-    """Gradual pruning of the smallest |w g|, g the gradient of the update's own batch: `magnitude`
-    with `score="saliency"`; see there for the options. Masks are nested; equal scores (a gradient of
-    zeros) are ranked by a seeded hash.
+    """Gradual pruning of the smallest |w g|, g the gradient of the update's own batch. It is
+    `magnitude` with `score="saliency"`, where the options are explained. Masks are nested; equal
+    scores (a gradient of zeros) are ranked by a seeded hash.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.saliency(optax.adam(1e-3), 0.9, total_steps=1000)

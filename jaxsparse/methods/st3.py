@@ -143,8 +143,8 @@ def _scale(z: Array, mask: Array, axes: tuple[int, ...]) -> Array:
 st3_sigma = preset(
     "st3_sigma",
     st3,
-    """ST-3 with |z| measured in units of its layer's initial spread: `st3` with `measure="sigma"`; see
-    there for the options.
+    """ST-3 with |z| measured in units of its layer's initial spread. It is `st3` with
+    `measure="sigma"`, where the options are explained.
 
     >>> import jaxsparse
     >>> tx = jaxsparse.st3_sigma(optax.sgd(0.1), 0.9, total_steps=1000)
