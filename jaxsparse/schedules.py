@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse._control import is_concrete
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Number = float | int | np.number | jax.Array
 
 
 def _progress(step, begin, end) -> jax.Array:
@@ -159,9 +161,9 @@ class Updates:
     interval. Steps are counted from 0: step t is the (t + 1)-th `update`.
     """
 
-    begin: int | jax.Array
-    end: int | jax.Array
-    every: int | jax.Array = 1
+    begin: int | np.integer | jax.Array
+    end: int | np.integer | jax.Array
+    every: int | np.integer | jax.Array = 1
     at_end: bool = True
 
     def fires(self, step) -> jax.Array:
@@ -185,7 +187,7 @@ class At:
     [2, 5]
     """
 
-    steps: Sequence[int | jax.Array]
+    steps: Sequence[int | np.integer | jax.Array]
 
     def fires(self, step) -> jax.Array:
         """Whether masks are recomputed at `step` (bool scalar)."""
@@ -216,9 +218,15 @@ def check_length(total_steps) -> None:
 
 
 def window(
-    total_steps, begin_step=None, end_step=None, update_every=1, *, default_begin=0,
-    fraction=0.75, at_end=True,
-) -> Updates:  # fmt: skip
+    total_steps: Any,
+    begin_step: Any = None,
+    end_step: Any = None,
+    update_every: Any = 1,
+    *,
+    default_begin: Any = 0,
+    fraction: float = 0.75,
+    at_end: bool = True,
+) -> Updates:
     """The update steps of a run of `total_steps`, checked; `begin_step` is by default
     `default_begin`, `end_step` `fraction * total_steps`.
 
@@ -256,7 +264,7 @@ def window(
     return Updates(begin, end, every, at_end)
 
 
-def drop_fraction(value: float | jax.Array | Schedule, end_step, *, final: float = 0.0) -> Schedule:
+def drop_fraction(value: Number | Schedule, end_step, *, final: float = 0.0) -> Schedule:
     """The `drop_fraction` of a method that drops and grows: a schedule as it is; a number as the start
     of a cosine to `final` at `end_step`.
 

@@ -5,12 +5,13 @@ An array stands beside a number where a value may be traced: one compilation the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from jax import Array
 
 from jaxsparse.allocations import AllocationLike
+from jaxsparse.schedules import Schedule
 from jaxsparse.structures import Structure
 from jaxsparse.targets import Targets
 
@@ -20,8 +21,6 @@ Scalar = float | int | np.number | Array
 StepCount = int | np.integer | Array
 """A number of optimizer steps, counted from 0; may be traced."""
 
-Schedule = Callable[[Array], Array]
-"""A function of the step (int32)."""
 
 ScalarOrSchedule = Scalar | Schedule
 """A number, or a function of the step."""

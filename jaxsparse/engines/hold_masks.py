@@ -107,6 +107,7 @@ def hold_masks(
         masks, new_aux, fires = old, state.aux, jnp.zeros((), bool)
 
         if rule is not None and at is not None:
+            choose = rule
             # Scores that are NaN choose nothing: the masks stay, and the NaN shows in the weights.
             fires = at.fires(state.count)
             if fresh == "grown":  # nothing has been trained at step 0
@@ -116,7 +117,8 @@ def hold_masks(
             def run(carry, count, ws, gs):
                 masks = [unpack(m) for m in carry[0]]
                 step = Step(count, views(plan, ws, gs, masks), state.inner, carry[1])
-                new, new_aux = rule(step) if aux else (rule(step), carry[1])
+                found: Any = choose(step)
+                new, new_aux = found if aux else (found, carry[1])
                 return store_masks(new, setup.pack_masks), new_aux
 
             # Masks alone pass the conditional: weights and slots would be copied there.
@@ -146,9 +148,10 @@ def hold_masks(
             for m, d, w in zip(live, plan.take(deltas), ws)
         ]
         if grow_init is not None:
+            first_values = grow_init
 
             def started(moves, count, masks, old, ws, gs):
-                values = grow_init(Step(count, views(plan, ws, gs, old), state.inner, state.aux))
+                values = first_values(Step(count, views(plan, ws, gs, old), state.inner, state.aux))
                 rows = zip(moves, masks, old, values, ws)
                 return [jnp.where(m & ~o, (v - w).astype(d.dtype), d) for d, m, o, v, w in rows]
 

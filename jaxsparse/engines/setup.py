@@ -36,6 +36,12 @@ class Setup:
     pack_masks: bool
     fits: tuple[Structure, ...] = ()
 
+    @property
+    def by_shape(self) -> allocations.ByShape:
+        """The allocation, where `setup(by_layer=True)` has made sure that it is a rule of shapes."""
+        assert isinstance(self.allocation, allocations.ByShape)
+        return self.allocation
+
     def leaves_for(self, params) -> SparseLeaves:
         """The sparse leaves of `params`.
 

@@ -90,7 +90,7 @@ def app(
 
     def ramp(step):
         now = densities[jnp.maximum(starts.passed(step), 1) - 1]
-        done = (1.0 - now) / jnp.maximum(sparsity, 1e-9)
+        done = (1.0 - now) / jnp.maximum(jnp.asarray(sparsity), 1e-9)
         return jnp.where(starts.passed(step) >= stages, 1.0, jnp.minimum(done, 1.0))
 
     function = scores.resolve(score)

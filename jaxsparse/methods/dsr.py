@@ -11,7 +11,7 @@ from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, ra
 from jaxsparse.engines.setup import setup
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import REWIRING
-from jaxsparse.typing import AllocationLike, Scalar, ScalarOrSchedule, Seed, StepCount, Targets
+from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, Targets
 
 
 @register(
@@ -26,7 +26,7 @@ def dsr(
     sparsity: Scalar | None = None,
     *,
     total_steps: StepCount,
-    drop_fraction: ScalarOrSchedule = 0.1,
+    drop_fraction: Scalar = 0.1,
     threshold: Scalar = 1e-3,
     update_every: StepCount = 100,
     begin_step: StepCount | None = None,

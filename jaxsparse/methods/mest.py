@@ -112,7 +112,7 @@ def mest(
             "soft": (lambda s: s, lambda s: s - moved),
         }[memory]
         units = lambda shift: unit_budgets(
-            step.leaves, _Shifted(sparse.allocation, shift), sparse.sparsity
+            step.leaves, _Shifted(sparse.by_shape, shift), sparse.sparsity
         )
         return units(lower), units(upper)
 

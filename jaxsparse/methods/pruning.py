@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -16,7 +16,7 @@ from jaxsparse.methods._timing import Timing
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 _TIMING = Timing()
-_FACTS = dict(
+_FACTS: dict[str, Any] = dict(
     starts_dense=True,
     dynamics="gradual",
     dense_phase="dense before begin_step, sparser along the schedule",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -156,9 +156,11 @@ def sap(
     def init(params):
         kept = starts(sparse.leaves_for(params), params)
         copies = [jnp.array(w, copy=True) for w in kept.values()]
-        return first_state(tx.init(params)._replace(aux=copies), params)
+        state: Any = tx.init(params)
+        return first_state(state._replace(aux=copies), params)
 
     def update(grads, state, params=None, **extra):
+        new: Any
         state = with_whole_masks(state, init, params)
         plan = check_arguments(params, state, sparse, keeps_raw=False)
         ws, treedef = jax.tree.flatten(params)

@@ -102,7 +102,7 @@ def sdgf(
     Raises:
       ValueError: as `mdgf`; a pattern that has no such stages, a stage whose groups do not divide.
     """
-    patterns = sdgf_stages(structure, stages)
+    patterns = sdgf_stages(check_pattern(structure), stages)
     window = _TIMING.updates(total_steps, begin_step, end_step)
     sparse = setup(structure=structure, targets=targets, pack_masks=pack_masks, fits=patterns)
 

@@ -146,7 +146,7 @@ def srigl(
                 not fixed(v.leaf.path),
                 v.leaf.salt(seed, step.count),
             )
-            for v, s in zip(step.views, sparse.allocation.sparsities(step.leaves, sparse.sparsity))
+            for v, s in zip(step.views, sparse.by_shape.sparsities(step.leaves, sparse.sparsity))
         ]
 
     return hold_masks(

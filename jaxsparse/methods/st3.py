@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -23,7 +23,7 @@ _REFERENCE = (
     "need for sparse training?, 2023"
 )
 _TIMING = Timing(begin=5, end=50)
-_FACTS = dict(
+_FACTS: dict[str, Any] = dict(
     keeps_raw=True,
     starts_dense=True,
     gradients="all",
