@@ -23,13 +23,13 @@ class Attention(nnx.Module):
         self.heads, self.causal = heads, causal
 
     def __call__(self, x_BTD):
-        B, T, D = x_BTD.shape
-        split = lambda y: y.reshape(B, T, self.heads, D // self.heads)
+        B, T, _ = x_BTD.shape
+        split = lambda y: y.reshape(B, T, self.heads, -1)
         q_BTHK, k_BTHK, v_BTHK = (split(f(x_BTD)) for f in (self.query, self.key, self.value))
         if self.causal:
             q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
         y_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=self.causal)
-        return self.out(y_BTHK.reshape(B, T, D))
+        return self.out(y_BTHK.reshape(B, T, -1))
 
 
 class Block(nnx.Module):

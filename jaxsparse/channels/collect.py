@@ -64,14 +64,14 @@ class Fixed:
 
 
 def ties_of(trace: Trace) -> list[tuple[int, ...]]:
-    """Sets of atoms of which as many must stay, since the model cuts an axis into equal parts. Where one of them
+    """Sets of atoms of which as many must stay, since the model cuts an axis into equal parts, or says so. Where one of them
     is pinned, all are; parts that cannot be brought into one form are pinned."""
     labels, borders, reasons = trace.labels, {}, {}
     for cut in trace.cuts:
         root = labels.root(cut.label)
         borders.setdefault(root, {0, labels.size(root)}).update((cut.start, cut.stop))
         reasons.setdefault(root, cut.reason)
-    equal = []
+    equal: list[tuple[Sequence[int], Reason]] = list(trace.equal)
     for root, places in borders.items():
         ordered = [p for p in range(labels.size(root) + 1) if p in places]
         sizes = [b - a for a, b in zip(ordered, ordered[1:])]
@@ -81,7 +81,9 @@ def ties_of(trace: Trace) -> list[tuple[int, ...]]:
     for _ in equal:  # each pass may refine what another set shares
         for pieces, reason in equal:
             if not all([labels.refine_alike(pieces[0], piece) for piece in pieces[1:]]):
-                why = Reason("parts of unlike form that the model cuts equal", reason.source)
+                why = Reason(
+                    f"of another form than what it must equal ({reason.what})", reason.source
+                )
                 trace.pin(pieces, why)
     sets: list[tuple[set[int], Reason]] = []
     for pieces, reason in equal:
@@ -93,7 +95,7 @@ def ties_of(trace: Trace) -> list[tuple[int, ...]]:
             sets += [(tied, reason)] if len(tied) > 1 else []
     for tied, reason in sets:
         if any(map(labels.pinned, tied)):
-            trace.pin(tied, Reason("one of equal parts of which another must stay", reason.source))
+            trace.pin(tied, Reason(f"as long as what must stay ({reason.what})", reason.source))
     return [tuple(tied) for tied, _ in sets if not any(map(labels.pinned, tied))]
 
 

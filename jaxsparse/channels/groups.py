@@ -36,7 +36,7 @@ class Groups(Mapping[str, Group]):
       work: every matrix product and convolution.
       shapes: of the leaves, by path.
       trained: paths of the parameters, statistics apart.
-      model: the model, taken apart, as it was traced.
+      model, trace: the model, taken apart, and its trace.
     """
 
     groups: Mapping[str, Group]
@@ -46,6 +46,7 @@ class Groups(Mapping[str, Group]):
     shapes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
     model: Adapted = dataclasses.field(repr=False)
+    trace: Trace = dataclasses.field(repr=False)
 
     def __getitem__(self, name: str) -> Group:
         if name not in self.groups:
@@ -105,6 +106,10 @@ class Groups(Mapping[str, Group]):
         atoms = self._counts(counts)
         return sum(2 * w.times * math.prod(axis.width(atoms) for axis in w.axes) for w in self.work)
 
+    def reported(self) -> list[Fixed]:
+        """What stays, without the windows of convolutions and the lengths of loops."""
+        return [f for f in self.fixed if f.why.what not in _SILENT]
+
     def _counts(self, counts: Mapping[str, int] | None) -> dict[int, int]:
         return {self[name].atom: count for name, count in (counts or {}).items()}
 
@@ -123,7 +128,7 @@ class Groups(Mapping[str, Group]):
                 )
             if group.tied:
                 lines.append(f"    keeps as many channels as {', '.join(group.tied)}")
-        shown = [f for f in self.fixed if f.why.what not in _SILENT]
+        shown = self.reported()
         return "\n".join(
             [*lines, "left as they are:", *(f"  {f}" for f in shown)] if shown else lines
         )
@@ -173,6 +178,23 @@ def find(model: object, *args: object) -> Groups:
 
 def groups_of(adapted: Adapted) -> Groups:
     """`find` of a model that has been taken apart."""
+    trace, values = labelled(adapted)
+    ties = ties_of(trace)
+    axes = {v.leaf: tuple(map(trace.labels.expr, v.axes)) for v in values}
+    groups, fixed = collect(trace, axes, ties)
+    work = tuple(
+        Work(p.leaf, p.times, tuple(map(trace.labels.expr, p.labels))) for p in trace.products
+    )
+    shapes = {path: tuple(leaf.shape) for path, leaf in adapted.named()}
+    return Groups(groups, fixed, axes, work, shapes, adapted.trained(), adapted, trace)
+
+
+def labelled(adapted: Adapted) -> tuple[Trace, list[Value]]:
+    """The trace of a model with the labels of all its axes, and the values of its leaves.
+
+    Raises:
+      ValueError: if the model has no arrays, or does not run.
+    """
     named = adapted.named()
     if not named:
         raise ValueError("model: it has no arrays")
@@ -190,11 +212,4 @@ def groups_of(adapted: Adapted) -> Groups:
     for value in values[:count]:
         if value.leaf not in trace.used:
             trace.pin(value.axes, Reason("a leaf that the trace does not use"))
-    ties = ties_of(trace)
-    axes = {v.leaf: tuple(map(trace.labels.expr, v.axes)) for v in values[:count]}
-    groups, fixed = collect(trace, axes, ties)
-    work = tuple(
-        Work(p.leaf, p.times, tuple(map(trace.labels.expr, p.labels))) for p in trace.products
-    )
-    shapes = {path: tuple(leaf.shape) for path, leaf in named}
-    return Groups(groups, fixed, axes, work, shapes, adapted.trained(), adapted)
+    return trace, values[:count]

@@ -21,10 +21,27 @@ def dot_general(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]
         if value.leaf is not None:
             t.roles += [Role(value.leaf, value.axes[d], "in") for d in summed]
             t.roles += [Role(value.leaf, label, "out") for label in (*own, *batch)]
+    if t.inside(eqn, "dot_product_attention"):
+        _attention(t, eqn, inputs)
     out = (*batch, *free[0], *free[1])
     leaf = next((v.leaf for v in (rhs, lhs) if v.leaf is not None), "")
     t.products.append(Product(leaf, t.times, (*out, *(lhs.axes[d] for d in lhs_in))))
     return [out]
+
+
+def _attention(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> None:
+    """`jax.nn.dot_product_attention` takes heads of queries, keys and values of one size, though no product
+    needs it: the axis summed over by the first product has as many positions as the last axis of the values."""
+    (lhs_in, rhs_in), _ = eqn.params["dimension_numbers"]
+    if not t.attention:
+        t.attention.append(inputs[0].axes[lhs_in[0]])
+        return
+    summed = zip(inputs[:2], (lhs_in[0], rhs_in[0]))
+    values = next((value for value, d in summed if d != len(value.axes) - 1), None)
+    size = t.attention.pop()
+    if values is not None and t.labels.size(values.axes[-1]) == t.labels.size(size):
+        what = "jax.nn.dot_product_attention, whose heads have one size"
+        t.equal.append(((size, values.axes[-1]), t.because(eqn, what)))
 
 
 def conv(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:

@@ -98,6 +98,7 @@ def slice_(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
 
 def _cut(t: Trace, label: int, start: int, stop: int, reason: Reason, stride: int = 1) -> int:
     """The label of the positions `start, start + stride, ...` below `stop`."""
+    t.places.append(Cut(label, start, stop, reason))
     size, taken = t.labels.size(label), -(-(stop - start) // stride)
     if (start, taken, stride) == (0, size, 1):
         return label

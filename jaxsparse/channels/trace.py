@@ -57,6 +57,14 @@ class Cut(NamedTuple):
     reason: Reason
 
 
+class Step(NamedTuple):
+    """One equation: its primitive, the labels of its results, the line of the model."""
+
+    name: str
+    axes: tuple[Axes, ...]
+    source: str
+
+
 class Role(NamedTuple):
     """In a product, `label` of `leaf` is summed over ("in") or reaches the result ("out")."""
 
@@ -75,6 +83,10 @@ class Trace:
     products: list[Product] = dataclasses.field(default_factory=list)
     cuts: list[Cut] = dataclasses.field(default_factory=list)
     roles: list[Role] = dataclasses.field(default_factory=list)
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    attention: list[int] = dataclasses.field(default_factory=list)
+    equal: list[tuple[tuple[int, int], Reason]] = dataclasses.field(default_factory=list)
+    places: list[Cut] = dataclasses.field(default_factory=list)
     used: set[str] = dataclasses.field(default_factory=set)
     times: int = 1
     called_at: str = ""
@@ -94,6 +106,12 @@ class Trace:
     def because(self, eqn: core.JaxprEqn, what: str = "") -> Reason:
         """The equation as a reason: what it is, and the line of the model that wrote it."""
         return Reason(what or eqn.primitive.name, self.source_of(eqn))
+
+    def inside(self, eqn: core.JaxprEqn, function: str) -> bool:
+        """Whether a function of JAX of this name wrote the equation."""
+        traceback = eqn.source_info.traceback
+        frames = traceback.frames if traceback is not None else ()
+        return any(f.function_name == function and _in_a_library(f.file_name) for f in frames)
 
     def source_of(self, eqn: core.JaxprEqn) -> str:
         """`file:line (function)` of the innermost frame outside of JAX, Flax and this package; inside of a
@@ -122,6 +140,8 @@ class Trace:
 
         for eqn in jaxpr.eqns:
             found = self._equation(eqn, [value(var) for var in eqn.invars])
+            axes = tuple(result.axes for result in found)
+            self.steps.append(Step(eqn.primitive.name, axes, self.source_of(eqn)))
             values.update(zip(eqn.outvars, found, strict=True))
         return [value(var) for var in jaxpr.outvars]
 

@@ -34,10 +34,10 @@ class DenseNet(nnx.Module):
         self.head = nnx.Linear(18, 3, rngs=rngs)
 
     def __call__(self, x):
-        x = self.stem(x)
+        x = stem = self.stem(x)
         x = jnp.concatenate([x, self.convs[0](nnx.relu(self.norms[0](x)))], -1)
         y = self.convs[1](nnx.relu(self.norms[1](x)))
-        x = jnp.concatenate([x, y, x[..., :5]], -1)
+        x = jnp.concatenate([x, y, x[..., : stem.shape[-1]]], -1)
         return self.head(mean(nnx.relu(self.norms[2](x))))
 
 

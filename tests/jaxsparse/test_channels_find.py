@@ -48,7 +48,6 @@ WIDTHS = {
         "embed/embedding:1": 8,
         "query/kernel:1.0": 2,
         "query/kernel:1.1": 2,
-        "value/kernel:1.1": 4,
         "mlp/gate_up/kernel:1": 6,
     },
     "experts": {"enter/kernel:1": 6, "up:2": 5},
@@ -80,13 +79,11 @@ WIDTHS = {
     "transformer": {
         "embed/embedding:1": 16,
         "layers/0/attention/query/kernel:1.0": 2,
-        "layers/0/attention/value/kernel:1.1": 8,
         "layers/0/up/kernel:1": 64,
     },
     "transformer_scanned": {
         "embed/embedding:1": 16,
         "layers/attention/query/kernel:2.0": 2,
-        "layers/attention/value/kernel:2.1": 8,
         "layers/up/kernel:2": 64,
     },
 }
