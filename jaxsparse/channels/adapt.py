@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import ClosedJaxpr
 
 from jaxsparse.targets import named_leaves
 
@@ -33,13 +35,13 @@ class Adapted:
     kind: str
     model: object
 
-    def named(self) -> list[tuple[str, object]]:
+    def named(self) -> list[tuple[str, jax.Array]]:
         """Path and leaf of all that is an array."""
         return [(path, leaf) for path, leaf in named_leaves(self.params) if is_array(leaf)]
 
     def trained(self) -> frozenset[str]:
         """The paths of floating-point parameters, without statistics that are kept beside them."""
-        tree = self.params
+        tree: Any = self.params
         if self.kind == "nnx":
             named = named_leaves(nnx.filter_state(tree, nnx.Param))
         elif self.kind == "linen" and "params" in tree:
@@ -50,7 +52,7 @@ class Adapted:
             p for p, leaf in named if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         )
 
-    def jaxpr(self) -> tuple[jax.extend.core.ClosedJaxpr, int]:
+    def jaxpr(self) -> tuple[ClosedJaxpr, int]:
         """The trace of `apply`, its inputs the arrays of `params` in their order, then those of `args`; and the
         number of the former.
 
@@ -96,8 +98,8 @@ def adapt(model: object, args: Sequence[object], params: chex.ArrayTree | None =
             raise ValueError(
                 "model: a tree of parameters needs its function: give (apply_fn, params, *inputs)"
             )
-        own = model if params is None else params
-        return Adapted(own, lambda m, *args: m(*args), tuple(args), "module", model)
+        whole: Any = model if params is None else params
+        return Adapted(whole, lambda m, *args: m(*args), tuple(args), "module", model)
     if not (is_linen or callable(model)):
         raise ValueError(
             f"model: {type(model).__name__} is no Flax module and no function; give a model, or "
@@ -107,8 +109,9 @@ def adapt(model: object, args: Sequence[object], params: chex.ArrayTree | None =
         raise ValueError(
             "params: a function needs its parameters: give (apply_fn, params, *inputs)"
         )
+    own: Any
     own, inputs = (args[0], args[1:]) if params is None else (params, args)
-    apply = model.apply if is_linen else model
+    apply: Any = getattr(model, "apply") if is_linen else model  # noqa: B009 - of no common type
     return Adapted(own, apply, tuple(inputs), "linen" if is_linen else "function", model)
 
 

@@ -97,6 +97,7 @@ def _owner(path: str, paths: Mapping[str, str]) -> str | None:
 
 
 def _slot(path: str, leaf: jax.Array, axes: Axes) -> jax.Array:
+    axes = tuple(axes)
     shape = tuple(len(axis) for axis in axes)
     if leaf.shape == shape:
         return _cut(leaf, axes)

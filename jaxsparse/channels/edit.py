@@ -216,7 +216,7 @@ def _embed(m, w: Widths) -> dict[str, object]:
 
 
 def _einsum(m, w: Widths) -> dict[str, object]:
-    shapes = {"kernel_shape": w.shape("kernel")}
+    shapes: dict[str, object] = {"kernel_shape": w.shape("kernel")}
     return shapes | ({"bias_shape": w.shape("bias")} if "bias" in w.axes else {})
 
 

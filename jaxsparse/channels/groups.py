@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from jaxsparse.channels.adapt import Adapted, adapt
 from jaxsparse.channels.collect import Fixed, Group, collect, ties_of
 from jaxsparse.channels.rules import RULES
-from jaxsparse.channels.trace import Trace, Value
+from jaxsparse.channels.trace import Trace, Value, shape_of
 from jaxsparse.channels.union import Expr, Reason
 from jaxsparse.targets import unmatched_message
 
@@ -180,7 +180,7 @@ def groups_of(adapted: Adapted) -> Groups:
     """`find` of a model that has been taken apart."""
     trace, values = labelled(adapted)
     ties = ties_of(trace)
-    axes = {v.leaf: tuple(map(trace.labels.expr, v.axes)) for v in values}
+    axes = {str(v.leaf): tuple(map(trace.labels.expr, v.axes)) for v in values}
     groups, fixed = collect(trace, axes, ties)
     work = tuple(
         Work(p.leaf, p.times, tuple(map(trace.labels.expr, p.labels))) for p in trace.products
@@ -200,7 +200,7 @@ def labelled(adapted: Adapted) -> tuple[Trace, list[Value]]:
         raise ValueError("model: it has no arrays")
     closed, count = adapted.jaxpr()
     trace = Trace(RULES)
-    values = [Value(trace.fresh(var.aval.shape)) for var in closed.jaxpr.invars]
+    values = [Value(trace.fresh(shape_of(var))) for var in closed.jaxpr.invars]
     values[:count] = [
         Value(v.axes, path) for v, (path, _) in zip(values[:count], named, strict=True)
     ]

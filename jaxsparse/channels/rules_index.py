@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from jax.extend import core
 
 from jaxsparse.channels.rules_plain import elementwise, reduce
-from jaxsparse.channels.trace import Axes, Role, Rule, Trace, Value
+from jaxsparse.channels.trace import Axes, Role, Rule, Trace, Value, shape_of
 
 
 def iota(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
     """Numbered positions mean what their number is."""
-    axes = t.fresh(eqn.outvars[0].aval.shape)
+    axes = t.fresh(shape_of(eqn.outvars[0]))
     t.labels.pin(axes[eqn.params["dimension"]], t.because(eqn, "positions numbered by iota"))
     return [axes]
 
@@ -43,7 +43,7 @@ def top_k(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
     reason = t.because(eqn, "top_k, whose result is positions")
     t.labels.pin(inputs[0].axes[axis], reason)
     axes = list(inputs[0].axes)
-    axes[axis] = t.labels.atom(eqn.outvars[0].aval.shape[axis])
+    axes[axis] = t.labels.atom(shape_of(eqn.outvars[0])[axis])
     t.labels.pin(axes[axis], reason)
     return [tuple(axes)] * len(eqn.outvars)
 
@@ -92,7 +92,7 @@ def gather(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
             if not whole:
                 t.labels.pin(windows[-1], reason)
     rest, window = iter(indices.axes[:-1]), iter(windows)
-    rank = len(eqn.outvars[0].aval.shape)
+    rank = len(shape_of(eqn.outvars[0]))
     out = tuple(next(window) if d in dims.offset_dims else next(rest) for d in range(rank))
     if table.leaf is not None:
         t.roles += [Role(table.leaf, label, "out") for label in windows]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from jax.extend import core
 
-from jaxsparse.channels.trace import Axes, Trace, Value
+from jaxsparse.channels.trace import Axes, Trace, Value, shape_of
 from jaxsparse.channels.union import Reason
 
 
 def elementwise(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
     """Axes of equal size at one place are one; scalars and axes of size 1 are broadcast."""
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     return [_broadcast(t, shape, inputs, t.because(eqn)) for _ in eqn.outvars[:1]] * len(
         eqn.outvars
     )
@@ -35,7 +35,7 @@ def one_to_one(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
 
 def fresh(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
     """Results that are made of nothing: random bits, empty arrays."""
-    return [t.fresh(var.aval.shape) for var in eqn.outvars]
+    return [t.fresh(shape_of(var)) for var in eqn.outvars]
 
 
 def reduce(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
@@ -51,7 +51,7 @@ def reduce(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
 
 
 def reduce_window(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
-    out = list(t.fresh(eqn.outvars[0].aval.shape))
+    out = list(t.fresh(shape_of(eqn.outvars[0])))
     for d, (size, stride, padding) in enumerate(
         zip(eqn.params["window_dimensions"], eqn.params["window_strides"], eqn.params["padding"])
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.extend import core
 
-from jaxsparse.channels.trace import Axes, Product, Role, Trace, Value
+from jaxsparse.channels.trace import Axes, Product, Role, Trace, Value, shape_of
 
 
 def dot_general(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
@@ -56,7 +56,7 @@ def conv(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
     own_out = kernel.axes[dims.rhs_spec[0]]
     t.pin([kernel.axes[d] for d in dims.rhs_spec[2:]], window)
     t.pin([lhs.axes[d] for d in dims.lhs_spec[2:]], window)
-    out = list(t.fresh(eqn.outvars[0].aval.shape))
+    out = list(t.fresh(shape_of(eqn.outvars[0])))
     t.pin([out[d] for d in dims.out_spec[2:]], window)
     if eqn.params["batch_group_count"] != 1:
         t.pin((*lhs.axes, *kernel.axes, *out), t.because(eqn, "a convolution with batch groups"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jax.extend import core
 
-from jaxsparse.channels.trace import Axes, Cut, Trace, Value
+from jaxsparse.channels.trace import Axes, Cut, Trace, Value, shape_of
 from jaxsparse.channels.union import Reason
 
 
@@ -119,7 +119,7 @@ def _cut(t: Trace, label: int, start: int, stop: int, reason: Reason, stride: in
 
 
 def pad(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
-    axes = list(t.fresh(eqn.outvars[0].aval.shape))
+    axes = list(t.fresh(shape_of(eqn.outvars[0])))
     for d, config in enumerate(eqn.params["padding_config"]):
         if tuple(config) == (0, 0, 0):
             axes[d] = inputs[0].axes[d]

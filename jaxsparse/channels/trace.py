@@ -73,6 +73,11 @@ class Role(NamedTuple):
     side: str
 
 
+def shape_of(var: core.Var | core.Literal) -> tuple[int, ...]:
+    """The shape of a variable of a jaxpr; () of what is no array."""
+    return getattr(var.aval, "shape", ())
+
+
 @dataclasses.dataclass
 class Trace:
     """What one walk has found. `rules` says what each primitive does to labels: a function of the trace, the
@@ -135,7 +140,7 @@ class Trace:
 
         def value(var: core.Var | core.Literal) -> Value:
             if isinstance(var, core.Literal):
-                return Value(self.fresh(var.aval.shape))
+                return Value(self.fresh(shape_of(var)))
             return values[var]
 
         for eqn in jaxpr.eqns:
@@ -166,7 +171,7 @@ class Trace:
         reason = self.because(eqn, f"the primitive {name!r}, which has no rule")
         for found in inputs:
             self.pin(found.axes, reason)
-        outputs = [Value(self.fresh(var.aval.shape)) for var in eqn.outvars]
+        outputs = [Value(self.fresh(shape_of(var))) for var in eqn.outvars]
         for found in outputs:
             self.pin(found.axes, reason)
         return outputs
