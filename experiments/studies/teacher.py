@@ -14,7 +14,6 @@ be asked for a sparsity appear at the one they reach.
 """
 
 import argparse
-import inspect
 import json
 import math
 import pathlib
@@ -95,8 +94,7 @@ def options_of(name: str, *, sparsity: float, steps: int, seed: Any) -> dict[str
     method = jaxsparse.METHODS[name]
     every = max(1, round(1 / (1 - sparsity)))
     known = {"total_steps": steps, "seed": seed}
-    default = inspect.signature(method.fn).parameters.get("structure")
-    if default is not None and isinstance(default.default, jaxsparse.structures.NM):
+    if method.structures == "n:m":
         known["structure"] = jaxsparse.structures.NM(1, every)
     elif method.controls_sparsity:
         known["sparsity"] = sparsity
