@@ -2,6 +2,8 @@
 
 from jaxsparse.channels.collect import Fixed, Group, Member
 from jaxsparse.channels.groups import Groups, find
+from jaxsparse.channels.importance import importance
+from jaxsparse.channels.prune import prune
 from jaxsparse.channels.shrink import Report, Shrunk, shrink, zero, zero_invariance
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "Report",
     "Shrunk",
     "find",
+    "importance",
+    "prune",
     "shrink",
     "zero",
     "zero_invariance",

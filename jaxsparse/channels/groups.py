@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import numpy as np
 
 from jaxsparse.channels.adapt import Adapted, adapt
 from jaxsparse.channels.collect import Fixed, Group, collect, ties_of
 from jaxsparse.channels.rules import RULES
 from jaxsparse.channels.trace import Trace, Value, shape_of
 from jaxsparse.channels.union import Expr, Reason
+from jaxsparse.structures.coupled import Coupled, Part
 from jaxsparse.targets import unmatched_message
 
 _SILENT = ("the window of a convolution", "the length of a scan")
@@ -73,7 +77,7 @@ class Groups(Mapping[str, Group]):
         kept = {name: g for name, g in self.groups.items() if re.search(pattern, name)}
         if not kept:
             raise ValueError(unmatched_message("pattern", [pattern], list(self.groups)))
-        return self._only(kept)
+        return self.only(kept)
 
     def without(self, *patterns: str) -> Groups:
         """All groups but those whose name one of the regular expressions finds.
@@ -85,12 +89,41 @@ class Groups(Mapping[str, Group]):
         if missing:
             raise ValueError(unmatched_message("patterns", missing, list(self.groups)))
         gone = lambda name: any(re.search(p, name) for p in patterns)
-        return self._only({name: g for name, g in self.groups.items() if not gone(name)})
+        return self.only([name for name in self.groups if not gone(name)])
 
-    def _only(self, kept: Mapping[str, Group]) -> Groups:
-        why = Reason("left out on request")
+    def only(self, names: Iterable[str]) -> Groups:
+        """The groups of these names, where there are such; all others are left alone."""
+        names, why = set(names), Reason("left out on request")
+        kept = {name: g for name, g in self.groups.items() if name in names}
         out = tuple(Fixed(n, g.width, why) for n, g in self.groups.items() if n not in kept)
         return dataclasses.replace(self, groups=kept, fixed=(*self.fixed, *out))
+
+    def structure(self, combine: Literal["sum", "mean", "max"] = "sum") -> Coupled:
+        """The groups as a structure: a method that takes it zeroes whole channels, in all kernels that make them or
+        read them, `jaxsparse.magnitude(tx, 0.5, structure=groups.structure(), ...)`. Of tied groups each is ranked
+        by itself; `shrink` then keeps as many of both.
+
+        >>> from jaxsparse import channels
+        >>> import jax.numpy as jnp
+        >>> net = lambda p, x: (x @ p["a"]) @ p["b"]
+        >>> groups = channels.find(net, {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 3))}, jnp.ones((2, 4)))
+        >>> [part.path for part in groups.structure().groups[0].parts]
+        ['a', 'b']
+        """
+        strip = "params/" if self.model.kind == "linen" else ""
+        return Coupled([self._parts(group, strip) for group in self.groups.values()], combine)
+
+    def _parts(self, group: Group, strip: str) -> list[Part]:
+        places: dict[tuple[str, int], list[np.ndarray]] = {}
+        for m in (m for m in group.members if m.path in self.trained):
+            places.setdefault((m.path, m.axis), []).append(m.channel)
+        parts = []
+        for (path, axis), channels in places.items():
+            rows = [
+                np.flatnonzero(np.any([c == i for c in channels], 0)) for i in range(group.width)
+            ]
+            parts.append(Part(path.removeprefix(strip), axis, np.stack(rows)))
+        return parts
 
     def parameters(self, counts: Mapping[str, int] | None = None) -> int:
         """How many parameters there are when so many channels of the groups stay."""
