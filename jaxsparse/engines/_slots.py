@@ -67,7 +67,8 @@ def placed(inner: optax.GradientTransformation, state, values):
             lambda slot, value: value,
             state,
             values,
-            transform_non_params=lambda _: None,
+            # The masks of a method inside are one part with many leaves: none of them is a slot.
+            transform_non_params=lambda part: jax.tree.map(lambda _: None, part),
             is_leaf=_is_masked,
         )
     except (TypeError, ValueError, AttributeError):
