@@ -22,13 +22,14 @@ def digits():
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     x, y = (data.data[order] / 16).astype(np.float32), data.target[order]
-    return jnp.asarray(x[600:]), jnp.asarray(y[600:]), jnp.asarray(x[:600]), jnp.asarray(y[:600])
+    # NumPy arrays: the first call is traced, and JAX arrays made there must not be kept.
+    return x[600:], y[600:], x[:600], y[:600]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK)
 def accuracies(width, sparsity, steps):
     """The test accuracy of a network of three matrices, of each seed."""
-    x, y, x_test, y_test = digits()
+    x, y, x_test, y_test = map(jnp.asarray, digits())
     he = jax.nn.initializers.he_normal()
     inner = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
