@@ -1,6 +1,5 @@
 """What a run leaves for its report."""
 
-import inspect
 import json
 import pathlib
 from collections.abc import Mapping
@@ -40,17 +39,10 @@ def weight_gradient(
 
 
 def update_every(method: str, options: Mapping[str, Any], total_steps: int) -> int:
-    """Steps from one update of the masks to the next.
-
-    TODO(methods): `jaxsparse.METHODS[method].resolved(total_steps=total_steps, **options)` knows this; the
-    rest of the function goes when the registry has it.
-    """
-    given = options.get("update_every")
-    if given is None and "update_every" in jaxsparse.METHODS[method].options:
-        given = inspect.signature(jaxsparse.METHODS[method].fn).parameters["update_every"].default
-    if given is None and method == "rigl_itop":
-        given = max(1, total_steps * 8 // 195)
-    return given or 100
+    """Steps from one update of the masks to the next; 100 for a method that has no such option."""
+    given = {name: value for name, value in options.items() if value is not None}
+    resolved = jaxsparse.METHODS[method].resolved(**{**given, "total_steps": total_steps})
+    return int(resolved.get("update_every") or 100)
 
 
 def write(

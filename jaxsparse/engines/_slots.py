@@ -44,15 +44,7 @@ def renewed(due: Array, inner: optax.GradientTransformation, state, params):
     """The inner optimizer's state where `due` (bool scalar): every state that holds slots as at
     `init`, its counts too, so that bias corrections fit the new moments. States that hold none (the
     step of a schedule of the learning rate) go on."""
-
-    def choose(anew, new, now):
-        return jnp.where(due, jnp.asarray(new).astype(now.dtype), now) if anew else now
-
-    flat, treedef = jax.tree.flatten(state)
-    rows = zip(
-        _slot_states(inner, state, params), jax.tree.leaves(inner.init(params)), flat, strict=True
-    )
-    return treedef.unflatten([choose(*row) for row in rows])
+    return _where_slots(due, inner, inner.init(params), state, params)
 
 
 def placed(inner: optax.GradientTransformation, state, values):
@@ -84,13 +76,18 @@ def stand_still(fires: Array, inner: optax.GradientTransformation, before, param
     schedule of the learning rate, injected hyperparameters) go on: they count the steps of the run.
     """
 
-    def choose(still, old, new):
-        return jnp.where(fires, old, new).astype(new.dtype) if still else new
-
-    flat, treedef = jax.tree.flatten(after)
-    rows = zip(_slot_states(inner, before, params), jax.tree.leaves(before), flat, strict=True)
     deltas = jax.tree.map(lambda d: jnp.where(fires, jnp.zeros((), d.dtype), d), deltas)
-    return deltas, treedef.unflatten([choose(*row) for row in rows])
+    return deltas, _where_slots(fires, inner, before, after, params)
+
+
+def _where_slots(flag: Array, inner: optax.GradientTransformation, yes, no, params):
+    """Of two inner states, `yes` where `flag` (bool scalar) at every state that holds slots, and `no`
+    at the others."""
+    flat, treedef = jax.tree.flatten(no)
+    rows = zip(_slot_states(inner, no, params), jax.tree.leaves(yes), flat, strict=True)
+    return treedef.unflatten(
+        [jnp.where(flag, jnp.asarray(y).astype(n.dtype), n) if held else n for held, y, n in rows]
+    )
 
 
 def _slot_states(inner, state, params) -> list[bool]:
