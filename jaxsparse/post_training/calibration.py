@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jaxsparse import targets as targets_
 from jaxsparse.post_training import models, program
 from jaxsparse.post_training.program import Kernel, Program, Segment
 from jaxsparse.post_training.statistics import Gram as Gram
-from jaxsparse.post_training.statistics import Inputs, Statistic, add
+from jaxsparse.post_training.statistics import Inputs, Statistic, Tokens, add
 from jaxsparse.typing import Targets
 
 TokenMask = Callable[[Any], Array]
@@ -92,12 +93,61 @@ class Stream:
         """What segment `at` gives for each batch."""
         return [self._run(at, i, params, None)[0] for i in range(len(self.batches))]
 
+    def fork(self) -> Stream:
+        """Another stream over the same batches, which now goes its own way."""
+        other = copy.copy(self)
+        other.alive = [dict(x) for x in self.alive]
+        return other
+
+    def drift(
+        self, at: int, params: Sequence[Any], other: Stream, theirs: Sequence[Any]
+    ) -> dict[str, Array]:
+        """For each kernel of segment `at` the sum over tokens of x (y - x)ᵀ `[stack, in, in]`, where x is
+        what enters it here and y what enters it in the other stream."""
+        total: dict[str, Array] = {}
+        for i in range(len(self.batches)):
+            made, segment = self.runs[i][0], self.runs[i][1][at]
+            function = self._compile(i, at, "drift", functools.partial(_drift, made, segment))
+            found = function(
+                self._values(at, i, params), other._values(at, i, theirs), self.masks[i]
+            )
+            for kernel, x in zip(segment.kernels, found):
+                total[kernel.name] = total[kernel.name] + x if kernel.name in total else x
+        return total
+
+    def slopes(
+        self, at: int, i: int, params: Sequence[Any], scalar: Callable[..., Array], *extra: Any
+    ) -> dict[int, Array]:
+        """The gradient of `scalar(what segment `at` gives for batch i, *extra)` with respect to the
+        parameters of the segment, by the number of the leaf."""
+        made, segment = self.runs[i][0], self.runs[i][1][at]
+        values = self._values(at, i, params)
+        views = [
+            place
+            for place, v in enumerate(segment.takes)
+            if v in made.views and jnp.issubdtype(jnp.result_type(values[place]), jnp.floating)
+        ]
+
+        def value(mine: list[Any], values: list[Any], *extra: Any) -> Array:
+            values = list(values)
+            for place, x in zip(views, mine):
+                values[place] = x
+            return scalar(program.run(made, segment, values, lambda *_: None), *extra)
+
+        function = self._compile(i, at, f"slopes {scalar!r} {views}", jax.grad(value))
+        total: dict[int, Array] = {}
+        for place, slope in zip(views, function([values[p] for p in views], values, *extra)):
+            view = made.views[segment.takes[place]]
+            (back,) = jax.vjp(view, params[view.leaf])[1](slope)
+            total[view.leaf] = total[view.leaf] + back if view.leaf in total else back
+        return total
+
     def advance(self, at: int, gave: list[list[Any]]) -> None:
         """Passes on what a segment gave, and forgets what no later one takes."""
         for i, out in enumerate(gave):
             made, segments = self.runs[i]
             later = {v for s in segments[at + 1 :] for v in s.takes} | set(made.outputs)
-            alive = self.alive[i] | dict(zip(segments[at].gives, jax.device_get(out)))
+            alive = self.alive[i] | dict(zip(segments[at].gives, map(_to_host, out)))
             self.alive[i] = {v: x for v, x in alive.items() if v in later}
 
     def results(self, params: Sequence[Any]) -> list[list[Any]]:
@@ -117,17 +167,30 @@ class Stream:
         return self._texts[key]
 
     def _value(self, made: Program, alive: dict[int, Any], params: Sequence[Any], v: int) -> Any:
-        return made.views[v](params[made.views[v].leaf]) if v in made.views else alive[v]
+        if v in made.views:
+            return made.views[v](params[made.views[v].leaf])
+        x = alive[v]
+        return jax.device_put(*x) if isinstance(x, tuple) else x
+
+    def _values(self, at: int, i: int, params: Sequence[Any]) -> list[Any]:
+        made, segment = self.runs[i][0], self.runs[i][1][at]
+        return [self._value(made, self.alive[i], params, v) for v in segment.takes]
+
+    def _compile(self, i: int, at: int, what: str, function: Callable) -> Callable:
+        """`function` compiled, or that of an equal segment."""
+        return self._compiled.setdefault((self._text(i, at), what), jax.jit(function))
 
     def _run(self, at: int, i: int, params: Sequence[Any], statistic: Statistic | None) -> Any:
         made, segment = self.runs[i][0], self.runs[i][1][at]
-        values = [self._value(made, self.alive[i], params, v) for v in segment.takes]
-        mask = self.masks[i]
-        key = self._text(i, at), repr(statistic)
-        if key not in self._compiled:
-            function = functools.partial(_watched, made, segment, statistic)
-            self._compiled[key] = jax.jit(function)
-        return self._compiled[key](values, mask)
+        watched = functools.partial(_watched, made, segment, statistic)
+        function = self._compile(i, at, repr(statistic), watched)
+        return function(self._values(at, i, params), self.masks[i])
+
+
+def _to_host(x: Any) -> Any:
+    """A value on the host; one that is spread over devices together with how."""
+    spread = isinstance(x, Array) and len(x.sharding.device_set) > 1 and x.is_fully_addressable
+    return (jax.device_get(x), x.sharding) if spread else jax.device_get(x)
 
 
 def _watched(
@@ -147,6 +210,18 @@ def _watched(
 
     out = program.run(made, segment, values, watch)
     return out, [found[k.name] for k in segment.kernels] if statistic is not None else []
+
+
+def _drift(
+    made: Program, segment: Segment, values: list[Any], others: list[Any], mask: Any
+) -> list[Array]:
+    here, there = (_watched(made, segment, Tokens(), v, mask)[1] for v in (values, others))
+    rows = [(a.rows, b.rows) for a, b in zip(here, there)]
+    return [
+        jnp.einsum("sti,stj->sij", x, y - x, precision=jax.lax.Precision.HIGHEST)
+        for x, y in rows
+        if x is not None and y is not None
+    ]
 
 
 def _tokens(mask: Array, tokens: tuple[int, ...], kernel: Kernel, rows: Array) -> Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,86 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse import allocations, structures
+from jaxsparse import structures
 from jaxsparse.choose import check_sparsity
-from jaxsparse.leaves import Leaf
-from jaxsparse.post_training import _registry, models, program
+from jaxsparse.post_training import _registry, budgets, gradients, models
 from jaxsparse.post_training._layer import Pruned, relative_error
-from jaxsparse.post_training.calibration import Stream, TokenMask, calibrate, finite
+from jaxsparse.post_training.budgets import ECoFLaP
+from jaxsparse.post_training.calibration import Stream, TokenMask, finite
+from jaxsparse.post_training.correction import corrected
+from jaxsparse.post_training.gradients import Loss, LossGradients
 from jaxsparse.post_training.owl import OWL
 from jaxsparse.post_training.program import Kernel
 from jaxsparse.post_training.refit import refit_core
-from jaxsparse.post_training.statistics import Gram, Inputs, Norms
+from jaxsparse.post_training.report import LayerReport, Result
+from jaxsparse.post_training.resume import Folder, Layers, digest
+from jaxsparse.post_training.statistics import Gram, Inputs, Norms, Statistic, Tokens
 from jaxsparse.structures import Structure
 from jaxsparse.typing import AllocationLike, Targets
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What became of one kernel. Errors are squared errors of its outputs, relative to the outputs, of
-    `masked` (the mask alone) and of `pruned` (its weights); None without Gram matrices."""
-
-    name: str
-    shape: tuple[int, ...]
-    sparsity: float
-    masked: float | None
-    pruned: float | None
-    damping: float | None
-    seconds: float
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What `prune` returns.
-
-    Attributes:
-      model: of the kind that was given, with sparse parameters.
-      params: its parameters.
-      masks: a tree like them: bool where pruned, None elsewhere.
-      layers: a report for each kernel, in the order of their use.
-      dense: the leaves that were left dense, and why.
-      output_error: squared error of what the model returns on the calibration data, relative to it; None
-        without `errors`.
-      details: what the method returned for each kernel, layer by layer of its stack (codes and scales of
-        quantized weights, permutations).
-    """
-
-    model: Any
-    params: Any
-    masks: Any
-    layers: tuple[LayerReport, ...]
-    dense: dict[str, str]
-    output_error: float | None
-    details: dict[str, list[Pruned]]
-
-    @property
-    def sparsity(self) -> float:
-        """Of all pruned leaves together."""
-        sizes = [int(np.prod(r.shape)) for r in self.layers]
-        return sum(r.sparsity * n for r, n in zip(self.layers, sizes)) / sum(sizes)
-
-    def __str__(self) -> str:
-        shown = lambda x: "" if x is None else f"{x:.4f}"
-        rows = [("layer", "shape", "sparsity", "error of mask", "error", "seconds", "")]
-        for r in self.layers:
-            shape = "x".join(map(str, r.shape))
-            errors = (shown(r.masked), shown(r.pruned))
-            rows.append((r.name, shape, f"{r.sparsity:.4f}", *errors, f"{r.seconds:.2f}", r.note))
-        widths = [max(len(row[i]) for row in rows) for i in range(7)]
-        lines = ["  ".join(c.ljust(n) for c, n in zip(row, widths)).rstrip() for row in rows]
-        seconds = sum(r.seconds for r in self.layers)
-        error = (
-            "" if self.output_error is None else f"error of the outputs {self.output_error:.4f}, "
-        )
-        lines.append(f"all: sparsity {self.sparsity:.4f}, {error}{seconds:.1f} s in the method")
-        reasons: dict[str, list[str]] = {}
-        for path, why in self.dense.items():
-            reasons.setdefault(why, []).append(path)
-        for why, paths in reasons.items():
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            lines.append(f"dense ({why}): {', '.join(paths[:3])}{more}")
-        return "\n".join(lines)
 
 
 def prune(
@@ -101,14 +38,18 @@ def prune(
     *,
     sparsity: float | None = None,
     structure: Structure | str | None = None,
-    allocation: AllocationLike | str | OWL = "uniform",
+    allocation: AllocationLike | str | OWL | ECoFLaP = "uniform",
     targets: Targets = None,
     mask: TokenMask | None = None,
     forward: models.Forward | None = None,
     blocks: str | None = None,
+    loss: Loss | None = None,
+    stages: int = 1,
     propagate: bool = True,
+    correct: float = 0.0,
     refit: bool = False,
     errors: bool = True,
+    checkpoint: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Result:
@@ -122,21 +63,29 @@ def prune(
     Args:
       model: an `nnx.Module`, `(linen module, params)` or `(function, params)`, see `models`. It is not
         changed. Put it into evaluation mode first.
-      batches: of calibration data, what the model is called with.
+      batches: of calibration data, what the model is called with. Methods that read gradients take one from
+        each batch: give them batches of one example.
       method: a name of `METHODS`, or a `Method`.
       sparsity: the fraction of zeros of each layer, in [0, 1); may be left out with an N:M structure.
       structure: which patterns are allowed, of every kernel as `[in, out]`; by default the method's own.
       allocation: how sparsity is split over layers: a rule of shapes of `jaxsparse.allocations`, a
-        mapping from path patterns, "owl" or `OWL(...)`.
+        mapping from path patterns, "owl" or `OWL(...)`, "ecoflap" or `ECoFLaP(...)`.
       targets: which leaves, see `jaxsparse.targets`; by default kernels, the output layer too.
       mask: a function of a batch that says which tokens count.
       forward: `forward(model, batch)`, in place of the usual call.
       blocks: a regular expression for the names of blocks; by default up to the first number in the path.
+      loss: `loss(outputs, batch)`, a number, for methods and allocations that ask for it.
+      stages: in how many steps of growing sparsity a block is pruned, with new gradients in each, by
+        methods that read gradients.
       propagate: whether a block sees the inputs that pruned blocks make; otherwise those of the dense
         model, in one pass.
+      correct: how far kernels first make up for the pruned blocks before them, in [0, 1]; see
+        `correction.py`.
       refit: solve the kept weights anew by least squares, whatever the method.
       errors: report the errors of layers, which takes Gram matrices from methods that need norms alone,
         and of the whole network, which runs the dense model once more.
+      checkpoint: a folder that keeps what became of each block. A run that was killed goes on from there,
+        when it is called in the same way, with the same result to the bit.
       progress: called after each part of the model with how many are done, and of how many.
       **options: of the method, such as `block=` of SparseGPT.
 
@@ -150,46 +99,51 @@ def prune(
 
     Raises:
       ValueError: an unknown method or option, a sparsity or structure that a layer cannot have, a target
-        that no input is multiplied with, inputs that are not finite.
+        that no input is multiplied with, inputs that are not finite, a method that needs a `loss` without
+        one, a checkpoint of another run.
     """
     method = _registry.resolve(method)
-    if unknown := sorted(set(options) - set(method.options)):
-        raise ValueError(
-            f"{unknown[0]}: {method.name!r} has no such option; it has {', '.join(method.options) or 'none'}"
-        )
     kind = None if structure is None else structures.resolve(structure)
-    sparsity = check_sparsity(sparsity, kind)
+    sparsity = float(check_sparsity(sparsity, kind))
+    _check(method, options, kind, loss, stages, correct, propagate)
     whole = models.of(model, forward)
-    batches = list(batches)
     stream = Stream(whole, batches, targets, mask, blocks)
     params, tree = jax.tree.flatten(whole.params)
-    wanted = _sparsities(stream, params, allocation, sparsity, kind, whole, targets, mask, blocks)
-    statistic = Gram() if method.gram or refit or errors else Norms()
+    slopes = None if loss is None else LossGradients(stream, loss)
+    losses = None if slopes is None else slopes.losses
+    wanted = budgets.of_kernels(stream, params, allocation, sparsity, kind, blocks, losses)
+    job = _Job(method, kind, wanted, stages, correct, refit, errors, options, stream, slopes)
+    folder = None
+    if checkpoint is not None:
+        facts = {k: str(v) for k, v in vars(job).items() if k not in ("stream", "slopes")}
+        facts |= {"method": method.name, "propagate": str(propagate)}
+        folder = Folder(checkpoint, facts | {"data": digest([params, stream.batches])})
     dense = list(params)
+    ahead = stream.fork() if correct else None
     masks: list[Any] = [None] * len(params)
     reports, details = [], {}
     for at, segment in enumerate(stream.segments):
         if progress is not None:
             progress(at, len(stream.segments))
-        if not segment.kernels:
-            if errors or at + 1 < len(stream.segments):
-                stream.advance(at, stream.outputs(at, params))
-            continue
-        seen, gave = stream.statistics(at, params, statistic)
-        for kernel in segment.kernels:
-            x, leaf = seen[kernel.name], kernel.view.leaf
-            finite(kernel.name, x)
-            found, report = _kernel(
-                kernel, dense[leaf], x, method, wanted[kernel.name], kind, refit, options
-            )
+        layers, gave = (None, None) if folder is None else (folder.load(at), None)
+        if segment.kernels and layers is None:
+            layers, gave = job.segment(at, params, ahead, dense)
+            if folder is not None:
+                folder.save(at, layers)
+        elif segment.kernels and not propagate:
+            _, gave = stream.statistics(at, params, job.statistic())
+        for kernel, (found, report) in zip(segment.kernels, layers or []):
             details[kernel.name] = found
             reports.append(report)
-            matrix, kept = (jnp.stack([getattr(p, f) for p in found]) for f in ("weights", "mask"))
-            params[leaf] = kernel.put(params[leaf], matrix)
+            params = _put(kernel, params, found)
+            leaf = kernel.view.leaf
             before = jnp.ones(params[leaf].shape, bool) if masks[leaf] is None else masks[leaf]
-            put = kernel.put(before.astype(jnp.float32), kept)
-            masks[leaf] = put > 0
-        stream.advance(at, stream.outputs(at, params) if propagate else gave)
+            kept = jnp.stack([p.mask for p in found])
+            masks[leaf] = kernel.put(before.astype(jnp.float32), kept) > 0
+        if segment.kernels or errors or at + 1 < len(stream.segments):
+            stream.advance(at, stream.outputs(at, params) if propagate or gave is None else gave)
+            if ahead is not None:
+                ahead.advance(at, ahead.outputs(at, dense))
     if progress is not None:
         progress(len(stream.segments), len(stream.segments))
     pruned_tree = tree.unflatten(params)
@@ -201,103 +155,189 @@ def prune(
         {s.path: s.why for s in stream.chosen if not s.selected},
         _output_error(stream, dense, params, propagate) if errors else None,
         details,
+        tuple(stream.kernels),
     )
 
 
-def _kernel(
-    kernel: Kernel,
-    leaf: Array,
-    x: Inputs,
+def _check(
     method: _registry.Method,
-    sparsity: float | None,
-    structure: Structure | None,
-    refit: bool,
     options: Mapping[str, Any],
-) -> tuple[list[Pruned], LayerReport]:
-    """Prunes the layers of one kernel."""
-    start = time.perf_counter()
-    stack = kernel.take(leaf).astype(jnp.float32)
-    found, masked, pruned, unseen = [], 0.0, 0.0, 0
-    for i, w in enumerate(stack):
-        here = jax.tree.map(lambda a, i=i: a[i], x)
-        try:
-            one = method.core(w, *method.what(here), sparsity, structure=structure, **options)
-        except ValueError as error:
-            raise ValueError(f"{kernel.name!r} {tuple(w.shape)}: {error}") from None
-        if refit and here.gram is not None:
-            one = refit_core(w, here.gram, one)
-        found.append(one)
-        unseen += int(here.count == 0)
-        if here.gram is not None:
-            masked += float(relative_error(here.gram, w, jnp.where(one.mask, w, 0.0)))
-            pruned += float(relative_error(here.gram, w, one.weights))
-    layers, known = len(stack), x.gram is not None
-    damping = max([float(p.damping) for p in found if p.damping is not None], default=None)
-    notes = []
-    if damping is not None and damping > options.get("damping", 0.01) * 1.01:
-        notes.append(f"damping raised to {damping:.3g}")
-    if unseen:
-        notes.append(f"{unseen} of {layers} saw no token: by magnitude")
-    elif float(jnp.min(x.count)) < stack.shape[1]:
-        notes.append(f"{int(jnp.min(x.count))} tokens for {stack.shape[1]} inputs")
-    zeros = sum(int(p.mask.size - jnp.sum(p.mask)) for p in found)
-    report = LayerReport(
-        kernel.name,
-        tuple(stack.shape[1:]) if layers == 1 else tuple(stack.shape),
-        zeros / stack.size,
-        masked / layers if known else None,
-        pruned / layers if known else None,
-        damping,
-        time.perf_counter() - start,
-        "; ".join(notes),
-    )
-    return found, report
-
-
-def _sparsities(
-    stream: Stream, params, allocation, sparsity, structure, whole, targets, mask, blocks
-) -> Mapping[str, float | None]:
-    """The sparsity of each kernel."""
-    kernels = stream.kernels
-    shapes = {k.name: k.shape(params[k.view.leaf]) for k in kernels}
-    if structure is not None and structure.sparsity is not None:
-        return dict.fromkeys(shapes, sparsity)
-    if allocation == "owl" or isinstance(allocation, OWL):
-        rule = OWL() if allocation == "owl" else allocation
-        return _by_outliers(rule, kernels, params, sparsity, whole, stream, targets, mask, blocks)
-    rule = allocations.resolve(allocation)
-    if isinstance(rule, allocations.Global):
+    structure: Structure | None,
+    loss: Loss | None,
+    stages: int,
+    correct: float,
+    propagate: bool,
+) -> None:
+    if unknown := sorted(set(options) - set(method.options)):
         raise ValueError(
-            f"allocation={allocation!r}: layers are pruned one after the other; give a rule of shapes, a "
-            "mapping from path patterns to sparsities, or 'owl'"
+            f"{unknown[0]}: {method.name!r} has no such option; it has {', '.join(method.options) or 'none'}"
         )
-    leaves = [
-        Leaf(i, k.name, shapes[k.name][1:], 0, structure or structures.Unstructured())
-        for i, k in enumerate(kernels)
-    ]
-    return dict(zip(shapes, rule.sparsities(leaves, sparsity)))
+    if method.gradients == "loss" and loss is None:
+        raise ValueError(
+            f"loss: {method.name!r} reads gradients of a loss; give loss=lambda outputs, batch: a number"
+        )
+    if stages < 1 or (stages > 1 and not method.gradients):
+        raise ValueError(
+            f"stages={stages}: a positive number, above 1 for methods that read gradients"
+        )
+    if stages > 1 and structure is not None and structure.sparsity is not None:
+        raise ValueError(
+            f"stages={stages}: structure={structure} has one sparsity and no stages to it"
+        )
+    if not 0.0 <= correct <= 1.0 or (correct and not propagate):
+        raise ValueError(
+            f"correct={correct}: a number in [0, 1], and 0 without propagate=True, where nothing is to be made up"
+        )
 
 
-def _by_outliers(rule: OWL, kernels, params, sparsity, whole, stream, targets, mask, blocks):
-    pair = (lambda p, *batch: whole.function(p, batch[0]), whole.params)
-    norms = calibrate(
-        pair, [(b,) for b in stream.batches], Norms(), targets=targets, blocks=blocks,
-        mask=None if mask is None else lambda b: mask(b[0]),
-    )  # fmt: skip
-    groups: dict[str, list[Kernel]] = {}
-    for kernel in kernels:
-        groups.setdefault(program.block_of(kernel, blocks), []).append(kernel)
-    outliers, sizes = [], []
-    for group in groups.values():
-        layers = [
-            (w, s)
-            for k in group
-            for w, s in zip(k.take(params[k.view.leaf]), norms[k.name].squares)
-        ]
-        outliers.append(rule.outliers(layers))
-        sizes.append(sum(w.size for w, _ in layers))
-    found = rule.sparsities(outliers, sizes, sparsity)
-    return {k.name: s for group, s in zip(groups.values(), found) for k in group}
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is done to every block."""
+
+    method: _registry.Method
+    structure: Structure | None
+    sparsities: Mapping[str, float | None]
+    stages: int
+    correct: float
+    refit: bool
+    errors: bool
+    options: Mapping[str, Any]
+    stream: Stream
+    slopes: LossGradients | None
+
+    def statistic(self) -> Statistic:
+        """What is kept of the inputs."""
+        if self.method.rows:
+            return Tokens()
+        gram = self.method.gram or self.refit or self.errors or self.correct
+        return Gram() if gram else Norms()
+
+    def segment(
+        self, at: int, params: list[Any], ahead: Stream | None, dense: Sequence[Any]
+    ) -> tuple[Layers, list[list[Any]]]:
+        """Prunes the kernels of a segment; and what the segment gave before."""
+        statistic, kernels = self.statistic(), self.stream.segments[at].kernels
+        seen, gave = self.stream.statistics(at, params, statistic)
+        tune = self.method.tune
+        mine = {k: v for k, v in self.options.items() if k in self.method.tune_options}
+        if tune is not None and mine:
+
+            def pruned(now: list[Any]) -> list[Any]:
+                for kernel, (found, _) in zip(kernels, self._layers(at, now, self._seen(at, now))):
+                    now = _put(kernel, now, found)
+                return now
+
+            params = tune(self.stream, at, params, gave, pruned, **mine)
+            seen = self.stream.statistics(at, params, statistic)[0]
+        if ahead is not None:
+            drift = self.stream.drift(at, params, ahead, dense)
+            params = list(params)
+            for k in kernels:
+                leaf = params[k.view.leaf]
+                gram = seen[k.name].gram
+                assert gram is not None  # `statistic` asks for it
+                moved = [
+                    corrected(w, g, d, self.correct)
+                    for w, g, d in zip(k.take(leaf), gram, drift[k.name])
+                ]
+                params[k.view.leaf] = k.put(leaf, jnp.stack(moved))
+        start, layers = params, []
+        for stage in range(1, self.stages + 1):
+            done = 1 - (1 - stage / self.stages) ** 3
+            layers = self._layers(at, params, seen, start, done)
+            for kernel, (found, _) in zip(kernels, layers):
+                params = _put(kernel, params, found)
+        return layers, gave
+
+    def _seen(self, at: int, params: list[Any]) -> dict[str, Inputs]:
+        return self.stream.statistics(at, params, self.statistic())[0]
+
+    def _layers(
+        self,
+        at: int,
+        params: list[Any],
+        seen: Mapping[str, Inputs],
+        start: list[Any] | None = None,
+        done: float = 1.0,
+    ) -> Layers:
+        """The kernels of a segment pruned, each from `params`, compared with `start`."""
+        found: dict[str, Array] = {}
+        if self.method.gradients == "region":
+            found = gradients.regional(self.stream, at, params)
+        elif self.method.gradients == "loss" and self.slopes is not None:
+            found = self.slopes(at, params)
+        layers: Layers = []
+        for kernel in self.stream.segments[at].kernels:
+            x, leaf = seen[kernel.name], kernel.view.leaf
+            finite(kernel.name, x)
+            if found:
+                x = x._replace(gradients=found[kernel.name])
+                if not bool(jnp.all(jnp.isfinite(found[kernel.name]))):
+                    raise ValueError(f"loss: the gradients of {kernel.name!r} hold NaN or infinity")
+            before = params if start is None else start
+            layers.append(self._kernel(kernel, params[leaf], before[leaf], x, done))
+        return layers
+
+    def _kernel(
+        self, kernel: Kernel, leaf: Array, before: Array, x: Inputs, done: float
+    ) -> tuple[list[Pruned], LayerReport]:
+        """Prunes the layers of one kernel."""
+        start = time.perf_counter()
+        sparsity = self.sparsities[kernel.name]
+        if done < 1 and sparsity is not None:
+            sparsity = sparsity * done
+        options = {k: v for k, v in self.options.items() if k not in self.method.tune_options}
+        stack, dense = (kernel.take(a).astype(jnp.float32) for a in (leaf, before))
+        found, masked, pruned, unseen = [], 0.0, 0.0, 0
+        for i, w in enumerate(stack):
+            here = jax.tree.map(lambda a, i=i: a[i], x)
+            given = self.method.what(here)
+            try:
+                one = self.method.core(w, *given, sparsity, structure=self.structure, **options)
+            except ValueError as error:
+                raise ValueError(f"{kernel.name!r} {tuple(w.shape)}: {error}") from None
+            if self.refit and here.gram is not None:
+                one = refit_core(dense[i], here.gram, one)
+            found.append(one)
+            unseen += int(here.count == 0)
+            if here.gram is not None:
+                only = jnp.where(one.mask, dense[i], 0.0)
+                masked += float(relative_error(here.gram, dense[i], only))
+                pruned += float(relative_error(here.gram, dense[i], one.weights))
+        layers, known = len(stack), x.gram is not None
+        damping = max([float(p.damping) for p in found if p.damping is not None], default=None)
+        notes = []
+        if (
+            self.method.gram
+            and damping is not None
+            and damping > options.get("damping", 0.01) * 1.01
+        ):
+            notes.append(f"damping raised to {damping:.3g}")
+        if unseen:
+            notes.append(f"{unseen} of {layers} saw no token: by magnitude")
+        elif float(jnp.min(x.count)) < stack.shape[1]:
+            notes.append(f"{int(jnp.min(x.count))} tokens for {stack.shape[1]} inputs")
+        zeros = sum(int(p.mask.size - jnp.sum(p.mask)) for p in found)
+        return found, LayerReport(
+            kernel.name,
+            tuple(stack.shape[1:]) if layers == 1 else tuple(stack.shape),
+            zeros / stack.size,
+            masked / layers if known else None,
+            pruned / layers if known else None,
+            damping,
+            time.perf_counter() - start,
+            "; ".join(notes),
+        )
+
+
+def _put(kernel: Kernel, params: Sequence[Any], found: Sequence[Pruned]) -> list[Any]:
+    """The parameters with a pruned kernel, where they were on devices."""
+    params = list(params)
+    old = params[kernel.view.leaf]
+    new = kernel.put(old, jnp.stack([p.weights for p in found]))
+    spread = isinstance(old, Array) and len(old.sharding.device_set) > 1
+    params[kernel.view.leaf] = jax.device_put(new, old.sharding) if spread else new
+    return params
 
 
 def _output_error(stream: Stream, dense: list[Any], params: list[Any], propagated: bool) -> float:

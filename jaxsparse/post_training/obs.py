@@ -55,29 +55,26 @@ def obs_remove(w: Array, inverse: Array, removed: Array) -> Array:
 
 
 class InverseFisher(NamedTuple):
-    """F⁻¹ of F = damping I + (1/m) Gᵀ G, never formed.
+    """F⁻¹ of F = damping I + (1/m) Gᵀ G, never formed: (I - halfᵀ half) / damping, `half` `[m, n]`.
 
     >>> fisher = inverse_fisher(jnp.array([[2.0, 0.0]]), damping=1.0)
     >>> fisher.diagonal().tolist(), fisher(jnp.ones(2)).tolist()
     ([0.2..., 1.0], [0.2..., 1.0])
     """
 
-    gradients: Array
-    small: Array
+    half: Array
     damping: Array
 
     def __call__(self, x: Array) -> Array:
         """F⁻¹ x for x `[n]`."""
-        inner = jax.scipy.linalg.cho_solve((self.small, True), matmul(self.gradients, x))
-        return (x - matmul(self.gradients.T, inner)) / self.damping
+        return (x - matmul(self.half.T, matmul(self.half, x))) / self.damping
 
     def diagonal(self) -> Array:
         """The diagonal of F⁻¹, `[n]`."""
-        half = jax.scipy.linalg.solve_triangular(self.small, self.gradients, lower=True)
-        return (1.0 - jnp.sum(jnp.square(half), axis=0)) / self.damping
+        return (1.0 - jnp.sum(jnp.square(self.half), axis=0)) / self.damping
 
 
-def inverse_fisher(gradients: Array, damping: float = 1e-5) -> InverseFisher:
+def inverse_fisher(gradients: Array, damping: float | Array = 1e-5) -> InverseFisher:
     """The inverse of the empirical Fisher information.
 
     Args:
@@ -88,5 +85,7 @@ def inverse_fisher(gradients: Array, damping: float = 1e-5) -> InverseFisher:
       A function of vectors `[n]`, with its diagonal.
     """
     m = gradients.shape[0]
-    small = matmul(gradients, gradients.T) + m * damping * jnp.eye(m, dtype=gradients.dtype)
-    return InverseFisher(gradients, jnp.linalg.cholesky(small), jnp.asarray(damping))
+    # Eigenvectors, not a Cholesky factor: G Gᵀ is singular where samples are more than weights.
+    values, vectors = jnp.linalg.eigh(matmul(gradients, gradients.T))
+    scale = jax.lax.rsqrt(jnp.maximum(values, 0.0) + m * damping)
+    return InverseFisher(scale[:, None] * matmul(vectors.T, gradients), jnp.asarray(damping))

@@ -479,15 +479,16 @@ def _last_uses(program: Program) -> dict[int, int]:
 
 
 def _alive(program: Program) -> list[int]:
-    """Bytes that are alive before each equation, parameters and the batch apart."""
+    """Bytes that are alive before each equation, parameters apart."""
     last, change = _last_uses(program), [0] * (len(program.equations) + 2)
-    for i, equation in enumerate(program.equations):
-        for v in equation.outputs:
-            if last.get(v, i) > i:
-                aval = program.shapes[v]
-                size = math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8)
-                change[i + 1] += size
-                change[last[v] + 1] -= size
+    made = [(-1, v) for v in program.inputs]
+    made += [(i, v) for i, equation in enumerate(program.equations) for v in equation.outputs]
+    for i, v in made:
+        if last.get(v, i) > i:
+            aval = program.shapes[v]
+            size = math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8)
+            change[i + 1] += size
+            change[last[v] + 1] -= size
     alive, total = [], 0
     for delta in change[: len(program.equations) + 1]:
         total += delta

@@ -24,12 +24,17 @@ class Inputs(NamedTuple):
       sum: `[in]`, of x.
       squares: `[in]`, of x².
       gram: `[in, in]`, of x xᵀ; None from `Norms`.
+      rows: `[tokens, in]`, the tokens themselves, from `Tokens`.
+      gradients: `[samples, in, out]` of a loss with respect to the layer, where the method asks for them:
+        `prune` adds them.
     """
 
     count: Array
     sum: Array
     squares: Array
     gram: Array | None = None
+    rows: Array | None = None
+    gradients: Array | None = None
 
 
 class Statistic(Protocol):
@@ -68,11 +73,31 @@ class Gram:
         return Norms()(x)._replace(gram=gram, squares=jnp.diagonal(gram, axis1=1, axis2=2))
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens themselves besides the sums of `Gram`: for small sets of data.
+
+    >>> Tokens()(jnp.ones((1, 3, 2))).rows.shape
+    (1, 3, 2)
+    """
+
+    def __call__(self, rows: Array) -> Inputs:
+        return Gram()(rows)._replace(rows=rows.astype(jnp.float32))
+
+
 def add(a: Inputs | None, b: Inputs) -> Inputs:
-    """The statistic of the tokens of both.
+    """The statistic of the tokens of both: sums add, tokens and gradients stand one after the other.
 
     >>> one = Norms()(jnp.ones((1, 3, 2)))
     >>> float(add(one, one).count[0])
     6.0
     """
-    return b if a is None else jax.tree.map(jnp.add, a, b)
+    if a is None:
+        return b
+    joined = {
+        name: jnp.concatenate([getattr(a, name), getattr(b, name)], axis=1)
+        for name in ("rows", "gradients")
+        if getattr(a, name) is not None
+    }
+    bare = lambda x: x._replace(rows=None, gradients=None)
+    return jax.tree.map(jnp.add, bare(a), bare(b))._replace(**joined)
