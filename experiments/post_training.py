@@ -12,9 +12,11 @@ divergence of its predictions from those of the dense slice.
 import argparse
 import json
 import pathlib
+import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +27,33 @@ from experiments.models import smollm2
 from experiments.studies.commands import read_options
 from jaxsparse import post_training as pt
 
-
-@nnx.jit
-def _compare(dense: nnx.Module, sparse: nnx.Module, tokens: jax.Array) -> jax.Array:
-    """Loss of both, and the divergence of the second from the first, per token."""
-    p, q = (jax.nn.log_softmax(m(tokens[:, :-1])) for m in (dense, sparse))
-    loss = lambda x: -jnp.mean(jnp.take_along_axis(x, tokens[:, 1:, None], axis=-1))
-    return jnp.stack([loss(p), loss(q), jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))])
+_logits = nnx.jit(lambda model, tokens: model(tokens))
 
 
-def evaluate(dense: nnx.Module, sparse: nnx.Module, tokens: list[jax.Array]) -> dict[str, float]:
+@jax.jit
+def _compare(dense: jax.Array, sparse: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Loss of both logits, and the divergence of the second from the first, per token."""
+    p, q = (jax.nn.log_softmax(x[:, :-1]) for x in (dense, sparse))
+    loss = smollm2.next_token_loss
+    divergence = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+    return jnp.stack([loss(dense, tokens), loss(sparse, tokens), divergence])
+
+
+def evaluate(
+    dense: nnx.Module, sparse: nnx.Module | Callable, tokens: list[jax.Array]
+) -> dict[str, float]:
     """Perplexity of the dense and of the sparse model, and the mean divergence in nats."""
-    found = np.mean([np.asarray(_compare(dense, sparse, x)) for x in tokens], axis=0)
+    run = (lambda x: _logits(sparse, x)) if isinstance(sparse, nnx.Module) else sparse
+    rows = [np.asarray(_compare(_logits(dense, x), run(x), x)) for x in tokens]
+    found = np.mean(rows, axis=0)
     return {
         "dense_perplexity": float(np.exp(found[0])),
         "perplexity": float(np.exp(found[1])),
         "divergence": float(found[2]),
     }
+
+
+STRUCTURED = ("flap", "wanda_sp", "cfsp", "slicegpt")
 
 
 def run(
@@ -50,17 +62,38 @@ def run(
     evaluation: list[jax.Array],
     method: str,
     **settings: Any,
-) -> tuple[pt.Result, dict[str, Any]]:
-    """Prunes the blocks of the model and measures it; the row of a table."""
+) -> tuple[pt.Result | None, dict[str, Any]]:
+    """Prunes the blocks of the model and measures it; the row of a table. Structured methods have no
+    `Result`, and their sparsity is that of the parameters of the blocks."""
     start = time.perf_counter()
-    result = pt.prune(dense, calibration, method, **settings)
-    row: dict[str, Any] = {
-        "method": method,
-        "sparsity": result.sparsity,
-        "settings": {k: str(v) for k, v in settings.items() if k != "progress" and v is not None},
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    return result, row | evaluate(dense, result.model, evaluation)
+    shown = {k: str(v) for k, v in settings.items() if k not in ("progress", "checkpoint") and v}
+    result, row = None, {}
+    if method in STRUCTURED:
+        model, row["sparsity"] = _structured(dense, calibration, method, **settings)
+    else:
+        known = method in pt.METHODS and pt.METHODS[method].gradients
+        batches = (
+            [x[i : i + 1] for x in calibration for i in range(len(x))] if known else calibration
+        )
+        loss = smollm2.next_token_loss if known == "loss" else None
+        result = pt.prune(dense, batches, method, loss=loss, **settings)
+        model, row["sparsity"] = result.model, result.sparsity
+    row |= {"method": method, "settings": shown}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return result, row | evaluate(dense, model, evaluation)
+
+
+def _structured(dense: smollm2.SmolLM2, calibration, method: str, sparsity: float) -> tuple:
+    """A narrower model, and the share of the parameters of its blocks that went."""
+    blocks = lambda m: sum(x.size for x in jax.tree.leaves(nnx.state(m.layers, nnx.Param)))
+    if method == "slicegpt":
+        small = pt.slice_stream(
+            *smollm2.stream(dense), calibration, sparsity, epsilon=dense.config.epsilon
+        )
+        left = small.parameters() - small.embedding.size - small.head.size
+        return small, 1 - left / blocks(dense)
+    narrow: Any = pt.narrow(dense, calibration, cast(Any, method), sparsity=sparsity).model
+    return narrow, 1 - blocks(narrow) / blocks(dense)
 
 
 def plot(result: pt.Result, path: pathlib.Path) -> None:
@@ -111,6 +144,7 @@ def main(arguments_: list[str] | None = None) -> None:
     parser.add_argument("--structure")
     parser.add_argument("--allocation", default="uniform")
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--correct", type=float, default=0.0)
     parser.add_argument("--option", action="append", default=[], help="name=value, of the method")
     options = parser.parse_args(arguments_)
     options.workdir.mkdir(parents=True, exist_ok=True)
@@ -124,8 +158,11 @@ def main(arguments_: list[str] | None = None) -> None:
         result, row = run(
             model, calibration, evaluation, options.method, sparsity=options.sparsity,
             structure=options.structure, allocation=options.allocation, refit=options.refit,
-            progress=progress, **read_options(options.option),
+            correct=options.correct, progress=progress, checkpoint=options.workdir / "blocks",
+            **read_options(options.option),
         )  # fmt: skip
+    assert result is not None
+    row["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row["command"] = " ".join(
         ["python -m experiments.post_training", *(arguments_ or sys.argv[1:])]
     )

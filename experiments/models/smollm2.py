@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsparse import post_training as pt
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -61,7 +63,7 @@ class Attention(nnx.Module):
         y_BTHK = jax.nn.dot_product_attention(
             q_BTHK, k_BTGK, split(self.value(x_BTD)), is_causal=True
         )
-        return self.out(y_BTHK.reshape(x_BTD.shape))
+        return self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1))
 
 
 class Block(nnx.Module):
@@ -214,6 +216,42 @@ def _tokenizer(field) -> Any:
     return tokenizer
 
 
+def stream(model: SmolLM2) -> tuple[jax.Array, list[pt.Branch], jax.Array]:
+    """The model as a residual stream, for `post_training.slice_stream`: the embedding, attention and
+    perceptron of each block with the scales of their norms folded in, and the output as a matrix of its own."""
+    config = model.config
+
+    def attention(params, z_BTD):
+        size = config.width // config.heads
+        split = lambda name: (z_BTD @ params[name]).reshape(*z_BTD.shape[:2], -1, size)
+        turn = functools.partial(rotate, base=config.rope_base, kind=config.rope)
+        y = jax.nn.dot_product_attention(
+            turn(split("query")), turn(split("key")), split("value"), is_causal=True
+        )
+        return y.reshape(*z_BTD.shape[:2], -1) @ params["out"]
+
+    def perceptron(params, z_BTD):
+        return (jax.nn.silu(z_BTD @ params["gate"]) * (z_BTD @ params["up"])) @ params["down"]
+
+    branches = []
+    for layer in model.layers:
+        for function, module, norm, readers, writer in (
+            (attention, layer.attention, layer.norm1, ("query", "key", "value"), "out"),
+            (perceptron, layer, layer.norm2, ("gate", "up"), "down"),
+        ):
+            kernel = lambda name, module=module: getattr(module, name).kernel[...]
+            params = {n: pt.fold_scale(_scale(norm), kernel(n)) for n in readers}
+            params[writer] = kernel(writer)
+            branches.append(pt.Branch(function, params, readers, (writer,)))
+    embedding = model.embed.embedding[...]
+    return embedding, branches, pt.fold_scale(_scale(model.norm), embedding.T)
+
+
+def _scale(norm: nnx.RMSNorm) -> jax.Array:
+    assert norm.scale is not None
+    return norm.scale[...]
+
+
 def text(half: Literal["calibration", "evaluation"]) -> str:
     """Articles of Python's reference that ship with it: every second one, from the first or the second.
     They repeat sections of each other: every paragraph is taken once, and none of the evaluation stands
@@ -249,10 +287,15 @@ def batches(tokenizer: Any, half: Literal["calibration", "evaluation"], sequence
     return [jnp.asarray(rows[i : i + size]) for i in range(0, sequences, size)]
 
 
+def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The mean negative log-likelihood of the next token, of the logits of all tokens."""
+    p_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(p_BTV, tokens_BT[:, 1:, None], axis=-1))
+
+
 @nnx.jit
 def _loss(model: SmolLM2, tokens_BT: jax.Array) -> jax.Array:
-    logits = jax.nn.log_softmax(model(tokens_BT[:, :-1]))
-    return -jnp.mean(jnp.take_along_axis(logits, tokens_BT[:, 1:, None], axis=-1))
+    return next_token_loss(model(tokens_BT), tokens_BT)
 
 
 def nats_per_token(model: SmolLM2, tokens: list[jax.Array]) -> float:

@@ -10,9 +10,31 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments.post_training import arguments, prepare, run
+from experiments.post_training import STRUCTURED, arguments, prepare, run
 
-METHODS = ("magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps")
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude": ("magnitude", {}),
+    "Wanda": ("wanda", {}),
+    "Wanda++": ("wanda_plus_plus", {}),
+    "RIA": ("ria", {}),
+    "DSnoT": ("dsnot", {"cycles": 10}),
+    "Wanda, refitted": ("wanda", {"refit": True}),
+    "magnitude, refitted": ("magnitude", {"refit": True}),
+    "SparseGPT": ("sparsegpt", {}),
+    "SparseGPT, corrected": ("sparsegpt", {"correct": 0.5}),
+    "SparseGPT, OWL": ("sparsegpt", {"allocation": "owl"}),
+    "ALPS": ("alps", {"steps": 60}),
+    "GQSA, 4 bits": ("gqsa", {"group": 8}),
+    "OBD": ("obd", {}),
+    "WoodFisher": ("woodfisher", {}),
+    "M-FAC": ("mfac", {"steps": 4}),
+    "CHITA": ("chita", {}),
+    "FLAP": ("flap", {}),
+    "Wanda-sp": ("wanda_sp", {}),
+    "CFSP": ("cfsp", {}),
+    "SliceGPT": ("slicegpt", {}),
+}
+NOT_WITH_N_M = ("gqsa", *STRUCTURED)  # nor with an allocation
 
 
 def table(rows: list[dict[str, Any]], whole: bool) -> str:
@@ -42,28 +64,27 @@ def table(rows: list[dict[str, Any]], whole: bool) -> str:
 
 def main(arguments_: list[str] | None = None) -> None:
     parser = arguments()
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default="all", help="names with ; between, see METHODS")
     parser.add_argument("--budgets", default="0.3,0.5,0.6,0.7,2:4,4:8")
-    parser.add_argument(
-        "--refit", action="store_true", help="magnitude and Wanda with refitted weights, too"
-    )
     options = parser.parse_args(arguments_)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path: pathlib.Path = options.workdir / "results.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     done = {(row["name"], row["budget"]) for row in rows}
+    names = list(METHODS) if options.methods == "all" else options.methods.split(";")
+    if unknown := sorted(set(names) - set(METHODS)):
+        raise ValueError(f"--methods: no {unknown[0]!r}; there are {'; '.join(METHODS)}")
     model, calibration, evaluation = prepare(options)
-    variants = [(m, m, False) for m in options.methods.split(",")]
-    if options.refit:
-        variants += [(f"{m}, refitted", m, True) for m in ("magnitude", "wanda")]
     for budget in options.budgets.split(","):
         settings = {"structure": budget} if ":" in budget else {"sparsity": float(budget)}
-        for name, method, refit in variants:
-            if (name, budget) in done:
+        for name in names:
+            method, more = METHODS[name]
+            apart = ":" in budget and (method in NOT_WITH_N_M or "allocation" in more)
+            if (name, budget) in done or apart:
                 continue
-            _, row = run(
-                model, calibration, evaluation, method, refit=refit, errors=False, **settings
-            )
+            if method not in STRUCTURED:
+                more = more | {"errors": False}
+            _, row = run(model, calibration, evaluation, method, **settings, **more)
             rows.append({"name": name, "budget": budget} | row)
             path.write_text(json.dumps(rows, indent=1) + "\n")
             print(name, budget, row["perplexity"], row["divergence"], row["seconds"], flush=True)

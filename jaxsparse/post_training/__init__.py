@@ -38,7 +38,7 @@ from jaxsparse.post_training.owl import OWL
 from jaxsparse.post_training.refit import refit_core
 from jaxsparse.post_training.report import LayerReport, Result
 from jaxsparse.post_training.ria import permute_inputs, ria_core
-from jaxsparse.post_training.slicegpt import Branch, Sliced, slice_stream
+from jaxsparse.post_training.slicegpt import Branch, Sliced, fold_scale, slice_stream
 from jaxsparse.post_training.sparsegpt import Int, sparsegpt_core
 from jaxsparse.post_training.statistics import Gram, Inputs, Norms, Tokens
 from jaxsparse.post_training.wanda import wanda_core
@@ -70,6 +70,7 @@ __all__ = [
     "dsnot_core",
     "evolve",
     "exact_obs_core",
+    "fold_scale",
     "gqsa_core",
     "inverse_fisher",
     "knapsack",

@@ -27,12 +27,12 @@ FLOORS = [
     "typing",
     "engines",
     "methods",
+    "channels",
     "post_training",
     "initial",
     "summary",
     "nn",
     "analysis",
-    "channels",
     "testing",
 ]
 MODULES = [p for p in (ROOT / "jaxsparse").rglob("*.py") if p.parent != ROOT / "jaxsparse" or
