@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -289,11 +290,12 @@ class Coupling:
     groups: tuple[tuple[Coupled, Group], ...]
     leaves: tuple[Leaf, ...]
 
-    def pool(self, values: Sequence[Array]) -> list[Array]:
-        """The scores of units from those of weights, by the rule of each structure (`combine`)."""
+    def pool(self, values: Sequence[Array], combine: str | None = None) -> list[Array]:
+        """The scores of units from those of weights, by the rule of each structure (`combine`) or as
+        given: "sum", "mean" or "max"."""
         joint = {"sum": sum, "mean": lambda x: sum(x) / len(x), "max": _maximum}
         pooled = [
-            joint[kind.combine](self._parts(group, kind, values, lambda p, x: p.pool(x)))
+            joint[combine or kind.combine](self._parts(group, kind, values, lambda p, x: p.pool(x)))
             for kind, group in self.groups
         ]
         return [*pooled, *self._single(values)]
@@ -307,21 +309,23 @@ class Coupling:
         ]
         return [*found, *self._single(masks)]
 
-    def expand(self, units: Sequence[Array]) -> list[Array]:
-        """The masks of weights: a weight is kept where every group that holds it keeps its unit."""
+    def expand(self, units: Sequence[Array], join: Literal["all", "sum"] = "all") -> list[Array]:
+        """The masks of weights: a weight is kept where every group that holds it keeps its unit. Of
+        numbers of units, their products at the weights, 1 where no unit is; or the sums, 0 there."""
+        fill, both = (1, operator.mul) if join == "all" else (0, operator.add)
         single = iter(units[len(self.groups) :])
         masks = []
         for leaf in self.members:
             if not isinstance(leaf.structure, Coupled):
                 masks.append(next(single))
                 continue
-            mask = jnp.ones((), bool)
+            found = []
             for (kind, group), kept in zip(self.groups, units):
                 for part in group.parts if kind == leaf.structure else ():
                     if part.path == leaf.path:
-                        one = functools.partial(part.expand, shape=leaf.layer_shape)
-                        mask = mask & (jax.vmap(one) if leaf.lead else one)(kept)
-            masks.append(mask.reshape(leaf.shape))
+                        one = functools.partial(part.expand, shape=leaf.layer_shape, fill=fill)
+                        found.append((jax.vmap(one) if leaf.lead else one)(kept))
+            masks.append(functools.reduce(both, found).reshape(leaf.shape))
         return masks
 
     def salts(self, salts: Sequence[Array]) -> list[Array]:

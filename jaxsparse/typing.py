@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxsparse.allocations import AllocationLike
 from jaxsparse.schedules import Schedule
-from jaxsparse.structures import Structure
+from jaxsparse.structures import MakesCoupled, Structure
 from jaxsparse.targets import Targets
 
 Scalar = float | int | np.number | Array
@@ -28,12 +28,17 @@ ScalarOrSchedule = Scalar | Schedule
 Seed = int | np.integer | Array
 """Of random choices: an integer; may be traced."""
 
-StructureLike = Structure | str | Mapping[str, Structure | str | None] | None
-"""Which patterns of zeros are allowed: a structure, its text ("2:4"), None for any, or a mapping from
-path patterns to these."""
+StructureLike = Structure | str | Mapping[str, Structure | str | None] | MakesCoupled | None
+"""Which patterns of zeros are allowed: a structure, its text ("2:4"), None for any, a mapping from
+path patterns to these, or the groups that `channels.find` returns."""
+
+GroupsLike = MakesCoupled | Structure | None
+"""What lives and dies together: the groups that `channels.find` returns, a structure, or None: every
+output channel of a leaf by itself."""
 
 __all__ = [
     "AllocationLike",
+    "GroupsLike",
     "Scalar",
     "ScalarOrSchedule",
     "Schedule",

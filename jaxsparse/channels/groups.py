@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -98,10 +98,22 @@ class Groups(Mapping[str, Group]):
         out = tuple(Fixed(n, g.width, why) for n, g in self.groups.items() if n not in kept)
         return dataclasses.replace(self, groups=kept, fixed=(*self.fixed, *out))
 
-    def structure(self, combine: Literal["sum", "mean", "max"] = "sum") -> Coupled:
+    def structure(
+        self,
+        combine: Literal["sum", "mean", "max"] = "sum",
+        sides: Sequence[str] = ("out", "with", "in"),
+    ) -> Coupled:
         """The groups as a structure: a method that takes it zeroes whole channels, in all kernels that make them or
         read them, `jaxsparse.magnitude(tx, 0.5, structure=groups.structure(), ...)`. Of tied groups each is ranked
         by itself; `shrink` then keeps as many of both.
+
+        Args:
+          combine: how the scores of a channel in its leaves make one.
+          sides: which leaves belong to a channel: those that make it ("out"), go along ("with": biases, scales of
+            norms) and read it ("in"). Groups without such a leaf are left out.
+
+        Raises:
+          ValueError: no group has a leaf of these sides.
 
         >>> from jaxsparse import channels
         >>> import jax.numpy as jnp
@@ -111,11 +123,16 @@ class Groups(Mapping[str, Group]):
         ['a', 'b']
         """
         strip = "params/" if self.model.kind == "linen" else ""
-        return Coupled([self._parts(group, strip) for group in self.groups.values()], combine)
+        parts = [self._parts(group, strip, sides) for group in self.groups.values()]
+        if not any(parts):
+            raise ValueError(
+                f"sides={tuple(sides)}: no group has a leaf of these; give some of 'out', 'with', 'in'"
+            )
+        return Coupled([p for p in parts if p], combine)
 
-    def _parts(self, group: Group, strip: str) -> list[Part]:
+    def _parts(self, group: Group, strip: str, sides: Sequence[str]) -> list[Part]:
         places: dict[tuple[str, int], list[np.ndarray]] = {}
-        for m in (m for m in group.members if m.path in self.trained):
+        for m in (m for m in group.members if m.path in self.trained and m.side in sides):
             places.setdefault((m.path, m.axis), []).append(m.channel)
         parts = []
         for (path, axis), channels in places.items():

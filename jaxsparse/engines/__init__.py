@@ -3,6 +3,8 @@
 from jaxsparse.engines.drop_and_grow import drop_and_grow, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
+from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty
+from jaxsparse.engines.proximal import project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, View, momentum
@@ -14,21 +16,31 @@ from jaxsparse.engines.straight_through import (
     straight_through,
     threshold_of,
 )
+from jaxsparse.engines.units import Units, group_setup
 
 __all__ = [
+    "GroupLasso",
+    "L1",
     "Learner",
+    "Penalty",
     "Projection",
     "Setup",
     "Step",
+    "Sum",
+    "Units",
     "View",
+    "add_penalty",
     "all_kept",
     "apportion",
     "by_layer",
     "by_leaf",
     "drop_and_grow",
+    "group_setup",
     "keep_best",
     "hold_masks",
     "momentum",
+    "project_after",
+    "proximal",
     "random_masks",
     "refill",
     "refresh",

@@ -75,7 +75,8 @@ def setup(
 
     Args:
       sparsity: the fraction of zeros in [0, 1); None: that of the structure.
-      structure: None, a structure, its text, or a mapping from path patterns to these.
+      structure: None, a structure, its text, a mapping from path patterns to these, or the groups that
+        `channels.find` returns.
       allocation: a name, a mapping from path patterns to sparsities, or an allocation.
       targets: see `jaxsparse.targets`.
       seed: an integer; may be traced.
@@ -95,6 +96,8 @@ def setup(
       ValueError: a sparsity out of range, missing, or at odds with the structure; an argument that is
         none of the above.
     """
+    if isinstance(structure, structures.MakesCoupled):
+        structure = structure.structure()
     if isinstance(structure, Mapping):
         kind: Any = {path: structures.resolve(s) for path, s in structure.items()}
     else:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import optax
 
 Dynamics = Literal["none", "fixed", "gradual", "dynamic", "projected"]
-Structures = Literal["any", "any but n:m", "unstructured", "n:m", "fan_in"]
+Structures = Literal["any", "any but n:m", "unstructured", "n:m", "fan_in", "groups"]
 Gradients = Literal["kept", "updates", "all"]
 Timing = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -30,7 +30,8 @@ class Method:
       dynamics: "none", "fixed", "gradual" (dense at first, masks grow sparser), "dynamic" (masks
         change at a constant budget), "projected" (masks follow raw weights at every step).
       structures: which structures `structure=` takes: "any", "any but n:m", "n:m"; of methods without
-        that option what their masks are: "unstructured", "fan_in".
+        that option what their masks are: "unstructured", "fan_in", "groups" (whole channels, those of
+        `groups=`).
       dense_phase: which steps are dense by design, in words; None if every step is sparse.
       starts_dense: whether the run starts dense by default.
       gradients: which gradients of weights the rule reads: "kept" (a sparse backward product would

@@ -14,7 +14,7 @@ from jaxsparse.structures.base import (
     topk,
     unit_mask,
 )
-from jaxsparse.structures.coupled import Coupled, Group, Part
+from jaxsparse.structures.coupled import Coupled, Group, MakesCoupled, Part
 from jaxsparse.structures.transposable import TransposableNM, transposable_nm_mask
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Coupled",
     "FanIn",
     "Group",
+    "MakesCoupled",
     "Part",
     "Shape",
     "Structure",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,12 +67,13 @@ class Part:
         along = sum_over(x, tuple(a for a in range(x.ndim) if a != axis))
         return along if self.index is None else sum_over(along[np.asarray(self.index)], (1,))
 
-    def expand(self, units: Array, shape: Shape) -> Array:
-        """The mask of a layer of `shape` that a mask of units, `[units]`, stands for."""
+    def expand(self, units: Array, shape: Shape, fill: int = 1) -> Array:
+        """The mask of a layer of `shape` that a mask of units, `[units]`, stands for; of numbers of
+        units the numbers, and `fill` where no unit is."""
         axis = self.axis % len(shape)
         if self.index is not None:
             at = np.asarray(self.index)
-            every = jnp.ones(shape[axis], bool)
+            every = jnp.full(shape[axis], fill, units.dtype)
             units = every.at[at].set(jnp.broadcast_to(units[:, None], at.shape))
         others = tuple(a for a in range(len(shape)) if a != axis)
         return jnp.broadcast_to(jnp.expand_dims(units, others), shape)
@@ -168,6 +169,19 @@ class Coupled(Structure):
     def __str__(self) -> str:
         units = math.fsum(len(group.parts) for group in self.groups)
         return f"Coupled({len(self.groups)} groups of {int(units)} parts)"
+
+
+@runtime_checkable
+class MakesCoupled(Protocol):
+    """What has groups of units, as `channels.find` returns them."""
+
+    def structure(
+        self,
+        combine: Literal["sum", "mean", "max"] = "sum",
+        sides: Sequence[str] = ("out", "with", "in"),
+    ) -> Coupled:
+        """The groups as a structure, of the leaves on these sides."""
+        ...
 
 
 _ALONE = (
