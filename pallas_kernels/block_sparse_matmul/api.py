@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels._dispatch import check_operands, choose, vary_alike
 from pallas_kernels._formats import Array, integer_places
-from pallas_kernels.block_sparse_matmul import reference, tpu, xla
+from pallas_kernels.block_sparse_matmul import gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_matmul.format import BlockSparse
 
 
@@ -36,7 +36,12 @@ class Implementation(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"tpu": tpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "tpu": tpu,
+    "gpu": gpu,
+    "xla": xla,
+    "reference": reference,
+}
 """By name, the best first."""
 
 _PLAIN = ("xla", "reference")  # `jnp` alone, which `vmap` takes as it is
@@ -71,13 +76,15 @@ def block_sparse_matmul(
     Args:
       x: `[..., in]`.
       w: `[in, out]`, as `BlockSparse`. Operands of different dtypes are promoted as usual.
-      implementation: "tpu" (Pallas: bfloat16 and float32, blocks of multiples of 128), "xla"
+      implementation: "tpu" (Pallas: bfloat16 and float32, blocks of multiples of 128), "gpu"
+        (Pallas Triton, compute capability 8.0: float16 too, blocks of multiples of 16), "xla"
         (anywhere; made for CPU), "reference" (builds the dense matrix); None takes the first of
         them that supports the arguments.
-      precision: of the products, as in `jax.lax.dot_general`. They are summed in float32.
+      precision: of the products, as in `jax.lax.dot_general`. They are summed in float32. On a GPU
+        float32 is multiplied as tf32 unless it is "highest".
       out_dtype: of y, by default the promoted dtype; `jnp.float32` keeps the sums of bfloat16
         operands as they are.
-      interpret: run the TPU kernels in the interpreter, for tests on a machine without a TPU.
+      interpret: run the TPU or GPU kernels in the interpreter, for tests on a machine without one.
 
     Returns:
       `[..., out]`.

@@ -10,7 +10,7 @@ from pallas_kernels.block_sparse_matmul.format import BlockSparse
 def why_not(x: Array, w: BlockSparse, interpret: bool) -> str | None:
     """The reason why this cannot multiply x by w, or None."""
     del x, w
-    return "interpret=True is about the TPU kernels" if interpret else None
+    return "interpret=True is about the Pallas kernels" if interpret else None
 
 
 def matmul(

@@ -43,7 +43,7 @@ def _chunks(w: BlockSparse, tokens: int) -> tuple[int, int]:
 def why_not(x: Array, w: BlockSparse, interpret: bool) -> str | None:
     """The reason why this cannot multiply x by w, or None."""
     del x, w
-    return "interpret=True is about the TPU kernels" if interpret else None
+    return "interpret=True is about the Pallas kernels" if interpret else None
 
 
 def matmul(

@@ -35,6 +35,10 @@ quick = functools.partial(
 )
 
 
+# Kernels run on their device where there is one (`make test-gpu`), else in the interpreter.
+INTERPRETED = {"tpu": True, "gpu": jax.default_backend() != "gpu"}
+
+
 def close(got, want, tolerance):
     for name, a, b in zip(("y", "dx", "dw", "dv"), got, want):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -47,7 +51,8 @@ class Base:
 
     @property
     def options(self):
-        return dict(implementation=self.implementation, interpret=self.implementation == "tpu")
+        interpret = INTERPRETED.get(self.implementation, False)
+        return dict(implementation=self.implementation, interpret=interpret)
 
 
 class ProductBase(Base):

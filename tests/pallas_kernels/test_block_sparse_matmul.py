@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bases import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,10 +72,10 @@ def forward_and_gradients(x, w, dy, implementation, interpret, settings):
 
 def check(x, w, dy, implementation, settings=None):
     """Forward and both gradients against the dense product in float32."""
-    interpret = implementation == "tpu"
+    interpret = INTERPRETED.get(implementation, False)
     y, dx, dw = forward_and_gradients(x, w, dy, implementation, interpret, settings)
     xf, dyf, wf = (np.asarray(a, np.float32) for a in (x, dy, w.to_dense()))
-    coarse = 2e-2 if x.dtype == jnp.bfloat16 else 2e-5
+    coarse = {jnp.bfloat16: 2e-2, jnp.float16: 2e-3}.get(x.dtype.type, 2e-5)
     same = lambda a, b: np.testing.assert_allclose(
         np.asarray(a, np.float32), b, rtol=coarse, atol=coarse * max(1.0, np.abs(b).max())
     )
@@ -169,15 +170,20 @@ def test_tpu_panels_are_shared_by_the_cores(monkeypatch):
     np.testing.assert_allclose(y, x @ w.to_dense(), rtol=1e-5, atol=1e-5)
 
 
+KERNELS = [pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED]
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def product(x, w, implementation, out_dtype=None):
-    interpret = implementation == "tpu"
+    interpret = INTERPRETED.get(implementation, False)
     return block_sparse_matmul(
         x, w, implementation=implementation, interpret=interpret, out_dtype=out_dtype
     )
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", "xla", "tpu", pytest.param("gpu", marks=pytest.mark.slow)]
+)
 def test_nan_in_a_row_of_x_stays_in_that_row(implementation):
     x, w, _ = problem((20,), (256, 768), (128, 128), "empty columns", jnp.float32, capacity=6)
     y, clean = (product(a, w, implementation) for a in (x.at[3].set(jnp.nan), x))
@@ -187,7 +193,9 @@ def test_nan_in_a_row_of_x_stays_in_that_row(implementation):
         np.testing.assert_array_equal(y[:, :128], 0)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", "xla", "tpu", pytest.param("gpu", marks=pytest.mark.slow)]
+)
 def test_bfloat16_is_summed_in_float32(implementation):
     x = jnp.ones((16, 512), jnp.bfloat16)
     dense = jnp.full((512, 512), 1 / 256, jnp.bfloat16).at[:, 128:].set(0).at[0, 0].set(256)
@@ -197,7 +205,7 @@ def test_bfloat16_is_summed_in_float32(implementation):
     np.testing.assert_array_equal(y[:, 0], 256 + 511 / 256)  # in bfloat16 256 would stay 256
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_vmap_over_x_and_over_w(implementation):
     x, w, _ = problem((3, 16), (256, 256), (128, 128), "random", jnp.float32)
     f = lambda x, w: product(x, w, implementation)
@@ -213,9 +221,7 @@ def test_vmap_over_x_and_over_w(implementation):
 
 
 @pytest.mark.parametrize("axis", ["columns", "rows"])
-@pytest.mark.parametrize(
-    "implementation", ["reference", "xla", pytest.param("tpu", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
 def test_shard_map_over_split_weights_gives_the_whole_product_and_gradients(axis, implementation):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
@@ -233,7 +239,8 @@ def test_shard_map_over_split_weights_gives_the_whole_product_and_gradients(axis
         mesh=mesh,
         in_specs=(x_spec, P("model")),
         out_specs=y_spec,
-        check_vma=implementation != "tpu",  # the interpreter does not know it; the compiler does
+        check_vma=implementation
+        not in INTERPRETED,  # the interpreter does not know it; the compiler does
     )
     y, pull = jax.vjp(jax.jit(run), x, parts)
     dx, dparts = pull(dy)
@@ -261,8 +268,8 @@ REFUSED = [
     (lambda: block_sparse_matmul(jnp.ones((2, 6), int), SMALL), "x.dtype=int32 must be"),
     (lambda: block_sparse_matmul(jnp.ones((2, 6)), INTEGERS), "w.dtype=int32 must be"),
     (
-        lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="gpu"),
-        "implementation='gpu' is unknown",
+        lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="cuda"),
+        "implementation='cuda' is unknown",
     ),
     (
         lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="tpu"),
@@ -282,10 +289,18 @@ REFUSED = [
         "bfloat16 and float32, not float16",
     ),
     (
+        lambda: block_sparse_matmul(jnp.ones((2, 256)), LARGE, implementation="gpu"),
+        "runs on GPU, not on cpu",
+    ),
+    (
+        lambda: block_sparse_matmul(jnp.ones((2, 6)), SMALL, implementation="gpu", interpret=True),
+        r"multiples of 16, not \(2, 3\)",
+    ),
+    (
         lambda: block_sparse_matmul(
             jnp.ones((2, 256)), LARGE, implementation="xla", interpret=True
         ),
-        "interpret=True is about the TPU",
+        "interpret=True is about the Pallas",
     ),
 ]
 

@@ -19,6 +19,11 @@ class TestBlockSparseMatmulTPU(BlockSparseMatmulBase):
     implementation = "tpu"
 
 
+@pytest.mark.slow
+class TestBlockSparseMatmulGPU(BlockSparseMatmulBase):
+    implementation = "gpu"
+
+
 class TestNMMatmulReference(NMMatmulBase):
     implementation = "reference"
 
