@@ -181,11 +181,11 @@ def power_of_2(size: int) -> int:
 # ---- inside a kernel ----------------------------------------------------------------------------
 
 
-def load(ref: Any, mask: Array | None = None) -> Array:
-    """What is in memory; 0 where the mask is false, and nothing is read there."""
+def load(ref: Any, mask: Array | None = None, other: float = 0) -> Array:
+    """What is in memory; `other` where the mask is false, and nothing is read there."""
     if mask is None:
         return triton.load(ref)
-    return triton.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+    return triton.load(ref, mask=mask, other=jnp.asarray(other, ref.dtype))
 
 
 def store(ref: Any, value: Array, mask: Array | None = None) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels._dispatch import choose, target_platform
-from pallas_kernels.block_sparse_attention import reference, tpu, xla
+from pallas_kernels.block_sparse_attention import gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 from pallas_kernels.block_sparse_attention.mask import BlockMask, within_segments
 
@@ -83,7 +83,7 @@ def block_sparse_attention(
     `reference` implementation.
 
     Args:
-      q: `[batch, heads, q_len, head_dim]`, float32 or bfloat16.
+      q: `[batch, heads, q_len, head_dim]`, float32, bfloat16 or float16.
       k: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA).
       v: `[batch, kv_heads, kv_len, v_dim]`.
       mask: which blocks; its heads are 1, kv_heads or heads, its batch is 1 or batch.
@@ -94,9 +94,10 @@ def block_sparse_attention(
       softcap: bound t of the scores.
       scale: c; by default `head_dim ** -0.5`.
       return_lse: also return L, float32 `[batch, heads, q_len]`.
-      implementation: `'tpu'` (Pallas kernels), `'xla'` (any device), `'reference'` (the whole
-        score matrix), or None for the best one that takes these arguments.
-      interpret: run the TPU kernels in the interpreter, for tests on a machine without a TPU.
+      implementation: `'tpu'` (Pallas kernels), `'gpu'` (Pallas Triton, compute capability 8.0),
+        `'xla'` (any device), `'reference'` (the whole score matrix), or None for the best one that
+        takes these arguments.
+      interpret: run the TPU or GPU kernels in the interpreter, for tests on a machine without one.
 
     Returns:
       The output `[batch, heads, q_len, v_dim]` in q's dtype, and L if asked for.
@@ -130,12 +131,16 @@ def block_sparse_attention(
 _FORWARD: dict[str, Callable[..., Any]] = {
     "xla": xla.forward,
     "tpu": tpu.forward,
-    "interpreted": functools.partial(tpu.forward, interpret=True),
+    "tpu, interpreted": functools.partial(tpu.forward, interpret=True),
+    "gpu": gpu.forward,
+    "gpu, interpreted": functools.partial(gpu.forward, interpret=True),
 }
 _BACKWARD: dict[str, Callable[..., Any]] = {
     "xla": xla.backward,
     "tpu": tpu.backward,
-    "interpreted": functools.partial(tpu.backward, interpret=True),
+    "tpu, interpreted": functools.partial(tpu.backward, interpret=True),
+    "gpu": gpu.backward,
+    "gpu, interpreted": functools.partial(gpu.backward, interpret=True),
 }
 
 
@@ -262,8 +267,8 @@ def check(
             raise ValueError(
                 f"{name} has shape {x.shape}; it must have 4 axes [batch, heads, length, dim]"
             )
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32 or bfloat16")
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, bfloat16 or float16")
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; they must agree")
     batch, heads, q_len, dim = q.shape
@@ -308,6 +313,8 @@ def choose_implementation(
     not_tpu = tpu.why_not(q, k, v, mask)
     if implementation is None and target_platform() != "tpu" and not interpret:
         not_tpu = f"the program runs on {target_platform()}"
-    other = "interpret=True is about the TPU kernels" if interpret else None
-    name = choose(implementation, {"tpu": not_tpu, "xla": other, "reference": other})
-    return "interpreted" if interpret else name
+    not_gpu = gpu.why_not(q, k, v, mask, interpret)
+    other = "interpret=True is about the Pallas kernels" if interpret else None
+    reasons = {"tpu": not_tpu, "gpu": not_gpu, "xla": other, "reference": other}
+    name = choose(implementation, reasons)
+    return f"{name}, interpreted" if interpret else name

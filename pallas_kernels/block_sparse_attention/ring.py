@@ -72,7 +72,7 @@ def ring_block_sparse_attention(
     api.check(q, k, v, part, None, softcap, scale)
     name = api.choose_implementation(implementation, q, k, v, part, interpret=False)
     if name == "reference":
-        raise ValueError("implementation='reference' has no ring; name 'xla' or 'tpu'")
+        raise ValueError("implementation='reference' has no ring; name 'xla', 'tpu' or 'gpu'")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     axes = varying_axes(q, k, v, mask) | {axis_name}
     q, k, v, mask = vary((q, k, v, mask), axes)

@@ -53,6 +53,8 @@ from pallas_kernels.block_sparse_attention.tpu_walk import (
 
 def why_not(q: Array, k: Array, v: Array, mask: BlockMask) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
+    if q.dtype == jnp.float16:
+        return "it takes float32 and bfloat16, not float16"
     if mask.grid.block_q % LANES or mask.grid.block_kv % LANES:
         return f"block_q={mask.grid.block_q} and block_kv={mask.grid.block_kv} must be multiples of {LANES}"
     if max(q.shape[-1], v.shape[-1]) > 256:

@@ -304,7 +304,7 @@ def test_memory_grows_with_the_kept_blocks_not_with_the_square():
     "change, message",
     [
         (dict(q=jnp.ones((2, 40, 8))), r"q has shape \(2, 40, 8\); it must have 4 axes"),
-        (dict(q=jnp.ones((1, 2, 40, 8), jnp.float16)), "q has dtype float16"),
+        (dict(q=jnp.ones((1, 2, 40, 8), jnp.int8)), "q has dtype int8"),
         (dict(v=jnp.ones((1, 1, 48, 8), jnp.bfloat16)), "v has dtype bfloat16 but q has float32"),
         (dict(k=jnp.ones((1, 3, 48, 8))), r"k has shape \(1, 3, 48, 8\)"),
         (dict(v=jnp.ones((1, 1, 40, 8))), r"v has shape \(1, 1, 40, 8\)"),
@@ -317,6 +317,11 @@ def test_memory_grows_with_the_kept_blocks_not_with_the_square():
         ),
         (dict(implementation="cuda"), "implementation='cuda' is unknown"),
         (dict(implementation="tpu"), "implementation='tpu' does not support these arguments"),
+        (dict(implementation="gpu"), "it runs on GPU, not on cpu"),
+        (
+            dict(implementation="gpu", interpret=True),
+            "block_q=8 and block_kv=8 must be multiples of 16",
+        ),
         (
             dict(mask=BlockMask.from_dense(np.ones((3, 5, 6), bool), (8, 8))),
             "mask is for batch 1 and 3 heads",

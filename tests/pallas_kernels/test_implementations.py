@@ -53,6 +53,11 @@ class TestAttentionXLA(AttentionBase):
 
 
 @pytest.mark.slow
+class TestAttentionGPU(AttentionBase):
+    implementation, block = "gpu", 32
+
+
+@pytest.mark.slow
 class TestAttentionTPU(AttentionBase):
     implementation, block = "tpu", 128
 

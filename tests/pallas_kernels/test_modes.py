@@ -132,6 +132,9 @@ TRIES = {
     "block_sparse_matmul, tpu": product(
         block_sparse_matmul, blocks(128), implementation="tpu", interpret=True
     ),
+    "block_sparse_matmul, gpu": product(
+        block_sparse_matmul, blocks(16), implementation="gpu", interpret=True
+    ),
     "block_sparse_matmul, bfloat16": product(block_sparse_matmul, blocks(16), **bfloat16),
     "nm_matmul, elements": product(nm_matmul, two_of_four(1)),
     "nm_matmul, shared": product(nm_matmul, two_of_four(32), **bfloat16),
@@ -148,6 +151,7 @@ TRIES = {
     "attention, xla": attention(implementation="xla"),
     "attention, reference": attention(implementation="reference"),
     "attention, tpu": attention(200, 128, implementation="tpu", interpret=True),
+    "attention, gpu": attention(40, 16, implementation="gpu", interpret=True),
     "decode": decode,
     "patterns": patterns,
     "formats": formats,
