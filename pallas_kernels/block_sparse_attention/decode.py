@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels._dispatch import choose, vary_alike
+from pallas_kernels.block_sparse_attention import gpu_decode
 from pallas_kernels.block_sparse_attention.inputs import MASKED
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS
 from pallas_kernels.block_sparse_attention.mask import BlockMask
@@ -18,11 +23,14 @@ def block_sparse_decode(
     lengths: Array,
     *,
     scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> Array:
     """Attention of one query per sequence over the chosen blocks of its cache.
 
-    A gather of the list's blocks and two small products, in plain JAX on every device: memory
-    traffic is that of `mask.capacity` blocks per head of the cache, whatever its length.
+    Memory traffic is that of the chosen blocks (up to `mask.capacity` per head of the cache), whatever
+    the cache's length: a gather of the list's blocks and two small products in plain JAX, or on a GPU a
+    kernel that reads the blocks where they lie.
 
     Args:
       q: `[batch, heads, head_dim]`.
@@ -32,6 +40,9 @@ def block_sparse_decode(
       lengths: int `[batch]`, how much of each cache is filled; later positions are not seen, and may
         hold anything, NaN too. (So may blocks that are not chosen.)
       scale: by default `head_dim ** -0.5`.
+      implementation: `'gpu'` (Pallas Triton, compute capability 8.0), `'xla'` (any device), or None
+        for the best one that takes these arguments.
+      interpret: run the GPU kernel in the interpreter, for tests on a machine without a GPU.
 
     Returns:
       `[batch, heads, v_dim]` in q's dtype; 0 where nothing is visible.
@@ -73,6 +84,40 @@ def block_sparse_decode(
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; it must be integer "
             f"[{batch}], one number for each sequence"
         )
+    factor = dim**-0.5 if scale is None else float(scale)
+    reasons = {
+        "gpu": gpu_decode.why_not(q, k_cache, v_cache, mask, interpret),
+        "xla": "interpret=True is about the Pallas kernels" if interpret else None,
+    }
+    if choose(implementation, reasons) == "xla":
+        return _decode(factor, q, k_cache, v_cache, mask, lengths)
+    q, k_cache, v_cache, mask, lengths = vary_alike(q, k_cache, v_cache, mask, lengths)
+    return _kernel(factor, interpret, q, k_cache, v_cache, mask, lengths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel(scale: float, interpret: bool, *args) -> Array:
+    run = functools.partial(gpu_decode.decode, scale=scale, interpret=interpret)
+    return jax.custom_batching.sequential_vmap(run)(*args)
+
+
+def _kernel_fwd(scale, interpret, *args):
+    return _kernel(scale, interpret, *args), args
+
+
+def _kernel_bwd(scale, interpret, args, dout):
+    q, k, v, mask, lengths = args
+    _, pull = jax.vjp(lambda q, k, v: _decode(scale, q, k, v, mask, lengths), q, k, v)
+    return (*pull(dout), None, None)
+
+
+_kernel.defvjp(_kernel_fwd, _kernel_bwd)
+
+
+def _decode(
+    scale: float, q: Array, k_cache: Array, v_cache: Array, mask: BlockMask, lengths: Array
+) -> Array:
+    (batch, heads, dim), (kv_heads, length) = q.shape, k_cache.shape[1:3]
     n, block = mask.capacity, mask.grid.block_kv
     shape = (batch, kv_heads, n)
     indices = jnp.broadcast_to(mask.row_entries >> CODE_BITS, shape)
@@ -92,7 +137,7 @@ def block_sparse_decode(
         "bhgd,bhkd->bhgk", grouped, gather(k_cache), preferred_element_type=jnp.float32
     )
     visible = seen.reshape(batch, kv_heads, 1, n * block)
-    scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), MASKED)
+    scores = jnp.where(visible, scores * scale, MASKED)
     top = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
     total = jnp.sum(weights, -1, keepdims=True)

@@ -9,7 +9,7 @@ from jax import lax
 
 from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
 from pallas_kernels._formats import Array, integer_places
-from pallas_kernels.nm_matmul import reference, tpu, xla
+from pallas_kernels.nm_matmul import gpu, reference, tpu, xla
 from pallas_kernels.nm_matmul.format import NMSparse
 
 
@@ -24,18 +24,19 @@ def nm_matmul(
 ) -> Array:
     """The product `y = x w` with an N:M sparse w.
 
-    What a user gets: on TPU, decoding (up to 64 rows of bfloat16 x) reads 0.56 of the dense bytes
-    for 2:4 and 0.28 for 1:4; larger products run dense, as there are no sparse matrix units. On
-    CPU, with a pattern shared by 32 or more outputs (`share`), 1:4 is faster than dense, and 2:4 is
+    What a user gets: on TPU and GPU, decoding (up to 64 rows of bfloat16 x) reads 0.56 of the dense
+    bytes for 2:4 and 0.28 for 1:4; larger products run dense, as there are no sparse matrix units that
+    JAX could use. On CPU, with a pattern shared by 32 or more outputs (`share`), 1:4 is faster than dense, and 2:4 is
     on one core but not on several; the element-wise form is not on any CPU and runs dense.
 
     Args:
       x: `[..., in]`.
       w: `[in, out]`, as `NMSparse`.
-      implementation: "tpu", "xla", "reference", or None for the best that supports the arguments.
+      implementation: "tpu", "gpu" (compute capability 8.0), "xla", "reference", or None for the best
+        that supports the arguments.
       precision: of the products, as in `jax.lax.dot_general`; they are summed in float32.
       out_dtype: of y, by default the promoted dtype of x and w.
-      interpret: run the TPU kernel in the interpreter.
+      interpret: run the TPU or GPU kernel in the interpreter.
 
     Returns:
       `[..., out]`. Gradients flow to x and to `w.values`.
@@ -55,8 +56,13 @@ def nm_matmul(
     x = check_operands(x, w)
     dtype = jnp.result_type(x.dtype, w.dtype)
     x, w = jnp.asarray(x, dtype), w.astype(dtype)
-    only_tpu = "interpret=True is about the TPU kernel" if interpret else None
-    reasons = {"tpu": tpu.why_not(x, w, interpret), "xla": only_tpu, "reference": only_tpu}
+    other = "interpret=True is about the Pallas kernels" if interpret else None
+    reasons = {
+        "tpu": tpu.why_not(x, w, interpret),
+        "gpu": gpu.why_not(x, w, interpret),
+        "xla": other,
+        "reference": other,
+    }
     if implementation is None and not interpret and target_platform() != "cpu":
         reasons["xla"] = "its gathers are made for CPU"
     name = choose(implementation, reasons)
@@ -73,8 +79,9 @@ def nm_matmul(
 def _product(static, x: Array, values: Array, codes: Array) -> Array:
     name, *form, precision, out_dtype, interpret = static
     w = NMSparse(values, codes, *form)
-    if name == "tpu":
-        return tpu.matmul(x, w, precision=precision, out_dtype=out_dtype, interpret=interpret)
+    if name in ("tpu", "gpu"):
+        kernel = tpu if name == "tpu" else gpu
+        return kernel.matmul(x, w, precision=precision, out_dtype=out_dtype, interpret=interpret)
     module = xla if name == "xla" else reference
     return module.matmul(x, w, precision=precision, out_dtype=out_dtype)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_block_sparse_attention import assert_same, quick, random_qkv
 from writes import count_writes
 
-from pallas_kernels import BlockMask, Grid, block_sparse_attention
+from pallas_kernels import BlockMask, Grid, block_sparse_attention, block_sparse_decode
 from pallas_kernels.block_sparse_attention import gpu
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 
@@ -129,7 +129,38 @@ def test_every_number_is_written_by_one_program(monkeypatch):
         np.testing.assert_array_equal(x, 1)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_decode_reads_the_chosen_blocks_and_no_others(shared):
+    q, k, v = random_qkv(7, batch=2, heads=6, kv_heads=2, q_len=1, kv_len=96, v_dim=20)
+    keep = np.random.default_rng(1).random((1 if shared else 2, 1 if shared else 2, 1, 6)) < 0.5
+    keep[0, 0] = [True, False, True, True, False, False] if shared else False
+    mask = BlockMask.from_dense(keep, (1, 16), capacity=6)
+    lengths = jnp.array([96, 35])
+    unread = jnp.repeat(jnp.asarray(~np.broadcast_to(keep, (2, 2, 1, 6))[:, :, 0]), 16, -1)
+    unread |= (jnp.arange(96) >= lengths[:, None])[:, None]
+    k, v = (jnp.where(unread[..., None], jnp.nan, x) for x in (k, v))
+
+    def run(q, k, v, **options):
+        return block_sparse_decode(q[:, :, 0], k, v, mask, lengths, scale=0.5, **options)
+
+    got, pull = jax.vjp(lambda q: run(q, k, v, implementation="gpu", interpret=INTERPRET), q)
+    want, same = jax.vjp(lambda q: run(q, k, v, implementation="xla"), q)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(pull(got)[0], same(want)[0], atol=1e-5)
+    with pytest.raises(ValueError, match="block_kv=8 must be a multiple of 16"):
+        small = BlockMask.from_dense(np.ones((1, 12), bool), (1, 8))
+        block_sparse_decode(q[:, :, 0], k, v, small, lengths, implementation="gpu", interpret=True)
+
+
 ATTENTION = """
+def decode(batch, heads, kv_heads, length, dim, block, chosen, dtype):
+    grid = Grid(1, length, block_q=1, block_kv=block)
+    make = lambda s: BlockMask.from_scores(s, chosen, grid)
+    mask = jax.eval_shape(make, S((batch, kv_heads, 1, grid.kv_blocks), "float32"))
+    cache = S((batch, kv_heads, length, dim), dtype)
+    args = S((batch, heads, dim), dtype), cache, cache, mask, S((batch,), "int32")
+    return block_sparse_decode, args
+
 def attention(side, length, dim, v_dim, block, dtype, partial=True, group=4):
     grid, heads = Grid(length, block_q=block, block_kv=block), 2 * group
     def mask_of(scores):
@@ -147,10 +178,15 @@ def attention(side, length, dim, v_dim, block, dtype, partial=True, group=4):
     return run, (q, k, v, mask, ids)
 """
 QUICK = [
+    ["decode", 2, 32, 8, 32768, 128, 64, 64, "bfloat16"],
     ["attention", "forward", 8192, 128, 128, 128, "bfloat16", False],
     ["attention", "backward", 1000, 80, 64, 64, "bfloat16"],
 ]
-FULL = [
+DECODE = [
+    ["decode", 2, 32, 8, 32768, dim, 64, 64, dtype]
+    for dim, dtype in ((64, "float16"), (256, "bfloat16"), (128, "float32"), (80, "bfloat16"))
+]
+FULL = DECODE + [
     ["attention", side, 4096, dim, dim, block, dtype]
     for side in ("forward", "backward")
     for dim, block, dtype in (
@@ -169,7 +205,7 @@ FULL = [
 def sound(target, cases):
     """Compiled without spills, with tensor cores and copies ahead."""
     for case, report in zip(cases, compiled_for_gpu(target, ATTENTION, cases)):
-        kernels = [k for k in report["kernels"] if "attention" in k["name"]]
+        kernels = [k for k in report["kernels"] if k["name"].startswith("block_sparse")]
         assert kernels, case
         for kernel in kernels:
             launch = next(x for x in report["launches"] if x["name"] == kernel["name"])
@@ -179,7 +215,8 @@ def sound(target, cases):
             assert launch["threads"] in (128, 256)
             if "registers" in kernel:
                 assert kernel["spill_bytes"] == 0
-            if max(case[3:5]) <= 128 and case[6] != "float32":  # two programs fit
+            wide = case[0] == "decode" or max(case[3:5]) > 128 or case[6] == "float32"
+            if not wide:  # two programs fit
                 assert 2 * launch["shared"] <= dict(h100=233_472, a100=167_936)[target], case
                 if "registers" in kernel:
                     registers = -(-kernel["registers"] // 8) * 8 * launch["threads"]
@@ -189,7 +226,8 @@ def sound(target, cases):
 
 @pytest.mark.parametrize("target", ["h100", "a100"])
 def test_forward_and_backward_compile_for_gpus(target):
-    forward, backward = sound(target, QUICK)
+    decode, forward, backward = sound(target, QUICK)
+    assert decode["temporary_bytes"] < 1 << 21  # parts to merge, and no gathered copy of the cache
     unit = dict(h100="wgmma", a100="mma")[target]
     (kernel,) = (k for k in forward["kernels"] if "attention" in k["name"])
     assert kernel["instructions"][unit]

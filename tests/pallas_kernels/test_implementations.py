@@ -36,6 +36,11 @@ class TestNMMatmulTPU(NMMatmulBase):
     implementation = "tpu"
 
 
+@pytest.mark.slow
+class TestNMMatmulGPU(NMMatmulBase):
+    implementation = "gpu"
+
+
 class TestCondensedMatmulReference(CondensedMatmulBase):
     implementation = "reference"
 
