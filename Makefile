@@ -1,5 +1,6 @@
 # make train   creates the environment, trains a sparse network, writes a report with plots
 # make test    creates the environment, checks style and types, runs the tests (test-slow: the long ones)
+# make test-gpu runs what has to hold on an NVIDIA GPU, on one
 # make docs    builds the documentation into site/, without a warning
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ ifeq ($(wildcard /dev/accel* /dev/vfio /dev/nvidia0),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: train test test-slow lint docs env clean pod-rehearsal
+.PHONY: train test test-slow test-gpu lint docs env clean pod-rehearsal
 
 train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=runs/quickstart
@@ -26,6 +27,11 @@ test: lint
 # Notebooks, compilation of every kernel variant for every TPU generation, long runs.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# On a machine with an NVIDIA GPU: every kernel test, the contracts of all methods and the training job on it.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "jax[cuda12]"
+	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest $(BIN)/python -m pytest -m gpu
 
 # Two processes with four virtual devices each: training, a kill, a preemption, the same bits in the end.
 pod-rehearsal: $(STAMP)

@@ -6,6 +6,7 @@ and nothing is added atomically, so results are the same in every run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,7 +14,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -146,6 +147,19 @@ def _tuned(path: pathlib.Path, kind: str) -> Mapping[str, Config]:
     return {name: Config(**fields) for name, fields in found.items()}
 
 
+_FORCED: dict[tuple[str, str], Config] = {}
+
+
+@contextlib.contextmanager
+def forced(kernel: str, size: str, sizes: Config) -> Iterator[None]:
+    """What is traced inside uses these sizes: for the tuner."""
+    _FORCED[kernel, size] = sizes
+    try:
+        yield
+    finally:
+        del _FORCED[kernel, size]
+
+
 def config(kernel: str, size: str, table: Table) -> Config:
     """The tile sizes of a kernel: as measured on this device, else those of the table.
 
@@ -153,6 +167,8 @@ def config(kernel: str, size: str, table: Table) -> Config:
       kernel, size: its name and the class of its arguments, a key of the table.
       table: for each chip, the classes.
     """
+    if (kernel, size) in _FORCED:
+        return _FORCED[kernel, size]
     if target_platform() == "gpu" and jax.sharding.get_abstract_mesh().abstract_device is None:
         tuned = _tuned(cache_path(), jax.devices()[0].device_kind)
         if (found := tuned.get(f"{kernel} {size}")) is not None:

@@ -1,14 +1,17 @@
 """Eight virtual CPU devices and a quick XLA for every test; a quiet, reproducible Hypothesis profile."""
 
 import os
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_GPU = "cuda" in os.environ["JAX_PLATFORMS"]  # `make test-gpu`: as a user has it
 # Tests compile much and run little: without its optimizations XLA takes about half the time.
-os.environ["XLA_FLAGS"] = " ".join((
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-    "--xla_force_host_platform_device_count=8",
-))  # fmt: skip
+if not ON_GPU:
+    os.environ["XLA_FLAGS"] = " ".join((
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "--xla_force_host_platform_device_count=8",
+    ))  # fmt: skip
 # Threads of XLA's pool: on few cores, devices that wait for each other can hold all of them.
 os.environ.setdefault("NPROC", "32")
 
@@ -22,3 +25,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("jaxsparse")
+
+
+# What has to hold on a GPU too: every kernel, the contracts of all methods, the training job.
+FOR_GPU = re.compile(
+    r"test_implementations\.py::Test\w+(GPU|XLA|Reference)\b"
+    r"|pallas_kernels/test_\w+_on_gpu\.py"
+    r"|jaxsparse/test_contracts\.py"
+    r"|experiments/test_train\.py::test_a_run_writes"
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if FOR_GPU.search(item.nodeid):
+            item.add_marker("gpu")
