@@ -1,5 +1,6 @@
 """Eight virtual CPU devices and a quick XLA for every test; a quiet, reproducible Hypothesis profile."""
 
+import gc
 import os
 import re
 
@@ -13,6 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join((
 ))  # fmt: skip
 # Threads of XLA's pool: on few cores, devices that wait for each other can hold all of them.
 os.environ.setdefault("NPROC", "32")
+
+# Traced programs are many long-lived objects; the collector would walk them all again and again.
+gc.set_threshold(200_000, 50, 100)
 
 from hypothesis import HealthCheck, settings
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
+FIRST = "quickstart"
 
 
 def read(path):
@@ -98,7 +99,11 @@ def test_only_public_names_are_used(path):
             assert not private, (cell.id, private)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+# `make test` runs the first notebook that a reader opens, `make test-slow` the others.
+RUN = [p if p.stem == FIRST else pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", RUN, ids=NAMES)
 def test_the_notebook_runs_from_top_to_bottom(path, tmp_path):
     from nbclient import NotebookClient
 

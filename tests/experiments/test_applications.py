@@ -80,6 +80,7 @@ def test_the_winner_becomes_the_target_and_its_optimizer_goes_with_it():
     np.testing.assert_allclose(1 - kept, new.sparsity, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_population_of_one_is_a_dense_q_network_that_learns():
     one, sparsity = eau_de_qn.train(networks=1, steps=150, hidden=16, target_every=50)
     assert not np.any(sparsity) and len(sparsity) == 3
@@ -150,6 +151,7 @@ def test_nothing_is_forgotten_with_one_mask_per_task():
     assert np.mean(result["accuracies"]) > 0.7
 
 
+@pytest.mark.slow
 def test_replay_and_sparse_training_spend_what_was_asked():
     train, test = continual.digits()
     method = continual.Replay("sparcl", sparsity=0.75, gradient_sparsity=0.8, removed=40)
@@ -204,6 +206,7 @@ def test_strength_is_the_row_sum_of_magnitudes():
     assert quick_selection.strength(jnp.array([[1.0, -2.0], [0.0, 0.5]])).tolist() == [3.0, 0.5]
 
 
+@pytest.mark.slow
 def test_the_strongest_ten_inputs_recover_at_least_eight_informative_ones():
     problem = quick_selection.synthetic()
     assert problem.informative.sum() == 10 and problem.x.shape == (500, 100)
@@ -243,6 +246,7 @@ def test_the_teacher_has_exactly_the_weights_that_were_asked_for():
     assert [int((p != 0).sum()) for p in jax.tree.leaves(params)] == [50, 50]
 
 
+@pytest.mark.slow
 def test_rigl_finds_the_support_of_the_teacher_and_static_masks_do_not(tmp_path):
     facts = {"seeds": 1, "width": 40, "density": 0.05, "steps": 1000}
     saved = []

@@ -313,11 +313,17 @@ class Recurrent(nnx.Module):
 
 
 def _own(cls, x=None, **options):
-    return lambda: (cls(rngs=nnx.Rngs(3), **options), images() if x is None else x)
+    return _made_once(lambda: cls(rngs=nnx.Rngs(3), **options), x)
 
 
 def _named(name, shape, x, **options):
-    return lambda: (create(name, shape, 10, rngs=nnx.Rngs(3), **options), x)
+    return _made_once(lambda: create(name, shape, 10, rngs=nnx.Rngs(3), **options), x)
+
+
+def _made_once(make, x):
+    """A function that gives copies of one model, and its inputs."""
+    model = functools.cache(make)
+    return lambda: (nnx.clone(model()), images() if x is None else x)
 
 
 TOKENS = jnp.arange(10).reshape(2, 5)

@@ -4,11 +4,27 @@ the number of weights that must be kept after each step."""
 import functools
 import math
 
+import pytest
+
 import jaxsparse
 from jaxsparse.testing import Subject
 
 # Tests compile much and run little: with these XLA on CPU takes half the time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+# What an engine decides, one method of each engine shows; where the others would compile anew for it,
+# they are slow tests.
+KINDS = (
+    *("ac_dc", "autosparse", "deep_r", "global_magnitude", "magnitude_ste", "rigl", "saliency"),
+    *("slope", "snfs", "st3", "static", "top_kast"),
+)
+
+
+def kinds(names=None):
+    """The names of methods as cases of a test, slow but for `KINDS`."""
+    names = sorted(jaxsparse.METHODS) if names is None else names
+    return [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
 
 STEPS, BEGIN, END, EVERY = 12, 0, 8, 2
 SPARSITY, OTHER = 0.75, 0.5

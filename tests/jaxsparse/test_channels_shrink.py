@@ -62,7 +62,8 @@ def zeroed(groups, tree, keep):
 def serve(model, x):
     model = nnx.clone(model)
     model.eval()
-    return model(x)
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state: nnx.merge(graph, state)(x))(state)
 
 
 def zeroed_model(model, groups, keep):

@@ -129,7 +129,16 @@ def test_the_slots_of_weights_that_start_anew_are_those_of_init_and_no_others_ch
     assert slots or name in STATELESS, "no slot per weight was found"
 
 
-@pytest.mark.parametrize("name", INNER)
+# One of each kind of state and of each wrapper; the others are slow.
+FEW = (
+    *("adafactor factored", "adam", "lion", "momo", "muon", "schedule_free", "sgd", "MultiSteps"),
+    *("add_noise", "inject_hyperparams", "partition", "own"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in INNER]
+)
 def test_rigl_runs_with_any_inner_optimizer_and_stays_exact(name):
     tx = jaxsparse.rigl(
         INNER[name](), 0.75, total_steps=8, update_every=2, end_step=7, allocation="uniform"

@@ -59,10 +59,12 @@ def test_nan_gradients_leave_masks_alone_and_show(subject):
     testing.check_nan(subject)
 
 
-def test_runs_under_vmap_and_scan_with_swept_options(name, subject):
-    swept = "sparsity" in subject.sweeps and contracts.expected(name, 0) is not None
+@pytest.mark.parametrize("kind", contracts.kinds())
+def test_runs_under_vmap_and_scan_with_swept_options(kind):
+    subject = contracts.subject(kind)
+    swept = "sparsity" in subject.sweeps and contracts.expected(kind, 0) is not None
     testing.check_vmap_and_scan(
-        subject, (lambda t: contracts.expected(name, t, contracts.OTHER)) if swept else None
+        subject, (lambda t: contracts.expected(kind, t, contracts.OTHER)) if swept else None
     )
 
 
@@ -70,8 +72,9 @@ def test_traces_inside_optax_wrappers(subject):
     testing.check_traces_inside_wrappers(subject)
 
 
-def test_steps_outside_of_jit_are_what_compiled_ones_are_and_compile_once(subject):
-    testing.check_without_jit(subject)
+@pytest.mark.parametrize("kind", contracts.kinds())
+def test_steps_outside_of_jit_are_what_compiled_ones_are_and_compile_once(kind):
+    testing.check_without_jit(contracts.subject(kind))
 
 
 def test_no_array_of_the_caller_is_in_a_state_or_a_result(subject):
@@ -82,11 +85,7 @@ def test_optax_finds_what_is_like_the_parameters_in_a_state(subject):
     testing.check_map_params(subject)
 
 
-# What follows compiles anew; the engines decide it, so one method of each kind stands for all.
-KINDS = ["rigl", "global_magnitude", "saliency", "static", "magnitude_ste", "st3", "autosparse"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", contracts.kinds())
 def test_does_the_same_inside_optax_wrappers(kind):
     testing.check_composes(contracts.subject(kind))
 

@@ -159,7 +159,7 @@ def test_jit_with_sharded_parameters(name, mesh):
 GATHERS = {"lamp", "bi_mask"}
 
 
-@pytest.mark.parametrize("name", jaxsparse.METHODS)
+@pytest.mark.parametrize("name", contracts.kinds())
 def test_every_method_finds_the_masks_of_one_device_where_weights_are_sharded(name, mesh):
     """Columns of each kernel on eight devices."""
     method = contracts.subject(name)

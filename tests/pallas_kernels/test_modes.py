@@ -3,6 +3,8 @@
 Traced only: shapes, dtypes and promotions are decided there.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,17 @@ from pallas_kernels import (
     nm_matmul,
 )
 
+
+@contextlib.contextmanager
+def strict():
+    """No promotion of ranks nor of dtypes."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 MODES = {
     "x64": lambda: jax.enable_x64(True),
-    "rank": lambda: jax.numpy_rank_promotion("raise"),
-    "dtype": lambda: jax.numpy_dtype_promotion("strict"),
+    "strict": strict,
 }
 
 
