@@ -15,9 +15,6 @@ os.environ["XLA_FLAGS"] = " ".join((
 # Threads of XLA's pool: on few cores, devices that wait for each other can hold all of them.
 os.environ.setdefault("NPROC", "32")
 
-# Traced programs are many long-lived objects; the collector would walk them all again and again.
-gc.set_threshold(200_000, 50, 100)
-
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -28,6 +25,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("jaxsparse")
+
+# Traced programs are many long-lived objects; the collector would walk them all again and again.
+gc.set_threshold(200_000, 50, 100)
 
 
 # What has to hold on a GPU too: every kernel, the contracts of all methods, the training job.

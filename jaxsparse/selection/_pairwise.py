@@ -15,9 +15,6 @@ from jaxsparse.selection._hash import hashed
 from jaxsparse.selection._keys import INT_MIN, as_int, at_or_above, value_levels
 
 _UP_TO = 32
-# So few are compared pair by pair, which CPUs do several times as fast; written out for 32, the
-# 496 pairs would take XLA half a minute to compile.
-_WRITTEN_OUT = 4
 
 
 def is_short(shape: Sequence[int], axes: Sequence[int]) -> bool:
@@ -37,36 +34,21 @@ def pairwise(x: Array, k: Array, where: Array | None, seed: Array | None, axis: 
     if inside is not None:
         inside = jnp.broadcast_to(inside, x.shape)
         levels = [jnp.where(inside, level, jnp.int32(INT_MIN)) for level in levels]
-    count = _ahead_written_out if x.shape[axis] <= _WRITTEN_OUT else _ahead
-    kept = count(levels, inside, axis % x.ndim) < k
+    kept = _at_or_ahead(levels, inside, axis % x.ndim) <= k
     return kept if inside is None else kept & inside
 
 
-def _ahead(levels: list[Array], inside: Array | None, axis: int) -> Array:
-    """How many entries are ahead of each one; of equals, those that stand before it."""
+def _at_or_ahead(levels: list[Array], inside: Array | None, axis: int) -> Array:
+    """The place of each entry, from 1: how many are ahead of it, itself included; of equals, those that
+    stand before it are. Written out over the m others, so that XLA makes one pass of all and no array
+    is m times as large."""
     places = lax.broadcasted_iota(jnp.int32, levels[0].shape, axis)
     levels = [*levels, -places]
-    others = [jnp.expand_dims(level, axis + 1) for level in levels]
-    ahead = at_or_above(others, [jnp.expand_dims(level, axis) for level in levels])
-    if inside is not None:
-        ahead = ahead & jnp.expand_dims(inside, axis + 1)
-    return jnp.sum(ahead, axis=axis, dtype=jnp.int32) - 1  # each one is at or above itself
-
-
-def _ahead_written_out(levels: list[Array], inside: Array | None, axis: int) -> Array:
-    """The same, with one comparison for both entries of a pair."""
-    places = range(levels[0].shape[axis])
-    rows = [[lax.index_in_dim(level, i, axis) for level in levels] for i in places]
-    counts = [jnp.zeros(rows[0][0].shape, jnp.int32) for _ in places]
-    for j in places:
-        for i in range(j):
-            # i is ahead of j where it is not below it, for i stands before j
-            first = at_or_above(rows[i], rows[j])
-            second = ~first
-            if inside is not None:
-                first, second = (
-                    x & lax.index_in_dim(inside, at, axis) for x, at in ((first, i), (second, j))
-                )
-            counts[j] = counts[j] + first
-            counts[i] = counts[i] + second
-    return lax.concatenate(counts, axis)
+    counts = jnp.zeros(places.shape, jnp.int32)
+    for i in range(places.shape[axis]):
+        other = [lax.slice_in_dim(level, i, i + 1, axis=axis) for level in levels]
+        ahead = at_or_above(other, levels)
+        if inside is not None:
+            ahead = ahead & lax.slice_in_dim(inside, i, i + 1, axis=axis)
+        counts = counts + ahead.astype(jnp.int32)
+    return counts
