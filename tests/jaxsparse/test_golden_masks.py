@@ -6,8 +6,18 @@ import pytest
 from golden_masks import FAMILIES, FILE, digests
 
 
+def check(family, every):
+    golden = json.loads(FILE.read_text())[family]
+    differ = [i for i, found in digests(family, every) if found != golden[i]]
+    assert not differ, f"cases of {family!r} whose masks differ: {differ}"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_are_those_of_the_versions_before(family):
-    golden, found = json.loads(FILE.read_text())[family], digests(family)
-    differ = [i for i, (one, other) in enumerate(zip(golden, found, strict=True)) if one != other]
-    assert not differ, f"cases of {family!r} whose masks differ: {differ}"
+    check(family, every=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_masks_are_those_of_the_versions_before(family):
+    check(family, every=1)
