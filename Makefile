@@ -24,9 +24,9 @@ train: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# Notebooks, compilation of every kernel variant for every TPU generation, long runs.
+# Notebooks, every kernel variant on every TPU generation, every method through every contract, long runs.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow or hypothesis" --hypothesis-profile=thorough
 
 # On a machine with an NVIDIA GPU: every kernel test, the contracts of all methods and the training job on it.
 test-gpu: $(STAMP)

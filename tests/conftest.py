@@ -17,13 +17,14 @@ os.environ.setdefault("NPROC", "32")
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "jaxsparse",
-    deadline=None,
-    derandomize=True,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+for name, examples in (("jaxsparse", 12), ("thorough", 50)):
+    settings.register_profile(
+        name,
+        deadline=None,
+        derandomize=True,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 settings.load_profile("jaxsparse")
 
 # Traced programs are many long-lived objects; the collector would walk them all again and again.

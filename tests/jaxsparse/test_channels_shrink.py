@@ -560,7 +560,7 @@ def program(draw):
     return net, params
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.data())
 def test_removed_equals_zeroed_on_random_graphs(data):
     net, params = program(data.draw)

@@ -53,7 +53,7 @@ def test_stacked_layers_are_masked_as_if_alone(kind):
     assert np.array_equal(together, np.stack(alone))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 100), n=st.integers(1, 4), axis=st.sampled_from([-1, -2]),
        strided=st.booleans())  # fmt: skip
 def test_n_m_keeps_the_n_largest_of_every_group(seed, n, axis, strided):
