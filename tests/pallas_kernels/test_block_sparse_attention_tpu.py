@@ -261,12 +261,13 @@ def compiles(*cases, strict=False):
     assert done.stdout.split() == ["True"] * len(cases), done.stdout + done.stderr[-3000:]
 
 
-def test_forward_and_backward_compile_for_real_tpus():
+def test_forward_and_backward_compile_for_a_real_tpu_in_strict_modes():
+    compiles(*(("v5e:2x2", *case) for case in QUICK), strict=True)
+
+
+@pytest.mark.slow
+def test_forward_and_backward_compile_for_every_generation():
     compiles(*((topology, *case) for topology in TOPOLOGIES for case in QUICK))
-
-
-def test_they_compile_under_x64_and_with_promotion_refused():
-    compiles(("v5e:2x2", *QUICK[0]), strict=True)
 
 
 @pytest.mark.slow
