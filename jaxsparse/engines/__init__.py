@@ -3,8 +3,8 @@
 from jaxsparse.engines.drop_and_grow import drop_and_grow, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
-from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty
-from jaxsparse.engines.proximal import project_after, proximal
+from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty, penalized
+from jaxsparse.engines.proximal import followed_by, project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, View, momentum
@@ -35,10 +35,12 @@ __all__ = [
     "by_layer",
     "by_leaf",
     "drop_and_grow",
+    "followed_by",
     "group_setup",
     "keep_best",
     "hold_masks",
     "momentum",
+    "penalized",
     "project_after",
     "proximal",
     "random_masks",

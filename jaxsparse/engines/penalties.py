@@ -74,7 +74,8 @@ class L1:
 
     def prox(self, units: Units, vs: Sequence[Array], step: Scalar) -> list[Array]:
         by = step * self.strength
-        return [(jnp.sign(v) * jnp.maximum(jnp.abs(v) - by, 0)).astype(v.dtype) for v in vs]
+        shrunk = lambda v: jnp.where(jnp.abs(v) <= by, 0, v - by * jnp.sign(v)).astype(v.dtype)
+        return [shrunk(v) for v in vs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,37 +117,39 @@ class GroupLasso:
             raise ValueError(f"family={self.family!r}: use one of {', '.join(FAMILIES)}")
 
     def value(self, units: Units, ws: Sequence[Array]) -> Array:
-        norms = self._norms(units, ws)
-        return self.strength * sum((jnp.sum(n) for n in norms), jnp.zeros((), jnp.float32))
+        rows = zip(self._norms(units, ws), self._roots(units))
+        return self.strength * sum((jnp.sum(n * r) for n, r in rows), jnp.zeros((), jnp.float32))
 
     def gradient(self, units: Units, ws: Sequence[Array]) -> list[Array]:
-        scale = [safe_divide(jnp.ones(()), n) for n in self._norms(units, ws, square=True)]
-        factors = self._at_weights(units, scale, "sum")
+        factors = self._at_weights(units, self._inverse(units, ws), "sum")
         return [(self.strength * f * w).astype(w.dtype) for f, w in zip(factors, ws)]
 
     def prox(self, units: Units, vs: Sequence[Array], step: Scalar) -> list[Array]:
         by = step * self.strength
-        short = [
-            jnp.maximum(1 - by * safe_divide(jnp.ones(()), n), 0)
-            for n in self._norms(units, vs, True)
-        ]
+        short = [jnp.maximum(1 - by * n, 0) for n in self._inverse(units, vs)]
         factors = self._at_weights(units, short, "all")
         return [jnp.where(v == 0, v, (f * v).astype(v.dtype)) for f, v in zip(factors, vs)]
 
-    def _norms(self, units: Units, ws: Sequence[Array], square: bool = False) -> list[Array]:
-        """Norms of the groups times the root of their sizes; with `square` divided by it, so that the weights
-        over them are the gradient."""
+    def _norms(self, units: Units, ws: Sequence[Array]) -> list[Array]:
+        """The norms of the groups, 0 of those that the family leaves out."""
         if self.family == "units":
-            norms, sizes = units.norms(ws), units.sizes()
-        else:
-            wide = [w.astype(jnp.promote_types(w.dtype, jnp.float32)) for w in ws]
-            over = [_axes(leaf, self.family) for leaf in units.members]
-            total = lambda x, a: jnp.sum(x, axis=a, keepdims=True)
-            norms = [jnp.sqrt(total(w * w, a)) for w, a in zip(wide, over)]
-            sizes = [total(jnp.ones_like(w), a) for w, a in zip(wide, over)]
-        if not self.by_size:
-            return norms
-        return [n / jnp.sqrt(s) if square else n * jnp.sqrt(s) for n, s in zip(norms, sizes)]
+            return units.norms(ws)
+        over = [_axes(leaf, self.family) for leaf in units.members]
+        wide = [w.astype(jnp.promote_types(w.dtype, jnp.float32)) for w in ws]
+        return [
+            jnp.zeros(()) if a is None else jnp.sqrt(jnp.sum(w * w, axis=a, keepdims=True))
+            for w, a in zip(wide, over)
+        ]
+
+    def _roots(self, units: Units) -> list[Array]:
+        """The roots of the sizes of the groups, if these count."""
+        ones = [jnp.ones(leaf.shape, jnp.float32) for leaf in units.members]
+        norms = self._norms(units, ones)
+        return norms if self.by_size else [jnp.ones(()) for _ in norms]
+
+    def _inverse(self, units: Units, ws: Sequence[Array]) -> list[Array]:
+        """What the weights are multiplied with to give the gradient of the norms of their groups."""
+        return [safe_divide(r, n) for r, n in zip(self._roots(units), self._norms(units, ws))]
 
     def _at_weights(
         self, units: Units, values: list[Array], join: Literal["all", "sum"]
@@ -256,14 +259,18 @@ def check_strength(name: str, value: Scalar) -> None:
         raise ValueError(f"{name}={value}: a strength must not be negative")
 
 
-def _axes(leaf: Leaf, family: Family) -> tuple[int, ...]:
-    """The axes that a group of a family runs along."""
+def check_fraction(name: str, value: Scalar) -> None:
+    """Raises `ValueError` for what does not lie in [0, 1)."""
+    if is_concrete(value) and not 0 <= float(value) < 1:
+        raise ValueError(f"{name}={value}: must be in [0, 1)")
+
+
+def _axes(leaf: Leaf, family: Family) -> tuple[int, ...] | None:
+    """The axes that a group of a family runs along; None where the family leaves the leaf out."""
     axes = leaf.layer_axes
     if family == "layers":
         return axes
     if len(axes) < 2:
-        raise ValueError(
-            f"family={family!r}: {leaf.path!r} has one dimension; leave it out with targets=, or take 'units'"
-        )
+        return None
     fixed = {"filters": axes[-1:], "channels": axes[-2:-1], "shapes": axes[:-1]}[family]
     return tuple(a for a in axes if a not in fixed)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxsparse.engines._checks import check_inner
 from jaxsparse.engines.penalties import CountState, Penalty, check_strength
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.units import Units, group_setup
@@ -56,6 +57,13 @@ def proximal(
         None, groups, targets=targets, sides=("out", "with", "in"), asks_sparsity=False
     )
     return project_after(lambda units, ws, vs, count: penalty.prox(units, vs, size(count)), sparse)
+
+
+def followed_by(
+    inner: optax.GradientTransformation, change: Change, setup: Setup
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, and `change` after it."""
+    return optax.chain(check_inner(inner), project_after(change, setup))
 
 
 def project_after(change: Change, setup: Setup) -> optax.GradientTransformation:

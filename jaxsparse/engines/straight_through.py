@@ -63,6 +63,7 @@ def straight_through(
     rule: Callable[[Step], Projection],
     *,
     pull_back: Callable[[View, Array], Array] | None = None,
+    gradient: Callable[[Step], list[Array]] | None = None,
     moves: Callable[[Step], list[Array]] | None = None,
     learner: Learner | None = None,
     init_aux: Callable[[list], Any] | None = None,
@@ -76,6 +77,8 @@ def straight_through(
       rule: S, from a `Step` whose views hold the new z, the gradient, and the masks so far.
       pull_back: the gradient that the inner optimizer sees, from a view (z, g, mask so far) and the
         step; None: g itself.
+      gradient: the same for all leaves at once, from the `Step` before this one is taken; not together
+        with `pull_back`.
       moves: masks of the raw weights that may move, from the `Step` before this one is taken; the
         others have no gradient and stay where they are, whatever the inner optimizer does.
       learner: what is trained besides the weights.
@@ -128,7 +131,10 @@ def straight_through(
         before = Step(
             state.count, views(plan, zs, [cast(g) for g in gs], masks), state.inner, state.aux
         )
-        seen = [v.g if pull_back is None else pull_back(v, state.count) for v in before.views]
+        if gradient is not None:
+            seen = gradient(before)
+        else:
+            seen = [v.g if pull_back is None else pull_back(v, state.count) for v in before.views]
         free = None if moves is None else moves(before)
         seen = seen if free is None else hidden(seen, free)
         deltas, new_inner = inner.update(

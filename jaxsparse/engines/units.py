@@ -7,13 +7,16 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse import structures
+from jaxsparse import selection
+from jaxsparse.allocations import Global
+from jaxsparse.choose import choose, unit_budgets
 from jaxsparse.engines.setup import Setup, setup
 from jaxsparse.leaves import Leaf, coupling
-from jaxsparse.structures import Channel, Coupled, MakesCoupled
+from jaxsparse.structures import Block, Channel, Coupled, MakesCoupled, Structure, Unstructured
 from jaxsparse.typing import AllocationLike, GroupsLike, Scalar, Seed, Targets
 
 
@@ -32,13 +35,21 @@ class Units:
     members: Sequence[Leaf]
 
     @property
-    def leaves(self) -> Sequence[Leaf]:
-        """One leaf for every array of units."""
+    def leaves(self) -> list[Leaf]:
+        """One leaf for every array of units, whose weights are the units."""
         together = coupling(self.members)
-        return self.members if together is None else together.leaves
+        if together is not None:
+            return list(together.leaves)
+        shapes = jax.eval_shape(lambda: [leaf.pool(jnp.zeros(leaf.shape)) for leaf in self.members])
+        return [
+            Leaf(leaf.index, leaf.path, x.shape, min(leaf.lead, 1), Unstructured())
+            for leaf, x in zip(self.members, shapes)
+        ]
 
-    def pool(self, values: Sequence[Array], combine: Literal["sum", "mean", "max"] = "sum") -> list:
-        """Sums over units, in float32 at least; of the members of a unit the sum, mean or maximum."""
+    def pool(
+        self, values: Sequence[Array], combine: Literal["sum", "mean", "max"] = "sum"
+    ) -> list[Array]:
+        """Sums over units, in float32 at least; of the leaves of a unit the sum, mean or maximum."""
         together = coupling(self.members)
         if together is not None:
             return together.pool(values, combine)
@@ -67,12 +78,77 @@ class Units:
             return together.expand(units, join)
         return [leaf.expand(u) for leaf, u in zip(self.members, units)]
 
-    def alive(self, xs: Sequence[Array]) -> list[Array]:
-        """Of which units any weight is not 0."""
-        together, held = coupling(self.members), [x != 0 for x in xs]
+    def held(self, masks: Sequence[Array]) -> list[Array]:
+        """The units of which masks of weights keep any weight."""
+        together = coupling(self.members)
         if together is not None:
-            return together.units(held)
-        return [leaf.units(m) for leaf, m in zip(self.members, held)]
+            return together.units(masks)
+        return [leaf.units(m) for leaf, m in zip(self.members, masks)]
+
+    def alive(self, ws: Sequence[Array]) -> list[Array]:
+        """The units of which any weight is not 0; all of them where there is none, at the start of a
+        leaf of zeros."""
+        held = self.held([w != 0 for w in ws])
+        return [h | ~jnp.any(h) for h in held]
+
+    def budgets(self, setup: Setup) -> list[Array]:
+        """How many units of every array stay at the sparsity of the setup, int32 or Python integers."""
+        return unit_budgets(self.leaves, setup.allocation, setup.sparsity)
+
+    def best(
+        self,
+        scores: Sequence[Array],
+        setup: Setup,
+        where: Sequence[Array] | None = None,
+        stream: Any = 0,
+    ) -> list[Array]:
+        """The units of highest score within the budgets of the setup, of those `where`. A global ranking
+        leaves every array one unit at least."""
+        rule = setup.allocation
+        if isinstance(rule, Global) and not rule.minimum:
+            rule = dataclasses.replace(rule, minimum=1)
+        return choose(
+            self.leaves, scores, rule, setup.sparsity, where=where, seed=setup.seed, stream=stream
+        )
+
+    def most(
+        self, scores: Sequence[Array], counts: Sequence[Any], where: Sequence[Array] | None = None
+    ) -> list[Array]:
+        """So many units of every array, of highest score, of those `where`."""
+        axes = [leaf.axes for leaf in self.leaves]
+        return selection.topk_masks(scores, list(counts), where=where, axis=axes)
+
+    def cut(self, masks: Sequence[Array], scores: Sequence[Array], setup: Setup) -> list[Array]:
+        """Masks of weights that keep the best units, of those that `masks` hold."""
+        kept = self.best(scores, setup, where=self.held(masks))
+        return [m & k for m, k in zip(masks, self.at_weights(kept))]
+
+    def scales(self, ws: Sequence[Array]) -> list[Array]:
+        """The leaves that scale units (see `factors`), and zeros in place of the others."""
+        return [w if yes else jnp.zeros_like(w) for w, yes in zip(ws, self.factors())]
+
+    def pulled(self, ws: Sequence[Array], slopes: Sequence[Array]) -> list[Array]:
+        """The gradient at the weights of a function of the norms of the units' scales, of which `slopes`
+        are the derivatives; 0 at other leaves."""
+        scales = self.scales(ws)
+        per_unit = [safe_divide(s, n) for s, n in zip(slopes, self.norms(scales))]
+        return [(f * w).astype(w.dtype) for f, w in zip(self.at_weights(per_unit, "sum"), scales)]
+
+    def factors(self, pattern: str = r"(^|/)(scale|gamma)$") -> list[bool]:
+        """Which leaves hold the scales of units, such as those of norms; all leaves of a unit where it
+        has none."""
+        named = [bool(re.search(pattern, leaf.path)) for leaf in self.members]
+        together = coupling(self.members)
+        if together is None:
+            return [True] * len(named)
+        scaled = {leaf.path for leaf, yes in zip(self.members, named) if yes}
+        plain = {
+            part.path
+            for _, group in together.groups
+            if not any(part.path in scaled for part in group.parts)
+            for part in group.parts
+        }
+        return [yes or leaf.path in plain for leaf, yes in zip(self.members, named)]
 
 
 def safe_divide(x: Array, y: Array) -> Array:
@@ -106,11 +182,12 @@ def group_setup(
     Raises:
       ValueError: groups that are none of these; what `setup` raises.
     """
+    kind: Structure
     if groups is None:
-        kind: Any = Channel()
+        kind = Channel()
     elif isinstance(groups, MakesCoupled):
         kind = groups.structure(sides=sides)
-    elif isinstance(groups, structures.Structure):
+    elif isinstance(groups, Channel | Block | Coupled):
         kind = groups
     else:
         raise ValueError(

@@ -4,6 +4,7 @@ from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import CondensedLinear, condense
+from jaxsparse.nn.consensus import ConsensusGate, consensus_loss
 from jaxsparse.nn.nm_linear import NMLinear
 from jaxsparse.nn.sparse_ift import (
     SparseDoped,
@@ -29,9 +30,11 @@ __all__ = [
     "BlockSparseLinear",
     "Compacted",
     "CondensedLinear",
+    "ConsensusGate",
     "NMLinear",
     "compact",
     "condense",
+    "consensus_loss",
     "folded_decay",
     "Backward",
     "SLoPeLinear",

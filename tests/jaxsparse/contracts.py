@@ -52,7 +52,16 @@ SPECIAL = {
     "sr_ste": dict(sparsity=None, structure=jaxsparse.structures.NM(2, 4)),
     "autosparse": dict(threshold_init=-1.0),
     "str": dict(threshold_init=-1.0),
+    "hspg": dict(begin_step=END),
+    "hesso": dict(periods=2),
+    "l0": dict(strength=1e-3),
+    "turbo_vbi": dict(examples=100, begin_step=None),
 }
+# Methods on groups: dense until the cut, of whole channels.
+CUT = (
+    *("depgraph", "hspg", "mask_sparsity", "polarization", "slimming", "ssl", "wgsef"),
+    *("gsm", "iss_p"),
+)
 # At step 0 nothing has been trained that these could rank.
 STARTS_SPARSE = ("dsr", "dst_ee", "rigl", "rigl_itop", "set", "set_itop", "snfs", "srigl")
 
@@ -109,7 +118,13 @@ def expected(name, t, sparsity=None):
         return sum(_per_layer(s).values())
     if name == "ac_dc":
         return SIZES if t < 2 or 4 <= t < END else _per_layer(s)
-    if name in ("gsm", "iss_p"):
+    if name == "group_slimming":  # one threshold over layers whose channels differ in size
+        return None
+    if name == "hesso":  # 8 channels of 32 weights and 16 of 8, in two periods
+        done = 0 if t < 3 else 1 if t < END else 2
+        left = lambda n: n - math.floor(s * n + 1e-9) * done // 2
+        return {"conv/kernel": 32 * left(8), "dense/kernel": 8 * left(16)}
+    if name in CUT:
         return SIZES if t < END else _per_layer(s)
     if name == "hypersparse":
         return total if t < END else total - math.floor(s * total + 1e-9)

@@ -147,6 +147,14 @@ def test_both_compose_with_methods(name):
     assert bool(jaxsparse.check(params, state)) and np.isfinite(params["kernel"]).all()
 
 
+def test_families_of_kernels_leave_vectors_alone():
+    bias = jnp.asarray([3.0, 4.0])
+    units = Units(find({"bias": bias}, "bias", Channel()).leaves)
+    assert GroupLasso(1.0, "shapes").gradient(units, [bias])[0].tolist() == [0, 0]
+    assert GroupLasso(1.0, "filters").prox(units, [bias], 1.0)[0].tolist() == [3, 4]
+    assert float(GroupLasso(1.0, "layers").value(units, [bias])) == 5
+
+
 def test_bad_arguments_say_what_and_where():
     with pytest.raises(ValueError, match="strength=-1"):
         L1(-1)
@@ -159,8 +167,4 @@ def test_bad_arguments_say_what_and_where():
     for tx in (add_penalty(L1(1.0)), proximal(L1(1.0), 0.1)):
         with pytest.raises(ValueError, match="update needs the parameters"):
             tx.update({"kernel": jnp.ones((2, 2))}, tx.init({"kernel": jnp.ones((2, 2))}))
-    with pytest.raises(ValueError, match="'bias' has one dimension"):
-        one_dimension = optax.chain(add_penalty(GroupLasso(1.0, "shapes"), targets="bias"))
-        params = {"bias": jnp.ones(3)}
-        one_dimension.update(params, one_dimension.init(params), params)
     assert group_setup(0.5, None).structure == Channel()
