@@ -96,7 +96,7 @@ def l0(
         rows = []
         for leaf, a in zip(units.leaves, tree):
             key = jax.random.key(leaf.salt(sparse.seed, count))
-            u = jax.random.uniform(key, a.shape, minval=1e-6, maxval=1 - 1e-6)
+            u = jax.random.uniform(key, a.shape, jnp.float32, minval=1e-6, maxval=1 - 1e-6)
             noisy = lambda a, u=u: hard_concrete(a, u)
             late = count >= end
             value, slope = jax.jvp(noisy, (a,), (jnp.ones_like(a),))
@@ -104,7 +104,8 @@ def l0(
         return [z for z, _ in rows], [s for _, s in rows]
 
     def init(plan: SparseLeaves, zs):
-        start = jnp.log(1 - jnp.asarray(drop_rate, jnp.float32)) - jnp.log(drop_rate)
+        p = jnp.asarray(drop_rate, jnp.float32)
+        start = jnp.log1p(-p) - jnp.log(p)
         tree = [jnp.full(leaf.shape, start) for leaf in Units(plan.leaves).leaves]
         return tree, optimizer.init(tree)
 
@@ -131,10 +132,10 @@ def l0(
             p = present(a)
             task = jnp.where(z > 0, s * d / jnp.where(z > 0, z, 1.0), 0.0)
             cost = p * (1 - p) * (strength * n + 0.5 * decay * q)
-            grads.append(jnp.where(on, task + cost, 0.0))
+            grads.append(jnp.where(on, task + cost, 0.0).astype(a.dtype))
         found: Any = optimizer.update(grads, state, tree, **extra)
         moves, new = found
-        moved = [jnp.clip(a + m, *_BOUNDS) for a, m in zip(tree, moves)]
+        moved = [jnp.clip(a + m.astype(a.dtype), *_BOUNDS) for a, m in zip(tree, moves)]
         return [jnp.where(on, b, a) for a, b in zip(tree, moved)], new
 
     def rule(step: Step) -> Projection:

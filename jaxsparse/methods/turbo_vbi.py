@@ -131,11 +131,12 @@ def turbo_vbi(
         for v, p, e in zip(step.views, found, noise(step, step.count)):
             deviation = jnp.exp(p.log_sigma)
             task = v.g.astype(jnp.float32) * e * deviation
-            grads.append(jnp.where(on, task + (p.precision * deviation**2 - 1) / examples, 0.0))
+            cost = (p.precision * deviation**2 - 1) / examples
+            grads.append(jnp.where(on, task + cost, 0.0).astype(p.log_sigma.dtype))
         logs = [p.log_sigma for p in found]
         updated: Any = optimizer.update(grads, state, logs, **extra)
         moves, state = updated
-        logs = [jnp.where(on, x + m, x) for x, m in zip(logs, moves)]
+        logs = [jnp.where(on, x + m.astype(x.dtype), x) for x, m in zip(logs, moves)]
         found = [p._replace(log_sigma=x) for p, x in zip(found, logs)]
         infer = lambda posts, mus: [
             support_update(p, mu, active, inactive, stay, density) for p, mu in zip(posts, mus)
@@ -168,8 +169,8 @@ def start(mu: Array, sigma: Scalar, active: Prior, density: Scalar) -> Posterior
         log_sigma=jnp.log(full(sigma)),
         precision=full(active[0] / active[1]),
         support=full(1.0),
-        mixing=full(1.0) * density,
-        extrinsic=full(1.0) * density,
+        mixing=full(density),
+        extrinsic=full(density),
     )
 
 
@@ -189,7 +190,11 @@ def support_update(
     shape = mix(active[0], inactive[0]) + 0.5
     rate = mix(active[1], inactive[1]) + square / 2
     mean, log_mean = shape / rate, digamma(shape) - jnp.log(rate)
-    log_c = lambda a, b: a * jnp.log(b) - gammaln(a) + (a - 1) * log_mean - b * mean
+
+    def log_c(a: float, b: float) -> Array:
+        one, other = jnp.float32(a), jnp.float32(b)
+        return one * jnp.log(other) - gammaln(one) + (one - 1) * log_mean - other * mean
+
     evidence = log_c(*active) - log_c(*inactive)
     extrinsic = chain_messages(evidence, stay, density)
     odds = evidence + jnp.log(extrinsic) - jnp.log1p(-extrinsic)
@@ -216,16 +221,15 @@ def chain_messages(evidence: Array, stay: Scalar, density: Scalar) -> Array:
     across = _chain((matrix + down).T, stay, density).T
     down = _chain(matrix + across, stay, density)
     # The two share the prior of one weight, which must count once.
-    odds = down + across - (jnp.log(density) - jnp.log1p(-jnp.asarray(density, jnp.float32)))
+    share = jnp.asarray(density, jnp.float32)
+    odds = down + across - (jnp.log(share) - jnp.log1p(-share))
     return jnp.clip(jax.nn.sigmoid(odds), 1e-6, 1 - 1e-6).reshape(evidence.shape)
 
 
 def _chain(evidence: Array, stay: Scalar, density: Scalar) -> Array:
     """Log odds of every place of chains along the first axis, from all others: forward and backward."""
-    stay = jnp.asarray(stay, jnp.float32)
-    prior = jnp.log(jnp.asarray(density, jnp.float32)) - jnp.log1p(
-        -jnp.asarray(density, jnp.float32)
-    )
+    stay, density = jnp.asarray(stay, jnp.float32), jnp.asarray(density, jnp.float32)
+    prior = jnp.log(density) - jnp.log1p(-density)
     # Stationary with this density, the mean of the probabilities of staying as given.
     leave_one = (1 - stay) * 2 * (1 - density)
     leave_zero = (1 - stay) * 2 * density
@@ -244,7 +248,9 @@ def _chain(evidence: Array, stay: Scalar, density: Scalar) -> Array:
         zero = leave_zero * p + (1 - leave_zero) * (1 - p)
         return jnp.log(one) - jnp.log(zero), message
 
-    first = jnp.full(evidence.shape[1:], prior)
+    first, evidence = jnp.full(evidence.shape[1:], prior), evidence.astype(jnp.float32)
     _, forward = jax.lax.scan(ahead, first, evidence)
-    _, backward = jax.lax.scan(behind, jnp.zeros(evidence.shape[1:]), evidence, reverse=True)
+    _, backward = jax.lax.scan(
+        behind, jnp.zeros(evidence.shape[1:], jnp.float32), evidence, reverse=True
+    )
     return forward + backward
