@@ -112,11 +112,24 @@ class Units:
         )
 
     def most(
-        self, scores: Sequence[Array], counts: Sequence[Any], where: Sequence[Array] | None = None
+        self,
+        scores: Sequence[Array],
+        counts: Sequence[Any],
+        setup: Setup,
+        where: Sequence[Array] | None = None,
+        stream: Any = 0,
     ) -> list[Array]:
-        """So many units of every array, of highest score, of those `where`."""
-        axes = [leaf.axes for leaf in self.leaves]
-        return selection.topk_masks(scores, list(counts), where=where, axis=axes)
+        """So many units of every array, of highest score, of those `where`; equal scores are ranked by a
+        hash with the setup's seed."""
+        leaves = self.leaves
+        return selection.topk_masks(
+            scores,
+            list(counts),
+            where=where,
+            ties="hash",
+            seed=[leaf.salt(setup.seed, stream) for leaf in leaves],
+            axis=[leaf.axes for leaf in leaves],
+        )
 
     def cut(self, masks: Sequence[Array], scores: Sequence[Array], setup: Setup) -> list[Array]:
         """Masks of weights that keep the best units, of those that `masks` hold."""

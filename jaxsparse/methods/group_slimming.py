@@ -12,6 +12,7 @@ from jaxsparse import schedules, selection
 from jaxsparse._counts import kept_count, no_less, scale_count
 from jaxsparse.engines import Step, Units, all_kept, group_setup, hold_masks
 from jaxsparse.engines.penalties import check_fraction, check_strength, penalized
+from jaxsparse.leaves import salt
 from jaxsparse.methods._registry import register
 from jaxsparse.methods._timing import Timing
 from jaxsparse.targets import check_matched
@@ -110,7 +111,14 @@ def group_slimming(
             rate = sparse.sparsity if pattern is None else rates[pattern]
             least = [max(1, int(scale_count(found[i].size, layer_keep))) for i in at]
             stay = no_less(kept_count(sum(found[i].size for i in at), rate), sum(least))
-            masks = selection.topk_masks([found[i] for i in at], stay, together=True, minimum=least)
+            masks = selection.topk_masks(
+                [found[i] for i in at],
+                stay,
+                together=True,
+                minimum=least,
+                ties="hash",
+                seed=salt(sparse.seed, step.count, str(pattern)),
+            )
             for i, mask in zip(at, masks):
                 kept[i] = mask
         return [m & k for m, k in zip(step.masks, units.at_weights(kept))]

@@ -94,7 +94,8 @@ def hesso(
             (n - k) * (period(step.count) + 1) // periods
             for n, k in zip(total, units.budgets(sparse))
         ]
-        stay = units.most(worth, [n - g for n, g in zip(total, gone)], where=[~d for d in old])
+        left = [n - g for n, g in zip(total, gone)]
+        stay = units.most(worth, left, sparse, [~d for d in old], step.count)
         return step.masks, [~s for s in stay]
 
     def shrink(step: Step):

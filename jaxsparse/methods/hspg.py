@@ -98,7 +98,7 @@ def hspg(
             jnp.maximum(selection.count(a, axis=axis) - k, 0)
             for a, axis, k in zip(alive, axes, units.budgets(sparse))
         ]
-        go = units.most([-x for x in inside], room, where=leaving)
+        go = units.most([-x for x in inside], room, sparse, leaving, count)
         stay = units.at_weights([~g for g in go])
         return [jnp.where(s, v, jnp.zeros((), v.dtype)) for s, v in zip(stay, vs)]
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxsparse._control import is_concrete
 from jaxsparse.engines import Learner, Projection, Step, Units, group_setup, straight_through
+from jaxsparse.engines._checks import check_inner
 from jaxsparse.engines.penalties import check_strength
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.methods._registry import register
@@ -89,7 +90,8 @@ def l0(
     sparse = group_setup(
         None, groups, "uniform", targets, seed, pack_masks, sides=("in",), asks_sparsity=False
     )
-    optimizer = optax.with_extra_args_support(inner if gates is None else gates)
+    inner = check_inner(inner)
+    optimizer = inner if gates is None else check_inner(gates)
 
     def gates_at(units: Units, tree: list[Array], count: Array) -> tuple[list[Array], list[Array]]:
         """The gates of the parameters that step `count` sees, and their derivatives in a."""

@@ -12,6 +12,7 @@ from jax.scipy.special import digamma, gammaln
 
 from jaxsparse._control import is_concrete, when
 from jaxsparse.engines import Learner, Projection, Step, straight_through
+from jaxsparse.engines._checks import check_inner
 from jaxsparse.engines.setup import setup
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.methods._registry import register
@@ -104,7 +105,7 @@ def turbo_vbi(
         )
     updates = _TIMING.updates(total_steps, begin_step, end_step, update_every)
     sparse = setup(targets=targets, seed=seed, pack_masks=pack_masks, asks_sparsity=False)
-    optimizer = optax.with_extra_args_support(inner)
+    optimizer = check_inner(inner)
 
     def noise(step: Step, count: Array) -> list[Array]:
         on = count < updates.end
