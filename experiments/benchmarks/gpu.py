@@ -2,13 +2,15 @@
 
     python -m experiments.benchmarks.gpu --out docs/kernels [--only matmul]
     python -m experiments.benchmarks.gpu --expected h100
+    python -m experiments.benchmarks.gpu --static h100
 
 Block-sparse products and attention, forward and with their gradients, over density; decoding. The peers
 take turns in one process: dense products of XLA (cuBLAS), `jax.nn.dot_product_attention` of cuDNN
 (causal), and where torch is installed its block-sparse product and flex attention. Figures go to `gpu.json`
 after each case, from which the table (`gpu_tables.md`) and the plot with the roofline are made. `--tiny`
 tries every case in a small size on whatever device there is. `--expected` needs no GPU: it prints the time
-that bytes and operations take at least on a chip, which is what figures are to be compared with.
+that bytes and operations take at least on a chip, which is what figures are to be compared with. Nor does
+`--static`: it compiles the kernels and prints registers, shared memory and instructions.
 """
 
 from __future__ import annotations
@@ -266,6 +268,77 @@ def cases(tiny: bool = False) -> list[Case]:
     ]
 
 
+# ---- compiled for a GPU that is not here --------------------------------------------------------
+
+
+def _static_cases() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """What it is, a function, and what it is called with."""
+    shape = jax.ShapeDtypeStruct
+    for kind, dtype, precision in (
+        ("bfloat16", "bfloat16", None),
+        ("tf32", "float32", None),
+        ("float32", "float32", "highest"),
+    ):
+        for block in (128, 64) if kind == "bfloat16" else (128,):
+            blocks = (8192 // block) ** 2 // 4
+
+            def products(x, values, places, block=block, precision=precision):
+                w = BlockSparse(values, places, (8192, 8192), (block, block))
+                multiply = lambda x, v: block_sparse_matmul(
+                    x, w.with_values(v), precision=precision
+                )
+                y, pull = jax.vjp(multiply, x, values)
+                return y, pull(x)
+
+            args = shape((8192, 8192), dtype), shape((blocks, block, block), dtype)
+            yield f"{kind}, blocks of {block}", products, (*args, shape((3, blocks), "int32"))
+    for dim in (64, 128, 256):
+        grid = Grid(8192, block_q=128, block_kv=128)
+        make = lambda s, grid=grid: BlockMask.from_scores(s, 16, grid) & BlockMask.causal(grid)
+        mask = jax.eval_shape(make, shape((8, grid.q_blocks, grid.kv_blocks), "float32"))
+
+        def attend(q, k, v, mask):
+            out, pull = jax.vjp(lambda q, k, v: block_sparse_attention(q, k, v, mask), q, k, v)
+            return out, pull(q)
+
+        q, k = (shape((1, heads, 8192, dim), "bfloat16") for heads in (8, 2))
+        yield f"bfloat16, d = {dim}, causal", attend, (q, k, k, mask)
+    grid = Grid(1, 32_768, block_q=1, block_kv=64)
+    make = lambda s: BlockMask.from_scores(s, 128, grid)
+    mask = jax.eval_shape(make, shape((8, 8, 1, grid.kv_blocks), "float32"))
+    cache = shape((8, 8, 32_768, 128), "bfloat16")
+    args = shape((8, 32, 128), "bfloat16"), cache, cache, mask, shape((8,), "int32")
+    yield "bfloat16, d = 128", block_sparse_decode, args
+    run = lambda x, values, codes: nm_matmul(x, NMSparse(values, codes, (4096, 4096), 2, 4, 1))
+    values, codes = shape((2, 1024, 4096), "bfloat16"), shape((2, 64, 4096), "int32")
+    yield "bfloat16, 2:4, 1 row", run, (shape((1, 4096), "bfloat16"), values, codes)
+
+
+def static(target: str) -> str:
+    """Markdown: registers, spills, shared memory and instructions of the kernels, compiled for a target."""
+    from tools import gpu_static
+
+    out = [
+        "| kernel | for | threads | registers | spills, bytes | shared, bytes | programs | in the text |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    shared = dict(h100=233_472, a100=167_936)[target]
+    for name, function, args in _static_cases():
+        report = gpu_static.analyze(function, args, target)
+        for kernel in report["kernels"]:
+            if not kernel["name"].startswith(("block_sparse", "nm_matmul")):
+                continue
+            launch = next(x for x in report["launches"] if x["name"] == kernel["name"])
+            registers = -(-kernel["registers"] // 8) * 8 * launch["threads"]
+            fit = min(65_536 // registers, shared // (launch["shared"] + 1024))
+            found = ", ".join(f"{n} {k}" for k, n in kernel["instructions"].items())
+            out.append(
+                f"| `{kernel['name']}` | {name} | {launch['threads']} | {kernel['registers']} "
+                f"| {kernel['spill_bytes']} | {launch['shared']:,} | {fit} | {found} |"
+            )
+    return "\n".join(out) + "\n"
+
+
 # ---- figures ------------------------------------------------------------------------------------
 
 
@@ -347,7 +420,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--expected", choices=sorted(CHIPS), help="print what a chip needs at least"
     )
+    parser.add_argument("--static", choices=("a100", "h100"), help="print what the compiler makes")
     args = parser.parse_args(argv)
+    if args.static:
+        print(static(args.static))
+        return
     if args.expected:
         print(expected(CHIPS[args.expected]))
         return

@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.pod_compile [--only=REGEX] [--list] [--out=docs/results/pod_compile.json]
     python -m experiments.benchmarks.pod_compile --table [--out=...]
 
-No TPU is needed. `libtpu` compiles for the devices of a whole pod; the program for one chip says how
+No TPU is needed. `libtpu` compiles for the devices of a whole pod (and the compiler for GPUs, see
+`tools.gpu_static`, for a host of H100s: memory and collectives, without an estimate of time); the program for one chip says how
 much memory it takes, which collectives it runs on how many bytes, and how long XLA thinks it takes.
 What is compiled is the training job's own step (`experiments.task.make_task`, `experiments.parallel`)
 with its state donated: `jax.pmap` for replicas, `jax.jit` with sharded state for fsdp. One minute to
@@ -41,6 +42,7 @@ from experiments.configs import imagenet_resnet50, transformer_1b
 from experiments.datasets import Dataset
 from experiments.optimizer import make_optimizer
 from experiments.task import make_task
+from tools import gpu_static
 from tools.tpu_static import CHIPS, hlo
 
 EVERY = 100
@@ -79,7 +81,12 @@ CASES = [
     for method in METHODS
 ] + [
     Case(model, method, topology, "fsdp")
-    for model, topology in (("transformer_1b", "v5e:4x4"), ("transformer_small", "v5e:2x2"))
+    for model, topology in (
+        ("transformer_1b", "v5e:4x4"),
+        ("transformer_small", "v5e:2x2"),
+        ("transformer_1b", "h100:8"),
+        ("transformer_small", "h100:8"),
+    )
     for method in METHODS
 ]
 
@@ -91,9 +98,9 @@ class Wire(NamedTuple):
     hop: float = 1e-6
 
 
-# J. Austin et al., How to scale your model, 2025.
-WIRES = {"v5e": Wire(4.5e10), "v5p": Wire(9e10)}
-HBM = {"v5e": 16e9, "v5p": 95e9}
+# J. Austin et al., How to scale your model, 2025. NVLink is a switch: a ring of one axis.
+WIRES = {"v5e": Wire(4.5e10), "v5p": Wire(9e10), "h100": Wire(4.5e11 / 2)}
+HBM = {"v5e": 16e9, "v5p": 95e9, "h100": 80e9}
 
 
 def configure(case: Case) -> tuple[Any, Dataset]:
@@ -119,7 +126,10 @@ def _torus(topology: str) -> list[int]:
 
 
 def devices_of(topology: str) -> np.ndarray:
-    """The devices of a pod that is not there, such as `v5e:16x16`."""
+    """The devices of a pod that is not there, such as `v5e:16x16`; or GPUs of a host, `h100:8`."""
+    kind, _, count = topology.partition(":")
+    if kind in gpu_static.TARGETS:
+        return np.array(gpu_static.devices(kind, int(count)))
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     from jax.experimental import topologies
 
@@ -318,7 +328,8 @@ def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> di
     tx = None
     if case.method == "jaxpruner":
         tx = jaxpruner.pruning(make_optimizer(config), config.sparsity, EVERY)
-    lowered, state, shards = lower(config, data, devices, tx)
+    with gpu_static.as_if_on(devices[0]):
+        lowered, state, shards = lower(config, data, devices, tx)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     number = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     out: dict[str, Any] = {
@@ -335,7 +346,7 @@ def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> di
         out["error"] = used.group(0) if used else str(error)[:500]
         return out | {"cpu_seconds": round(time.process_time() - start)}
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
-    clock = next(chip.clock for chip in CHIPS.values() if chip.gen == generation)
+    clock = next((chip.clock for chip in CHIPS.values() if chip.gen == generation), math.nan)
     parts = {
         k: int(getattr(memory, f"{k}_size_in_bytes"))
         for k in ("argument", "output", "temp", "alias", "generated_code")
@@ -343,7 +354,7 @@ def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> di
     total = sum(parts.values()) - 2 * parts["alias"]
     out["memory"] = parts | {"total": total, "of": HBM[generation]}
     out["flops"] = cost.get("flops")
-    out["clock"] = clock
+    out["clock"] = None if math.isnan(clock) else clock
     text = program.as_text()
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
@@ -357,7 +368,7 @@ def measure(case: Case, passes: int = 6, keep: pathlib.Path | None = None) -> di
 
 def milliseconds(row: dict[str, Any], way: str) -> float:
     """XLA's estimate of a step, without collectives."""
-    return 1e3 * row[way]["cycles"] / row["clock"]
+    return 1e3 * row[way]["cycles"] / row["clock"] if row["clock"] else math.nan
 
 
 def added(row: dict[str, Any]) -> tuple[float, float]:
@@ -407,7 +418,7 @@ def _line(method: str, row: dict[str, Any], dense: dict[str, Any]) -> str:
     bytes_ = sum(v["bytes"] for v in row["ordinary"]["collectives"].values())
     return (
         f"| {method} | {m['argument'] / 1e9:.2f} + {m['temp'] / 1e9:.2f} = {m['total'] / 1e9:.2f} "
-        f"| {state} | {row['flops'] / 1e12:.2f} | {ms:.1f} | {ratio} "
+        f"| {state} | {(row['flops'] or math.nan) / 1e12:.2f} | {ms:.1f} | {ratio} "
         f"| {more:.2f} + {wire:.2f} | {(more + wire) / EVERY / ms:.2%} "
         f"| {sum(names['ordinary'].values())}, {bytes_ / 1e9:.2f} GB | {listed(extra)} "
         f"| {_short(row['update']['largest_collective_of_update'])} |"

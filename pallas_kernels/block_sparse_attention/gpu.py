@@ -75,9 +75,9 @@ DKV: dict[str, dict[str, Config]] = {
         "exact, 128": Config(16, 16, 4, 2),
     },
     "a100": {
-        "16 bits, 16": Config(64, 32, 4, 3),
-        "16 bits, 32": Config(64, 32, 4, 3),
-        "16 bits, 64": Config(64, 32, 4, 3),
+        "16 bits, 16": Config(32, 64, 4, 2),
+        "16 bits, 32": Config(32, 64, 4, 2),
+        "16 bits, 64": Config(32, 64, 4, 2),
         "16 bits, 128": Config(32, 32, 4, 3),
         "16 bits, 256": Config(32, 32, 8, 2),
         "exact, 16": Config(32, 16, 4, 2),

@@ -186,10 +186,15 @@ DECODE = [
     ["decode", 2, 32, 8, 32768, dim, 64, 64, dtype]
     for dim, dtype in ((64, "float16"), (256, "bfloat16"), (128, "float32"), (80, "bfloat16"))
 ]
-FULL = DECODE + [
+FULL = (
+    DECODE
+    + [["attention", "backward", 4096, d, d, 128, "bfloat16", False] for d in (64, 128, 256)]
+    + [["attention", "backward", 4096, 64, 64, 64, "bfloat16", False, 1]]
+) + [
     ["attention", side, 4096, dim, dim, block, dtype]
     for side in ("forward", "backward")
     for dim, block, dtype in (
+        (16, 64, "float16"),
         (32, 32, "float16"),
         (64, 64, "bfloat16"),
         (64, 128, "bfloat16"),
