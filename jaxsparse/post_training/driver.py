@@ -47,7 +47,7 @@ def prune(
     stages: int = 1,
     propagate: bool = True,
     correct: float = 0.0,
-    refit: bool = False,
+    refit: bool | int = False,
     errors: bool = True,
     checkpoint: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -81,7 +81,8 @@ def prune(
         model, in one pass.
       correct: how far kernels first make up for the pruned blocks before them, in [0, 1]; see
         `correction.py`.
-      refit: solve the kept weights anew by least squares, whatever the method.
+      refit: solve the kept weights anew by least squares, whatever the method; a number is that of the
+        steps of conjugate gradients at most.
       errors: report the errors of layers, which takes Gram matrices from methods that need norms alone,
         and of the whole network, which runs the dense model once more.
       checkpoint: a folder that keeps what became of each block. A run that was killed goes on from there,
@@ -199,7 +200,7 @@ class _Job:
     sparsities: Mapping[str, float | None]
     stages: int
     correct: float
-    refit: bool
+    refit: bool | int
     errors: bool
     options: Mapping[str, Any]
     stream: Stream
@@ -297,7 +298,8 @@ class _Job:
             except ValueError as error:
                 raise ValueError(f"{kernel.name!r} {tuple(w.shape)}: {error}") from None
             if self.refit and here.gram is not None:
-                one = refit_core(dense[i], here.gram, one)
+                steps = 100 if self.refit is True else int(self.refit)
+                one = refit_core(dense[i], here.gram, one, steps=steps)
             found.append(one)
             unseen += int(here.count == 0)
             if here.gram is not None:
