@@ -13,7 +13,7 @@ w² / U[i, i]² of the weights as they stand when the sweep arrives: within a bl
 outputs, or for N:M when a group of m inputs is reached. A quantizer in place of `q` gives sparse and
 quantized weights at once.
 
-Within a block, rows are updated one by one in panels of few rows, and panels by products of matrices;
+Within a block, rows are updated one by one in panels of few rows, and what follows a panel by a product;
 later blocks take what all earlier ones have left as one product when their turn comes.
 
 This differs from the authors' code in: 1. exactly as many weights are pruned as asked, where the
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -193,22 +194,23 @@ def _saliency(w: Array, u: Array) -> Array:
 
 
 def _panels(w, u, mask, structure, quantize, scales) -> tuple:
-    """A block by halves: the first half, a product that corrects the second, the second half."""
+    """A block, panel by panel; after each a product corrects what follows."""
     rows = w.shape[0]
-    panel = structure.m if isinstance(structure, NM) else _PANEL
-    if rows <= panel:
+    panel = structure.m if isinstance(structure, NM) else math.gcd(rows, _PANEL)
+
+    def step(w, i):
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * panel, panel)
+        now, above = part(w), part(u)
+        square = jax.lax.dynamic_slice_in_dim(above, i * panel, panel, axis=1)
         if mask is None:
-            mask = selection.topk_mask(_saliency(w, u), structure.n, axis=0)
-        return _rows(w, u, mask, quantize, scales)
-    half = -(-rows // (2 * panel)) * panel
-    first = _panels(w[:half], u[:half, :half], _part(mask, 0, half), structure, quantize, scales)
-    rest = w[half:] - matmul(u[:half, half:].T, first[3])
-    second = _panels(rest, u[half:, half:], _part(mask, half, rows), structure, quantize, scales)
-    return tuple(jnp.concatenate(pair) for pair in zip(first, second))
+            chosen = selection.topk_mask(_saliency(now, square), structure.n, axis=0)
+        else:
+            chosen = part(mask)
+        found = _rows(now, square, chosen, quantize, scales)
+        return w - matmul(above.T, found[3]), found  # above is 0 left of the panel
 
-
-def _part(mask, start: int, stop: int):
-    return None if mask is None else mask[start:stop]
+    _, found = jax.lax.scan(step, w, jnp.arange(rows // panel))
+    return tuple(x.reshape(rows, -1) for x in found)
 
 
 def _rows(w, u, mask, quantize, scales) -> tuple:
