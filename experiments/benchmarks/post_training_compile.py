@@ -5,8 +5,8 @@
 No TPU is needed: `libtpu` compiles for the described chips. A block of the shape of Llama 7B (width 4096, hidden 11008,
 32 heads, bfloat16) has its kernels sharded over "model", by outputs where it reads the stream and by inputs where it
 writes to it, and its tokens over "data". Compiled are the programs that `prune` runs: the statistics of a block's
-kernels for one batch (`calibration`), and the sweep of SparseGPT on each kind of kernel, its Gram matrix on all chips
-and its outputs spread over them, for rows of the published notation are independent. Memory is that of one chip.
+kernels for one batch (`calibration`), and of SparseGPT the factor of a Gram matrix, which is on every chip, and the
+sweep of each kind of kernel, its outputs spread over all chips, since they are independent. Memory is that of one chip.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks.pod_compile import devices_of
 from jaxsparse import post_training as pt
-from jaxsparse.post_training import calibration, program
+from jaxsparse.post_training import _layer, calibration, program, sparsegpt
+from jaxsparse.structures import NM, Structure, Unstructured
 
 WIDTH, HIDDEN, HEADS = 4096, 11008, 32
 SHAPES = {
@@ -64,15 +65,22 @@ def statistics(mesh: Mesh, sequences: int, length: int) -> Any:
     return jax.jit(run).lower(values, None).compile()
 
 
-def sweep(mesh: Mesh, shape: tuple[int, int], structure: str | None) -> Any:
-    """SparseGPT on one kernel, compiled: outputs over all chips, the Gram matrix on each."""
+def factor(mesh: Mesh, inputs: int) -> Any:
+    """The factor of a Gram matrix that is on every chip, compiled."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    gram = jax.ShapeDtypeStruct((inputs, inputs), jnp.float32, sharding=everywhere)
+    return jax.jit(_layer.inverse_factor).lower(gram).compile()
+
+
+def sweep(mesh: Mesh, shape: tuple[int, int], structure: Structure) -> Any:
+    """The sweep of SparseGPT on one kernel, compiled: its outputs over all chips, the factor on each."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     outputs = NamedSharding(mesh, PartitionSpec(None, ("data", "model")))
-    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=outputs)
-    gram = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32, sharding=everywhere)
-    sparsity = None if structure else 0.5
-    prune = lambda w, gram: pt.sparsegpt_core(w, gram, sparsity, structure=structure)[:3]
-    return jax.jit(prune).lower(w, gram).compile()
+    w = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=outputs)
+    u = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32, sharding=everywhere)
+    kept = jax.ShapeDtypeStruct((shape[0] // 128,), jnp.int32, sharding=everywhere)
+    run = lambda w, u, kept: sparsegpt.sweep(w, u, kept, None, structure, 128, None)
+    return jax.jit(run).lower(w, u, kept).compile()
 
 
 def memory(compiled: Any) -> dict[str, float]:
@@ -91,20 +99,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--factor_of_hidden", action="store_true", help="takes minutes")
     options = parser.parse_args(arguments)
     devices = devices_of(options.topology)
     mesh = Mesh(np.asarray(devices).reshape(-1, 4), ("data", "model"))
     cases = {
         "Gram matrices of a block": lambda: statistics(mesh, options.sequences, options.length)
     }
-    for name, shape in (
-        ("query", SHAPES["attention/query"]),
-        ("up", SHAPES["up"]),
-        ("down", SHAPES["down"]),
-    ):
-        text = "x".join(map(str, shape))
-        cases[f"SparseGPT, {name} {text}"] = functools.partial(sweep, mesh, shape, None)
-    cases["SparseGPT 2:4, up"] = lambda: sweep(mesh, SHAPES["up"], "2:4")
+    for name in ("attention/query", "up", "down"):
+        text = "x".join(map(str, SHAPES[name]))
+        case = functools.partial(sweep, mesh, SHAPES[name], Unstructured())
+        cases[f"sweep, {name} {text}"] = case
+    cases["sweep 2:4, up"] = lambda: sweep(mesh, SHAPES["up"], NM(2, 4))
+    cases[f"factor {WIDTH}x{WIDTH}"] = lambda: factor(mesh, WIDTH)
+    if options.factor_of_hidden:
+        cases[f"factor {HIDDEN}x{HIDDEN}"] = lambda: factor(mesh, HIDDEN)
     print("| program | arguments | outputs | temporaries |\n| :--- | ---: | ---: | ---: |")
     rows = {}
     for name, case in cases.items():

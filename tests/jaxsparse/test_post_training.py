@@ -196,6 +196,7 @@ def test_every_layer_of_a_scan_has_a_statistic_of_its_own():
         np.testing.assert_allclose(found, gram_of(h), rtol=1e-4, atol=1e-4)
         h, _ = Layer().apply({"params": one}, h, None)
     result = pt.prune((model, params), [x], "wanda", sparsity=0.5, targets=rule)
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)  # no statistic stays
     mask = np.asarray(result.masks["layers"]["Dense_0"]["kernel"])
     assert mask.shape == (3, 6, 8) and (mask.sum(1) == 3).all()
     assert not weights_of(result, "layers/Dense_0/kernel")[~mask].any()
