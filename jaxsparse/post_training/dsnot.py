@@ -92,11 +92,11 @@ def swaps(w, mean, squares, mask, groups: int, cycles, threshold, power) -> tupl
         mask, fresh, e, active, i = state
         sign = jnp.sign(e)
         up = jnp.where(~mask & fresh, growth * sign, -jnp.inf)
-        grown = jnp.argmax(up, axis=0)
+        grown = _first_largest(up)
         may_go = mask & fresh
         may_go &= (group[:, None] == group[grown]) if groups else (c * sign < 0)
         down = jnp.where(may_go, keepers, jnp.inf)
-        pruned = jnp.argmin(down, axis=0)
+        pruned = _first_largest(-down)
         after = e - c[grown, column] + c[pruned, column]
         exists = (up[grown, column] > 0) & jnp.isfinite(down[pruned, column])
         go = active & exists & (jnp.abs(after) < jnp.abs(e))
@@ -111,3 +111,11 @@ def swaps(w, mean, squares, mask, groups: int, cycles, threshold, power) -> tupl
     start = (mask, jnp.ones_like(mask), e, jnp.abs(e) > threshold, 0)
     mask, _, e, _, _ = jax.lax.while_loop(lambda s: jnp.any(s[3]) & (s[4] < cycles), step, start)
     return mask, e
+
+
+def _first_largest(x: Array) -> Array:
+    """The first place of the largest number of each column: two plain reductions, which CPUs do several
+    times faster than `argmax`."""
+    place = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    top = jnp.max(x, axis=0, keepdims=True)
+    return jnp.min(jnp.where(x == top, place, x.shape[0]), axis=0)
