@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--factor_of_hidden", action="store_true", help="takes minutes")
+    parser.add_argument(
+        "--factors", type=int, nargs="*", default=[512], help="sizes; 4096 takes minutes"
+    )
     options = parser.parse_args(arguments)
     devices = devices_of(options.topology)
     mesh = Mesh(np.asarray(devices).reshape(-1, 4), ("data", "model"))
@@ -111,9 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         case = functools.partial(sweep, mesh, SHAPES[name], Unstructured())
         cases[f"sweep, {name} {text}"] = case
     cases["sweep 2:4, up"] = lambda: sweep(mesh, SHAPES["up"], NM(2, 4))
-    cases[f"factor {WIDTH}x{WIDTH}"] = lambda: factor(mesh, WIDTH)
-    if options.factor_of_hidden:
-        cases[f"factor {HIDDEN}x{HIDDEN}"] = lambda: factor(mesh, HIDDEN)
+    for size in options.factors:
+        cases[f"factor {size}x{size}"] = functools.partial(factor, mesh, size)
     print("| program | arguments | outputs | temporaries |\n| :--- | ---: | ---: | ---: |")
     rows = {}
     for name, case in cases.items():
