@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import analysis as analysis
     from jaxsparse import channels as channels
     from jaxsparse import nn as nn
+    from jaxsparse import sae as sae
     from jaxsparse import testing as testing
     from jaxsparse.nn import compact as compact
 
@@ -59,7 +60,7 @@ def __getattr__(name: str):
     """Modules that are imported on first use, so that `import jaxsparse` stays light."""
     import importlib
 
-    if name in ("analysis", "channels", "nn", "testing"):
+    if name in ("analysis", "channels", "nn", "sae", "testing"):
         return importlib.import_module(f"jaxsparse.{name}")
     if name == "compact":
         return importlib.import_module("jaxsparse.nn").compact

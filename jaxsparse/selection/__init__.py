@@ -8,7 +8,7 @@ The only top-k of the project. Everywhere
   and is never chosen, so that fewer than k are chosen when NaN leave fewer than k;
 - ties go to the lower row-major position, or are broken by a seeded hash of the position
   (`ties="hash"`), which favours no row. Both are the same for any sharding on any number of devices;
-- nothing is sorted or gathered: entries are counted against thresholds, pass after pass (see
+- nothing is sorted or gathered (except in `topk_indices`, which lists places row by row): entries are counted against thresholds, pass after pass (see
   `_search`), and a pass over sharded arrays communicates counters. Inside `shard_map` a function
   ranks what its device holds;
 - gradients are not defined: scores are taken as constants.
@@ -19,7 +19,17 @@ stored: on CPU, storing an array of the size of the data costs more than the sea
 """
 
 from jaxsparse.selection._hash import as_seed, mix, position_hash
+from jaxsparse.selection.indices import topk_indices
 from jaxsparse.selection.quantile import quantile
 from jaxsparse.selection.topk import count, topk_mask, topk_masks
 
-__all__ = ["as_seed", "count", "mix", "position_hash", "quantile", "topk_mask", "topk_masks"]
+__all__ = [
+    "as_seed",
+    "count",
+    "mix",
+    "position_hash",
+    "quantile",
+    "topk_indices",
+    "topk_mask",
+    "topk_masks",
+]

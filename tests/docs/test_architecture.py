@@ -33,6 +33,7 @@ FLOORS = [
     "summary",
     "nn",
     "analysis",
+    "sae",
     "testing",
 ]
 MODULES = [p for p in (ROOT / "jaxsparse").rglob("*.py") if p.parent != ROOT / "jaxsparse" or
