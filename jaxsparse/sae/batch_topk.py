@@ -39,9 +39,8 @@ class BatchTopK(SAE):
       d_model, d_sae, d_out, skip, dead_after, rngs: as of `SAE`.
 
     >>> model = BatchTopK(4, 16, k=2, rngs=nnx.Rngs(0))
-    >>> z = jnp.abs(jax.random.normal(jax.random.key(0), (5, 16)))
-    >>> int((model.activate(z) > 0).sum())
-    10
+    >>> model(jnp.ones((5, 4))).shape
+    (5, 4)
     """
 
     thresholds = ("b_enc", "b_dec", "threshold")
@@ -225,8 +224,7 @@ class FeatureChoice(BatchTopK):
       others: as of `BatchTopK`.
 
     >>> model = FeatureChoice(4, 8, k=2, exponent=0.0, rngs=nnx.Rngs(0))
-    >>> z = jnp.abs(jax.random.normal(jax.random.key(0), (12, 8)))
-    >>> (model.activate(z) > 0).sum(0).tolist()
+    >>> model.budgets(12).tolist()
     [3, 3, 3, 3, 3, 3, 3, 3]
     """
 

@@ -231,8 +231,8 @@ class GradientTopK(TopK):
       others: as of `TopK`.
 
     >>> model = GradientTopK(4, 16, k=2, beta=1.0, rngs=nnx.Rngs(0))
-    >>> x = jnp.ones((3, 4))
-    >>> loss, metrics = model.loss(x, gradient=x)
+    >>> model.select(jnp.eye(3, 16), jnp.zeros((3, 4))).shape
+    (3, 16)
     """
 
     def __init__(self, d_model: int, d_sae: int, *, k: int, beta: float, rngs: nnx.Rngs, **options):
