@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,15 +76,18 @@ def _states(opt_state) -> list[SparseState]:
     return found
 
 
-def _merge(trees: list):
-    """One tree from several that are None or MaskedNode where another has a leaf or a branch."""
+def _merge(trees: list, join: Callable[[Any, Any], Any] = lambda a, _: a):
+    """One tree from several that are None or MaskedNode where another has a leaf or a branch; `join`
+    of the values where several have a leaf."""
 
     def merge(a, b):
-        if missing(a) or missing(b) or isinstance(a, PackedMask):
+        if missing(a) or missing(b):
             return (None if missing(b) else b) if missing(a) else a
+        if isinstance(a, PackedMask):
+            return join(a, b)
         branches, node = one_level(a)
         if jax.tree_util.treedef_is_leaf(node):
-            return a
+            return join(a, b)
         return node.unflatten(map(merge, branches, node.flatten_up_to(b)))
 
     merged = functools.reduce(merge, trees, None)
@@ -95,14 +99,25 @@ def get_masks(opt_state):
     whole branches that `optax.partition` gives to no method with masks).
 
     Finds them in any nesting of optax wrappers, and merges the masks of several methods that share
-    the leaves between them (`optax.partition`).
+    the leaves between them (`optax.partition`). Where one method wraps another, a weight is kept that
+    both keep.
 
     Raises:
       ValueError: `opt_state` holds no state of a jaxsparse method, or packed masks that
         `nnx.Optimizer` has taken apart.
     """
-    merged = _merge([s.masks for s in _states(opt_state)])
-    return jax.tree.map(lambda m: owned(unpack(m)), merged, is_leaf=is_mask)
+    return jax.tree.map(lambda m: owned(unpack(m)), _in_force(_states(opt_state)), is_leaf=is_mask)
+
+
+def _in_force(states: list[SparseState]):
+    return _merge([s.masks for s in states], lambda a, b: unpack(a) & unpack(b))
+
+
+def masks_of_inner(opt_state, params) -> list | None:
+    """The masks of the methods inside an inner optimizer's state, at the leaves of `params` (None
+    where there are none); None if it holds no such method."""
+    states = find_states(opt_state)
+    return at_leaves(_in_force(states), params) if states else None
 
 
 def get_raw_params(opt_state):

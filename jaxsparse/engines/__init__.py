@@ -6,6 +6,7 @@ from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
 from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty, penalized
 from jaxsparse.engines.proximal import followed_by, project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
+from jaxsparse.engines.scale_by_age import scale_by_age
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, View, momentum
 from jaxsparse.engines.straight_through import (
@@ -46,6 +47,7 @@ __all__ = [
     "random_masks",
     "refill",
     "refresh",
+    "scale_by_age",
     "soft_threshold_learner",
     "straight_through",
     "swap",

@@ -42,6 +42,7 @@ def drop_and_grow(
             fraction(step.count),
             drop_ties=scores.ties(worth),
             salts=step.salts(seed),
+            inside=step.inside,
         )
 
     return rule
@@ -56,8 +57,9 @@ def swap(
     *,
     drop_ties: str = "position",
     salts: Sequence[Any],
+    inside: Sequence[Array] | None = None,
 ) -> list[Array]:
-    """The new masks of all leaves, see `drop_and_grow`."""
+    """The new masks of all leaves, see `drop_and_grow`; all of them `inside`, where that is given."""
     if (together := coupling(leaves)) is not None:
         units = swap(
             together.leaves,
@@ -67,20 +69,27 @@ def swap(
             fraction,
             drop_ties=drop_ties,
             salts=together.salts(salts),
+            inside=None if inside is None else together.units(inside),
         )
         return together.expand(units)
     units = [leaf.units(m) for leaf, m in zip(leaves, masks)]
     ones = [selection.count(u, axis=leaf.axes) for leaf, u in zip(leaves, units)]
     swapped = [scale_count(n, fraction) for n in ones]
+    held = units
+    if inside is not None:
+        held = [u & leaf.units(m) for u, leaf, m in zip(units, leaves, inside)]
     keep = selection.topk_masks(
         [leaf.pool(x) for leaf, x in zip(leaves, drop_scores)],
         [n - s for n, s in zip(ones, swapped)],
-        where=units,
+        where=held,
         ties=drop_ties,
         seed=salts,
         axis=[leaf.axes for leaf in leaves],
     )
-    return refill(leaves, keep, swapped, grow_scores, salts=salts)
+    if inside is not None:  # what a method inside has dropped meanwhile is made up for
+        rows = zip(ones, keep, leaves)
+        swapped = [n - selection.count(k, axis=leaf.axes) for n, k, leaf in rows]
+    return refill(leaves, keep, swapped, grow_scores, salts=salts, inside=inside)
 
 
 def refill(
@@ -90,13 +99,18 @@ def refill(
     grow_scores: Sequence[Array],
     *,
     salts: Sequence[Any],
+    inside: Sequence[Array] | None = None,
 ) -> list[Array]:
     """The masks of all leaves with the units `keep` and, in each slice, the `number` (int32, one per
-    slice or for all) units of highest score among the others; equal scores by a seeded hash."""
+    slice or for all) units of highest score among the others (and `inside`, where that is given);
+    equal scores by a seeded hash."""
+    free = [~k for k in keep]
+    if inside is not None:
+        free = [f & leaf.units(m) for f, leaf, m in zip(free, leaves, inside)]
     grown = selection.topk_masks(
         [leaf.pool(x) for leaf, x in zip(leaves, grow_scores)],
         numbers,
-        where=[~k for k in keep],
+        where=free,
         ties="hash",
         seed=[salt ^ jnp.uint32(0x9E3779B9) for salt in salts],
         axis=[leaf.axes for leaf in leaves],

@@ -30,8 +30,9 @@ from jaxsparse.engines._checks import (
     with_whole_masks,
 )
 from jaxsparse.engines._slots import restart, stand_still
+from jaxsparse.engines.scale_by_age import scale_by_age
 from jaxsparse.engines.setup import Setup
-from jaxsparse.engines.step import Step, any_nan, views
+from jaxsparse.engines.step import Step, any_nan, intersect, kept_inside, views
 from jaxsparse.masking import unpack
 from jaxsparse.schedules import At, Both, Updates
 from jaxsparse.state import SparseState
@@ -50,7 +51,7 @@ def hold_masks(
     gradient: Literal["masked", "kept", "dense"] | Callable[[Step], list[Array]] = "masked",
     after: Callable[[Step], tuple[list[Array], list[Array]]] | None = None,
     on_update: Literal["step", "replace"] = "step",
-    fresh: Literal["grown"] | Callable[[Array], Array] | None = None,
+    fresh: Literal["grown", "age"] | Callable[[Array], Array] | None = None,
     grow_init: Callable[[Step], list[Array]] | None = None,
     aux: Callable[[Step], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,18 +73,24 @@ def hold_masks(
       on_update: "step": an update of the masks comes on top of the gradient step; "replace": it
         takes its place, as in RigL (see `stand_still`). Weights then change where masks flip only.
       fresh: whose slots of the inner state start as at `init`. "grown": those of weights that are
-        not kept, so that a grown weight starts anew; a function of the count: those of all weights,
-        of dense leaves too, at the steps where it is true. Counts of the inner state go on.
+        not kept, so that a grown weight starts anew; "age": so, and the bias corrections of Adam (with
+        its default betas) go by the age of the slots, see `scale_by_age`; a function of the count:
+        those of all weights, of dense leaves too, at the steps where it is true. Counts of the inner
+        state go on.
       grow_init: the values at which grown weights start, of the leaves' shapes, from the `Step` that
         the rule sees; None: 0.
       aux: what the method keeps besides, from a `Step` that holds the weights and their masks.
     """
     inner = check_inner(inner)
+    if fresh == "age":
+        inner, fresh = check_inner(optax.chain(inner, scale_by_age())), "grown"
 
     def init_fn(params):
         plan = setup.leaves_for(params)
         ws, inner_state = plan.take(params), inner.init(params)
-        masks = init(Step(jnp.int32(0), views(plan, ws), inner_state))
+        inside = kept_inside(plan, inner_state, params)
+        masks = init(Step(jnp.int32(0), views(plan, ws), inner_state, inside=inside))
+        masks = intersect(masks, inside)
         # Buffers of their own: what a user has given must survive the donation of the state.
         masks = [sharded_as(jnp.array(m, copy=True), w) for m, w in zip(masks, ws)]
         step = Step(jnp.int32(0), views(plan, ws, ms=masks), inner_state)
@@ -105,6 +112,7 @@ def hold_masks(
         old = plan.masks(state.masks)
         read = hidden(gs, old) if gradient == "kept" else gs
         masks, new_aux, fires = old, state.aux, jnp.zeros((), bool)
+        inside = kept_inside(plan, state.inner, params)
 
         if rule is not None and at is not None:
             choose = rule
@@ -116,10 +124,10 @@ def hold_masks(
 
             def run(carry, count, ws, gs):
                 masks = [unpack(m) for m in carry[0]]
-                step = Step(count, views(plan, ws, gs, masks), state.inner, carry[1])
+                step = Step(count, views(plan, ws, gs, masks), state.inner, carry[1], inside)
                 found: Any = choose(step)
                 new, new_aux = found if aux else (found, carry[1])
-                return store_masks(new, setup.pack_masks), new_aux
+                return store_masks(intersect(new, inside), setup.pack_masks), new_aux
 
             # Masks alone pass the conditional: weights and slots would be copied there.
             carry = store_masks(old, setup.pack_masks), state.aux
@@ -127,7 +135,7 @@ def hold_masks(
             masks = [unpack(m) for m in stored]
 
         # Of a weight that was just grown neither the gradient nor the slots count.
-        live = [m & o for m, o in zip(masks, old)] if fresh == "grown" else masks
+        live = intersect(masks, old) if fresh == "grown" else masks
         before = state.inner
         if fresh == "grown" and rule is not None:
             before = restart(inner, before, live, plan, params)
@@ -163,11 +171,12 @@ def hold_masks(
                 views(plan, [w + d for w, d in zip(ws, out)], gs, masks),
                 slots,
                 new_aux,
+                inside,
             )
             chosen, weights = after(step)
+            chosen = intersect(chosen, inside)
             if fresh == "grown":
-                both = [c & m for c, m in zip(chosen, masks)]
-                slots = restart(inner, slots, both, plan, params)
+                slots = restart(inner, slots, intersect(chosen, masks), plan, params)
             masks = chosen
             out = [jnp.where(m, p - w, -w) for m, p, w in zip(masks, weights, ws)]
         new_state = state._replace(

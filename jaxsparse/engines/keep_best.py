@@ -38,7 +38,7 @@ def keep_best(
             setup.allocation,
             setup.sparsity,
             fraction=1.0 if ramp is None else ramp(step.count),
-            where=step.masks if nested else None,
+            where=step.masks if nested else step.inside,
             ties=scores.ties(worth),
             seed=setup.seed,
             stream=step.count,

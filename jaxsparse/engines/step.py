@@ -13,17 +13,20 @@ from jax import Array
 
 from jaxsparse.leaves import Leaf, SparseLeaves
 from jaxsparse.scores import View
+from jaxsparse.state import masks_of_inner
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What a rule is given: the step (int32, 0 at `init` and at the first update), the sparse
-    leaves, the inner optimizer's state before this step, and what the method keeps besides."""
+    leaves, the inner optimizer's state before this step, what the method keeps besides, and where the
+    inner optimizer is itself a method with masks, those: nothing outside of `inside` can be kept."""
 
     count: Array
     views: Sequence[View]
     inner: Any = None
     aux: Any = None
+    inside: Sequence[Array] | None = None
 
     @property
     def leaves(self) -> list[Leaf]:
@@ -35,6 +38,19 @@ class Step:
         """The masks so far."""
         return [v.m for v in self.views]
 
+    @property
+    def held(self) -> list:
+        """The masks so far, as far as a method inside keeps them too."""
+        return intersect(self.masks, self.inside)
+
+    @property
+    def sizes(self) -> list[Array]:
+        """How many weights of each layer can be kept, int32."""
+        if self.inside is not None:
+            rows = zip(self.leaves, self.inside)
+            return [jnp.sum(m, axis=x.layer_axes, dtype=jnp.int32) for x, m in rows]
+        return [jnp.full(x.stack_shape, x.layer_size, jnp.int32) for x in self.leaves]
+
     def salts(self, seed: Any) -> list[Array]:
         """One seed per leaf, of this step."""
         return [leaf.salt(seed, self.count) for leaf in self.leaves]
@@ -44,6 +60,20 @@ def views(plan: SparseLeaves, ws, gs=None, ms=None) -> list[View]:
     """The views of all sparse leaves."""
     none = [None] * len(plan.leaves)
     return [View(*row) for row in zip(plan.leaves, ws, gs or none, ms or none)]
+
+
+def intersect(masks: Sequence[Array], others: Sequence[Array] | None) -> list[Array]:
+    """What both keep; the first masks if there are no others."""
+    return list(masks) if others is None else [m & o for m, o in zip(masks, others)]
+
+
+def kept_inside(plan: SparseLeaves, inner_state, params) -> list[Array] | None:
+    """What the methods inside the inner optimizer keep of each sparse leaf; None if there are none."""
+    found = masks_of_inner(inner_state, params)
+    if found is None:
+        return None
+    rows = [(found[leaf.index], leaf.shape) for leaf in plan]
+    return [jnp.ones(shape, bool) if m is None else m for m, shape in rows]
 
 
 def momentum(step: Step) -> list[Array]:

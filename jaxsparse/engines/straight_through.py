@@ -33,7 +33,7 @@ from jaxsparse.engines._checks import (
 )
 from jaxsparse.engines.hold_masks import Rule, hidden
 from jaxsparse.engines.setup import Setup
-from jaxsparse.engines.step import Step, any_nan, views
+from jaxsparse.engines.step import Step, any_nan, kept_inside, views
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.scores import View
 from jaxsparse.state import SparseState, project
@@ -114,12 +114,15 @@ def straight_through(
     def init_fn(params):
         plan = setup.leaves_for(params)
         ws = plan.take(params)
+        inside = kept_inside(plan, inner.init(params), params)
+        start = ws if inside is None else hidden(ws, inside)
         # A buffer of its own: z must survive the donation of the parameters.
-        zs = [sharded_as(jnp.array(cast(w), copy=True), w) for w in ws]
+        zs = [sharded_as(jnp.array(cast(z), copy=True), w) for z, w in zip(start, ws)]
         aux = initial_aux(plan, zs)
         found = rule(Step(jnp.int32(0), views(plan, zs), aux=aux))
         found = found._replace(masks=[sharded_as(m, w) for m, w in zip(found.masks, ws)])
-        state = store(plan, jnp.zeros((), jnp.int32), zs, found, inner.init(plan.put(params, zs)))
+        inner_state = inner.init(plan.put(params, zs))
+        state = store(plan, jnp.zeros((), jnp.int32), zs, found, inner_state)
         return first_state(state, params)
 
     def update_fn(updates, state, params=None, **extra):

@@ -114,7 +114,7 @@ def deep_r(
         total, start = jnp.sum(lost), jax.random.uniform(draw(step.views[0], step.count, 3))
         ends = jnp.floor(total * jnp.cumsum(shares) / jnp.sum(shares) + start).astype(jnp.int32)
         drawn = jnp.diff(jnp.minimum(ends, total).at[-1].set(total), prepend=0)
-        sizes = by_layer([jnp.full(x.stack_shape, x.layer_size) for x in step.leaves])
+        sizes = by_layer(step.sizes)
         free = sizes - alive
         fit = jnp.minimum(drawn, free)
         return fit + apportion(total - jnp.sum(fit), shares, free - fit)
@@ -136,6 +136,7 @@ def deep_r(
             lost,
             [(~v.m).astype(jnp.float32) for v in views],
             salts=step.salts(seed),
+            inside=step.inside,
         )
         newborn = lambda w: jnp.asarray(max(1e-12, float(jnp.finfo(w.dtype).tiny)), w.dtype)
         rows = zip(views, alive, signs)

@@ -93,9 +93,7 @@ def dsr(
         best = selection.topk_masks(width, [1] * len(leaves), where=held, axis=axes)
         keep = [m & ((x >= height) | b) for m, x, b in zip(held, width, best)]
         n, left = counts(held), counts(keep)
-        sizes = by_layer(
-            [jnp.full(leaf.stack_shape, leaf.layer_size, jnp.int32) for leaf in leaves]
-        )
+        sizes = by_layer(step.sizes)
         pruned = jnp.sum(n - left, dtype=jnp.int32)
         free = jnp.where(jnp.sum(sizes - n) >= pruned, sizes - n, sizes - left)
         grown = by_leaf(leaves, apportion(pruned, left.astype(jnp.float32), free))
@@ -105,6 +103,7 @@ def dsr(
             grown,
             [(~m).astype(jnp.float32) for m in held],
             salts=step.salts(seed),
+            inside=step.inside,
         )
         wanted = drop_fraction * jnp.sum(n).astype(jnp.float32)
         cut = pruned.astype(jnp.float32)

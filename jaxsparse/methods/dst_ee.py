@@ -103,6 +103,7 @@ def dst_ee(
             [worth(v, tried) for v, tried in zip(step.views, step.aux)],
             f,
             salts=step.salts(seed),
+            inside=step.inside,
         )
         return masks, [n + m.astype(jnp.int32) for n, m in zip(step.aux, masks)]
 

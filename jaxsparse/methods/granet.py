@@ -133,6 +133,7 @@ def granet(
             [scores.gradient(v) for v in step.views],
             fraction(step.count),
             salts=step.salts(seed),
+            inside=step.inside,
         )
 
     return hold_masks(

@@ -127,6 +127,7 @@ def itop(
             grow,
             fraction(step.count),
             salts=step.salts(seed),
+            inside=step.inside,
         )
         both = [masking.pack(f.unpack() | m) for f, m in zip(step.aux.masks, masks)]
         return masks, Fired(both)

@@ -123,17 +123,18 @@ def mest(
         keep = selection.topk_masks(
             [leaf.pool(x) for leaf, x in zip(leaves, worth)],
             low,
-            where=[leaf.units(m) for leaf, m in zip(leaves, step.masks)],
+            where=[leaf.units(m) for leaf, m in zip(leaves, step.held)],
             axis=axes,
         )
         missing = [n - selection.count(k, axis=a) for n, k, a in zip(high, keep, axes)]
         anywhere = [jnp.zeros_like(v.w) for v in step.views]
-        return refill(leaves, keep, missing, anywhere, salts=step.salts(seed))
+        return refill(leaves, keep, missing, anywhere, salts=step.salts(seed), inside=step.inside)
 
     def denser(step: Step):
+        inside = step.inside or [None] * len(step.views)
         return [
-            v.leaf.best(jnp.zeros_like(v.w), k, ties="hash", seed=v.leaf.salt(seed, 0))
-            for v, k in zip(step.views, budgets(step)[1])
+            v.leaf.best(jnp.zeros_like(v.w), k, where=m, ties="hash", seed=v.leaf.salt(seed, 0))
+            for v, k, m in zip(step.views, budgets(step)[1], inside)
         ]
 
     return hold_masks(

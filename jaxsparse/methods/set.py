@@ -119,6 +119,7 @@ def set_(
             missing,
             [scores.random(v) for v in step.views],
             salts=step.salts(seed),
+            inside=step.inside,
         )
 
     by_magnitude = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)

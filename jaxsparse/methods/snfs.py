@@ -103,9 +103,7 @@ def snfs(
             for v, x in zip(step.views, wanted)
         ]
         n = by_layer(ones)
-        sizes = by_layer(
-            [jnp.full(leaf.stack_shape, leaf.layer_size, jnp.int32) for leaf in step.leaves]
-        )
+        sizes = by_layer(step.sizes)
         share = by_layer(total) / jnp.maximum(n, 1).astype(jnp.float32)
         share = share / jnp.maximum(jnp.sum(share), 1e-30)
 
@@ -124,7 +122,7 @@ def snfs(
             where=[v.leaf.units(v.m) for v in step.views],
             axis=[v.leaf.axes for v in step.views],
         )
-        return refill(step.leaves, keep, grown, wanted, salts=step.salts(seed))
+        return refill(step.leaves, keep, grown, wanted, salts=step.salts(seed), inside=step.inside)
 
     return hold_masks(
         inner,

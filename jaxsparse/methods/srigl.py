@@ -134,6 +134,14 @@ def srigl(
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     fraction = schedules.drop_fraction(drop_fraction, updates.end)
 
+    def init(step: Step):
+        if step.inside is not None:
+            raise ValueError(
+                "inner: srigl chooses whole neurons and cannot stay inside the masks of another "
+                "method; wrap that one around it: jaxsparse.static(jaxsparse.srigl(optimizer, ...), ...)"
+            )
+        return random_masks(sparse)(step)
+
     def rule(step: Step):
         f, last = fraction(step.count), last_leaf(step.leaves)
         fixed = lambda path: re.search(keep_neurons, path) if keep_neurons else path == last
@@ -152,7 +160,7 @@ def srigl(
     return hold_masks(
         inner,
         sparse,
-        init=random_masks(sparse),
+        init=init,
         rule=rule,
         at=updates,
         on_update="replace",

@@ -161,6 +161,85 @@ def test_pruning_inside_a_fixed_random_mask_is_a_composition():
     assert int((params["kernel"] != 0).sum()) == 10
 
 
+OUTER = {
+    "rigl": {},
+    "granet": dict(initial_sparsity=0.5),
+    "random_pruning": {},
+    "magnitude_ste": {},
+    "deep_r": dict(l1=0.5),
+}
+MORE = {
+    "set": dict(removal="signwise"),
+    "mest": {},
+    "mest_soft": {},
+    "dst_ee": {},
+    "set_itop": dict(growth="unfired"),
+    "rigl_itop": {},
+    "dsr": dict(threshold=0.3),
+    "snfs": {},
+    "magnitude": {},
+    "saliency": {},
+    "static": {},
+    "one_shot": dict(score="random"),
+    "gsm": {},
+}
+
+
+@pytest.mark.parametrize("name", [*OUTER, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
+def test_a_method_around_a_fixed_mask_spends_its_budget_inside_of_it(name):
+    """20 x 20, half of it fixed at 0, and 40 weights asked for: all 40 are inside, whoever grows."""
+    fixed = jaxsparse.static(optax.sgd(0.05, momentum=0.9), 0.5, allocation="uniform", seed=3)
+    options = (
+        dict(total_steps=16, update_every=2, end_step=8, allocation="uniform")
+        | (OUTER | MORE)[name]
+    )
+    known = jaxsparse.METHODS[name].options
+    tx = jaxsparse.make(
+        name, fixed, sparsity=0.9, **{k: v for k, v in options.items() if k in known}
+    )
+    params, state = start(tx, {"kernel": matrix((20, 20))})
+    inside = masks(fixed.init({"kernel": matrix((20, 20))}))["kernel"]
+    step = stepper(tx)
+    for t in range(14):
+        params, state = step(params, state, {"kernel": matrix((20, 20), t + 1)})
+        found, p = masks(state)["kernel"], np.asarray(params["kernel"])
+        assert (found <= inside).all() and not p[~found].any(), t
+    assert found.sum() == 40 and jaxsparse.summarize(params, state).sparse.masked == 360
+
+
+def test_a_method_around_one_that_rewires_makes_up_for_what_that_drops():
+    inner = jaxsparse.set_(SGD, 0.5, total_steps=99, update_every=1, allocation="uniform")
+    tx = jaxsparse.rigl(inner, 0.9, total_steps=99, update_every=4, allocation="uniform")
+    params, state = start(tx, {"kernel": matrix((20, 20))})
+    step, before = stepper(tx), None
+    for t in range(9):
+        params, state = step(params, state, {"kernel": matrix((20, 20), t + 1)})
+        kept = [np.asarray(s.masks["kernel"]) for s in (state, state.inner)]
+        np.testing.assert_array_equal(masks(state)["kernel"], kept[0] & kept[1])
+        if t in (4, 8):  # chosen among what the inner method kept before this step
+            assert (kept[0] <= before).all() and kept[0].sum() == 40
+        before = kept[1]
+
+
+def test_masks_of_a_method_inside_another_are_reported_as_far_as_both_keep():
+    inner = jaxsparse.rigl(SGD, 0.9, total_steps=20, update_every=2, allocation="uniform")
+    tx = jaxsparse.static(inner, 0.5, allocation="uniform", pack_masks=True)
+    params, state = start(tx, {"kernel": matrix((20, 20)), "bias": jnp.ones(3)})
+    step = stepper(tx)
+    for t in range(12):
+        grads = {"kernel": matrix((20, 20), t + 1), "bias": jnp.zeros(3)}
+        params, state = step(params, state, grads)
+        found = np.asarray(jaxsparse.get_masks(state)["kernel"])
+        assert found.sum() <= 40 and not np.asarray(params["kernel"])[~found].any()
+    assert jaxsparse.get_masks(state)["bias"] is None
+
+
+def test_a_method_that_cannot_stay_inside_another_names_the_right_order():
+    tx = jaxsparse.srigl(jaxsparse.static(SGD, 0.5), 0.9, total_steps=200)
+    with pytest.raises(ValueError, match="wrap that one around it"):
+        tx.init({"kernel": matrix((20, 20))})
+
+
 # LAMP, SAP, APP
 
 

@@ -14,7 +14,7 @@ from training import masks, matrix, start, stepper
 
 import jaxsparse
 from jaxsparse import nn
-from jaxsparse.engines import View, apportion
+from jaxsparse.engines import View, apportion, scale_by_age
 from jaxsparse.leaves import find
 from jaxsparse.methods.srigl import _rewire
 from pallas_kernels import condensed_matmul
@@ -665,6 +665,28 @@ def test_the_intervals_of_itop_are_the_authors_parts_of_their_run(name, every):
         before = masks(state)["kernel"]
         params, new = step(params, state._replace(count=jnp.int32(t)), {"kernel": matrix(seed=t)})
         assert bool((before != masks(new)["kernel"]).any()) == (t % every == 0), t
+
+
+# A grown weight under Adam
+
+
+def test_a_grown_weight_starts_with_one_learning_rate_if_its_age_counts():
+    # 3.16 where the count is large; here it is 61.
+    late = 0.1 / (1 - 0.9**61) * np.sqrt((1 - 0.999**61) / 0.001)
+    for aged, size in ((False, late), (True, 1.0)):
+        steps = [optax.scale_by_adam(), *[scale_by_age()] * aged, optax.scale(-0.1)]
+        tx = jaxsparse.rigl(
+            optax.chain(*steps), 0.8, total_steps=400, update_every=60, end_step=70,
+            drop_fraction=constant(0.3),
+        )  # fmt: skip
+        params, state = start(tx, {"kernel": matrix((20, 20))})
+        step, old, run = stepper(tx), masks(state)["kernel"], []
+        for t in range(62):
+            params, state = step(params, state, {"kernel": matrix((20, 20), t + 1)})
+            run.append(np.asarray(params["kernel"]))
+        grown = masks(state)["kernel"] & ~old
+        assert grown.sum() > 10 and not run[60][grown].any()
+        np.testing.assert_allclose(np.abs(run[61] - run[60])[grown], 0.1 * size, rtol=2e-2)
 
 
 # SET
