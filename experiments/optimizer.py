@@ -9,6 +9,7 @@ import jax
 import optax
 
 import jaxsparse
+from jaxsparse.engines import scale_by_age
 
 
 def make_optimizer(
@@ -118,9 +119,19 @@ def _muon(schedule, *, weight_decay, momentum):
     return optax.contrib.muon(schedule, weight_decay=weight_decay)
 
 
+def _adamw_by_age(schedule, *, weight_decay, momentum):
+    return optax.chain(
+        optax.scale_by_adam(),
+        scale_by_age(),
+        optax.add_decayed_weights(weight_decay, mask=_matrices),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
 # Inner optimizers by name: `(schedule, *, weight_decay, momentum)`; only sgd has the momentum.
 INNER: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
+    "adamw_by_age": _adamw_by_age,
     "sgd": _sgd,
     "lion": _lion,
     "muon": _muon,

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from jaxsparse import allocations, masking, schedules, scores, selection, state, structures, targets
 from jaxsparse._version import __version__
+from jaxsparse.analysis.summary import Summary, summarize
 from jaxsparse.initial import minimum_threshold, preserve_flow, rescale_fan_in, score_ratios
 from jaxsparse.methods import *  # noqa: F403 - METHODS, make, and every method
 from jaxsparse.methods import __all__ as _methods
 from jaxsparse.post_training.one_shot import prune
 from jaxsparse.state import apply_masks, check, get_masks, get_raw_params
 from jaxsparse.structures.transposable import transposable_nm_mask
-from jaxsparse.summary import Summary, summarize
 
 if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import analysis as analysis

@@ -106,8 +106,9 @@ def choose(
     if (together := coupling(leaves)) is not None:
         among = None
         if any(w is not None for w in where):
-            among = together.units([jnp.ones(x.shape, bool) if w is None else w
-                                    for x, w in zip(leaves, where)])  # fmt: skip
+            among = together.units(
+                [jnp.ones(x.shape, bool) if w is None else w for x, w in zip(leaves, where)]
+            )
         pooled = together.pool(values)
         units = choose(together.leaves, pooled, allocation, sparsity, where=among, **options)
         return together.expand(units)

@@ -21,9 +21,15 @@ def _explicit(by_path: dict[str, float]) -> Explicit:
 
 
 def score_ratios(
-    params, sparsity, *, score: str | scores.Score = "saliency", grads=None, minimum: int = 1,
-    targets: Any = None, seed: int = 0,
-) -> Explicit:  # fmt: skip
+    params,
+    sparsity,
+    *,
+    score: str | scores.Score = "saliency",
+    grads=None,
+    minimum: int = 1,
+    targets: Any = None,
+    seed: int = 0,
+) -> Explicit:
     """The budgets of layers that a global ranking by score would leave, without its positions.
 
     With |w g| ("saliency") these are the SNIP ratios of Liu et al., The unreasonable effectiveness
@@ -43,9 +49,14 @@ def score_ratios(
     [0.0, 0.8]
     """
     _, masks = prune(
-        params, sparsity, score=score, grads=grads, allocation=Global(minimum=minimum),
-        targets=targets, seed=seed,
-    )  # fmt: skip
+        params,
+        sparsity,
+        score=score,
+        grads=grads,
+        allocation=Global(minimum=minimum),
+        targets=targets,
+        seed=seed,
+    )
     made = leaves.find(params, targets)
     kept = [int(np.count_nonzero(np.asarray(m))) for m in made.masks(masks)]
     return _explicit({leaf.path: 1 - k / leaf.size for leaf, k in zip(made.leaves, kept)})

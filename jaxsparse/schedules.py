@@ -195,8 +195,9 @@ class At:
 
     def passed(self, step) -> jax.Array:
         """How many of the steps are at or before `step` (int32 scalar)."""
-        return jnp.sum(jnp.asarray(step) >= jnp.stack([jnp.asarray(s) for s in self.steps]),
-                       dtype=jnp.int32)  # fmt: skip
+        return jnp.sum(
+            jnp.asarray(step) >= jnp.stack([jnp.asarray(s) for s in self.steps]), dtype=jnp.int32
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,8 +164,9 @@ def _words(key: str) -> set[str]:
 def _stacked_vectors(named) -> set[str]:
     """Leaves [layers, n] beside a kernel [layers, ..., n] in the same module: a stack of vectors."""
     module = lambda path: path.rpartition("/")[0]
-    kernels = {(module(path), jnp.shape(x)[0], jnp.shape(x)[-1])
-               for path, x in named if jnp.ndim(x) > 2}  # fmt: skip
+    kernels = {
+        (module(path), jnp.shape(x)[0], jnp.shape(x)[-1]) for path, x in named if jnp.ndim(x) > 2
+    }
     return {
         path for path, x in named if jnp.ndim(x) == 2 and (module(path), *jnp.shape(x)) in kernels
     }

@@ -2,7 +2,7 @@
 
 `flops` counts operations and the bytes that they move, `memory` the bytes that are kept; `plots` draws
 the course of a training, `figures` the network itself (both with matplotlib, imported when a figure is
-made). `dynamics` compares masks, `essential` finds how much of a trained network can go at once,
+made). `summary` is the table of `jaxsparse.summarize`, `dynamics` compares masks, `essential` finds how much of a trained network can go at once,
 `scaling_law` fits loss to sparsity, size and data (with scipy, imported when a law is fitted).
 """
 
@@ -14,6 +14,7 @@ from jaxsparse.analysis import (
     memory,
     plots,
     scaling_law,
+    summary,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "memory",
     "plots",
     "scaling_law",
+    "summary",
 ]

@@ -1,11 +1,14 @@
 """The engines: each one wraps an inner optimizer; methods are recipes on them."""
 
-from jaxsparse.engines.drop_and_grow import drop_and_grow, refill, swap
+from jaxsparse._control import is_concrete, when
+from jaxsparse.engines._checks import check_inner, is_placeholder
+from jaxsparse.engines.drop_and_grow import drop_and_grow, random_start, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
 from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty, penalized
 from jaxsparse.engines.proximal import followed_by, project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
+from jaxsparse.engines.rewind import rewind
 from jaxsparse.engines.scale_by_age import scale_by_age
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, View, momentum
@@ -35,21 +38,27 @@ __all__ = [
     "apportion",
     "by_layer",
     "by_leaf",
+    "check_inner",
     "drop_and_grow",
     "followed_by",
     "group_setup",
     "keep_best",
     "hold_masks",
+    "is_concrete",
+    "is_placeholder",
     "momentum",
     "penalized",
     "project_after",
     "proximal",
     "random_masks",
+    "random_start",
     "refill",
     "refresh",
+    "rewind",
     "scale_by_age",
     "soft_threshold_learner",
     "straight_through",
     "swap",
     "threshold_of",
+    "when",
 ]

@@ -109,7 +109,7 @@ def first_state(state: SparseState, params) -> SparseState:
     placeholder in their place. Only those of the inner optimizer are: masks are not to be cast with
     the weights, and trees of masks and raw weights have no leaf where a weight is dense.
     """
-    if isinstance(params, _placeholder()):
+    if is_placeholder(params):
         opaque = lambda tree: None if tree is None else 0
         return SparseState(
             count=state.count,
@@ -135,9 +135,14 @@ def first_state(state: SparseState, params) -> SparseState:
     return jax.tree.map(place, state)
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether these are no parameters, but what `optax.tree.map_params` hands to `init` in their place."""
+    return isinstance(params, _placeholder())
+
+
 @functools.cache
 def _placeholder() -> type:
-    """The type that optax puts in place of the parameters, seen by asking as a user would."""
+    """The type of the placeholder, seen by asking as a user would."""
     seen: list[type] = []
 
     def init(params: Any) -> Any:

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import scores, selection
+from jaxsparse._control import is_concrete
 from jaxsparse._counts import scale_count
+from jaxsparse.allocations import ByShape
+from jaxsparse.choose import unit_budgets
 from jaxsparse.engines.hold_masks import Rule
+from jaxsparse.engines.keep_best import random_masks
+from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step
 from jaxsparse.leaves import Leaf, coupling
 from jaxsparse.schedules import Schedule
+
+
+def random_start(setup: Setup, fraction: Schedule, first) -> Rule:
+    """`random_masks`, for a method that replaces `fraction(step)` of them from step `first` on: warns of
+    leaves of which that is less than one unit in every slice, so that they would never change."""
+    draw = random_masks(setup)
+
+    def rule(step: Step):
+        with jax.ensure_compile_time_eval():  # known while `init` is traced, too
+            f = fraction(first)
+        if isinstance(setup.allocation, ByShape) and is_concrete(f):
+            budgets = unit_budgets(step.leaves, setup.allocation, setup.sparsity)
+            rows = [(x, n) for x, n in zip(step.leaves, budgets) if isinstance(n, int)]
+            idle = [(x.path, n) for x, n in rows if scale_count(n, float(f)) < 1]
+            if idle:
+                path, n = idle[0]
+                warnings.warn(
+                    f"drop_fraction: {float(f):.3g} of the {n} units kept in a slice of {path!r} is less "
+                    f"than one at the first update, so that its mask never changes ({len(idle)} such "
+                    f"leaves); give {1 / n:.3g} or more, or larger slices",
+                    stacklevel=4,
+                )
+        return draw(step)
+
+    return rule
 
 
 def drop_and_grow(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxsparse._control import is_concrete
 from jaxsparse.leaves import Leaf, SparseLeaves
 from jaxsparse.scores import View
 from jaxsparse.state import masks_of_inner
@@ -50,6 +51,11 @@ class Step:
             rows = zip(self.leaves, self.inside)
             return [jnp.sum(m, axis=x.layer_axes, dtype=jnp.int32) for x, m in rows]
         return [jnp.full(x.stack_shape, x.layer_size, jnp.int32) for x in self.leaves]
+
+    def all_zero(self) -> list[str]:
+        """The paths of leaves whose weights are all 0, as far as they are known while tracing."""
+        known = [v for v in self.views if is_concrete(v.w)]
+        return [v.leaf.path for v in known if not bool(jnp.any(v.w != 0))]
 
     def salts(self, seed: Any) -> list[Array]:
         """One seed per leaf, of this step."""

@@ -198,8 +198,9 @@ def soft_threshold_learner(
     inner = check_inner(inner)
 
     def init(plan: SparseLeaves, zs):
-        s = plan.scatter([jnp.full(leaf.stack_shape, init_value, jnp.float32)
-                          for leaf in plan.leaves])  # fmt: skip
+        s = plan.scatter(
+            [jnp.full(leaf.stack_shape, init_value, jnp.float32) for leaf in plan.leaves]
+        )
         return s, inner.init(s)
 
     def update(step: Step, plan: SparseLeaves, extra):

@@ -2,9 +2,6 @@
 
 from jaxsparse.engines.setup import Setup as Setup
 from jaxsparse.engines.setup import setup as setup
-from jaxsparse.methods._pq_index import gini_index, pq_index
-from jaxsparse.methods._registry import METHODS, Method, make
-from jaxsparse.methods._registry import register as register
 from jaxsparse.methods.ac_dc import ac_dc
 from jaxsparse.methods.app import app, cumulative_error
 from jaxsparse.methods.autosparse import autosparse
@@ -31,7 +28,10 @@ from jaxsparse.methods.mdgf import mdgf
 from jaxsparse.methods.mest import mest, mest_soft
 from jaxsparse.methods.one_shot import one_shot
 from jaxsparse.methods.polarization import polarization
+from jaxsparse.methods.pq import gini_index, pq_index
 from jaxsparse.methods.pruning import global_magnitude, magnitude, random_pruning, saliency
+from jaxsparse.methods.registry import METHODS, Method, make
+from jaxsparse.methods.registry import register as register
 from jaxsparse.methods.rigl import rigl
 from jaxsparse.methods.sap import sap
 from jaxsparse.methods.sdgf import sdgf, sdgf_stages

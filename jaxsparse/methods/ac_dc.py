@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import hold_masks, keep_best
+from jaxsparse.engines import hold_masks, is_concrete, keep_best
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 # Percent of the run: the authors' 100 epochs on ImageNet.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import kept_count
 from jaxsparse.engines import (
     Projection,
     Step,
@@ -17,7 +18,8 @@ from jaxsparse.engines import (
     threshold_of,
 )
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
+from jaxsparse.selection import kept_count
 from jaxsparse.typing import ScalarOrSchedule, StepCount, Targets
 
 
@@ -36,6 +38,12 @@ def learned_threshold(
     `backward(view, step)` is the derivative taken for the relu."""
 
     def rule(step: Step) -> Projection:
+        if any(v.m is None for v in step.views) and (zero := step.all_zero()):  # at init
+            warnings.warn(
+                f"{', '.join(map(repr, zero))} is zero everywhere, below any threshold, and may never "
+                f"train; targets=[({zero[0]!r}, False)] leaves it dense",
+                stacklevel=4,
+            )
         thresholds, _ = step.aux
         shifts = [threshold_of(v, s) for v, s in zip(step.views, jax.tree.leaves(thresholds))]
         return Projection(

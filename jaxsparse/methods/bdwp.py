@@ -7,8 +7,8 @@ from jax.typing import DTypeLike
 
 from jaxsparse.engines.setup import setup
 from jaxsparse.engines.two_view import two_view
-from jaxsparse.methods._backward import along_outputs, pattern
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.backward_pattern import along_outputs, pattern
+from jaxsparse.methods.registry import register
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.typing import Scalar, StructureLike, Targets
 

@@ -11,12 +11,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxsparse import selection
-from jaxsparse._control import is_concrete, when
+from jaxsparse.engines import is_concrete, when
 from jaxsparse.engines.setup import setup
 from jaxsparse.engines.two_view import two_view
 from jaxsparse.leaves import Leaf
-from jaxsparse.methods._backward import aligned, along_outputs, grouped, pattern
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.backward_pattern import aligned, along_outputs, grouped, pattern
+from jaxsparse.methods.registry import register
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.structures import NM
 from jaxsparse.typing import Scalar, Seed, StructureLike, Targets

@@ -9,12 +9,20 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import masking
-from jaxsparse._control import is_concrete
 from jaxsparse.choose import unit_budgets
-from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, random_masks, refill
+from jaxsparse.engines import (
+    Step,
+    apportion,
+    by_layer,
+    by_leaf,
+    hold_masks,
+    is_concrete,
+    random_masks,
+    refill,
+)
 from jaxsparse.engines.setup import setup
 from jaxsparse.engines.step import any_nan
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import AllocationLike, Scalar, Seed, Targets
 
 

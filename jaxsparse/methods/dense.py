@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import optax
 
-from jaxsparse.engines._checks import check_inner
-from jaxsparse.methods._registry import register
+from jaxsparse.engines import check_inner
+from jaxsparse.methods.registry import register
 
 
 @register(

@@ -6,11 +6,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import selection
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, apportion, by_layer, by_leaf, hold_masks, random_masks, refill
+from jaxsparse.engines import (
+    Step,
+    apportion,
+    by_layer,
+    by_leaf,
+    hold_masks,
+    is_concrete,
+    random_masks,
+    refill,
+)
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import REWIRING
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, Targets
 
 

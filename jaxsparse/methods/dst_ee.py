@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, hold_masks, random_masks, swap
+from jaxsparse.engines import Step, hold_masks, is_concrete, random_start, swap
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import REWIRING
 from jaxsparse.typing import (
     AllocationLike,
     Scalar,
@@ -110,7 +109,7 @@ def dst_ee(
     return hold_masks(
         inner,
         sparse,
-        init=random_masks(sparse),
+        init=random_start(sparse, fraction, updates.begin),
         rule=rule,
         at=updates,
         on_update="replace",

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._control import is_concrete
 from jaxsparse.allocations import resolve
 from jaxsparse.choose import choose
-from jaxsparse.engines import Step, all_kept, hold_masks, random_masks, swap
+from jaxsparse.engines import Step, all_kept, hold_masks, is_concrete, random_masks, swap
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
 from jaxsparse.methods.pruning import start_of_ramp
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import (
     AllocationLike,
     Scalar,

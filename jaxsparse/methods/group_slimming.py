@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import kept_count, no_less, scale_count
 from jaxsparse.engines import Step, Units, all_kept, group_setup, hold_masks
 from jaxsparse.engines.penalties import check_fraction, check_strength, penalized
 from jaxsparse.leaves import salt
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
+from jaxsparse.selection import kept_count, no_less, scale_count
 from jaxsparse.targets import check_matched
 from jaxsparse.typing import GroupsLike, Scalar, Seed, StepCount, Targets
 

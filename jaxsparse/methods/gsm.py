@@ -9,8 +9,8 @@ from jaxsparse import schedules, scores
 from jaxsparse.choose import choose
 from jaxsparse.engines import Step, all_kept, hold_masks, keep_best
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 _TIMING = Timing()

@@ -18,8 +18,8 @@ from jaxsparse.engines import (
 )
 from jaxsparse.engines.penalties import check_fraction, penalized
 from jaxsparse.engines.units import safe_divide
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing(begin=25)

@@ -11,14 +11,13 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules, scores
-from jaxsparse._control import is_concrete
 from jaxsparse.allocations import Global
 from jaxsparse.choose import choose
-from jaxsparse.engines import Step, all_kept, hold_masks, keep_best
+from jaxsparse.engines import Step, all_kept, hold_masks, is_concrete, keep_best
 from jaxsparse.engines.setup import setup
 from jaxsparse.leaves import find
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import Scalar, Seed, StepCount, Targets
 
 # artanh(1 / sqrt(3)): where tanh bends most; sech^2 is 2/3 there.

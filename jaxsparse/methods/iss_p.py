@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._control import is_concrete, when
-from jaxsparse.engines import Step, all_kept, hold_masks, keep_best
+from jaxsparse.engines import Step, all_kept, hold_masks, is_concrete, keep_best, when
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 _TIMING = Timing(end=17)

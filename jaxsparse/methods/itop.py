@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import masking, schedules, scores
-from jaxsparse.engines import Step, hold_masks, random_masks, swap
+from jaxsparse.engines import Step, hold_masks, random_start, swap
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import preset
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods.registry import preset
+from jaxsparse.methods.timing import REWIRING
 from jaxsparse.state import find_states
 from jaxsparse.typing import (
     AllocationLike,
@@ -135,7 +135,7 @@ def itop(
     return hold_masks(
         inner,
         sparse,
-        init=random_masks(sparse),
+        init=random_start(sparse, fraction, updates.begin),
         rule=rule,
         at=updates,
         gradient="masked" if by_gradient else "kept",

@@ -10,13 +10,20 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Learner, Projection, Step, Units, group_setup, straight_through
-from jaxsparse.engines._checks import check_inner
+from jaxsparse.engines import (
+    Learner,
+    Projection,
+    Step,
+    Units,
+    check_inner,
+    group_setup,
+    is_concrete,
+    straight_through,
+)
 from jaxsparse.engines.penalties import check_strength
 from jaxsparse.leaves import SparseLeaves
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing()

@@ -7,8 +7,8 @@ import optax
 from jaxsparse import schedules, scores
 from jaxsparse.engines import all_kept, hold_masks, keep_best
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing()

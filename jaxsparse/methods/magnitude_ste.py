@@ -6,10 +6,9 @@ import optax
 from jax.typing import DTypeLike
 
 from jaxsparse import schedules, scores
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Projection, keep_best, refresh, straight_through
+from jaxsparse.engines import Projection, is_concrete, keep_best, refresh, straight_through
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 

@@ -10,8 +10,8 @@ import optax
 from jaxsparse import schedules
 from jaxsparse.engines import Step, Units, all_kept, group_setup, hold_masks
 from jaxsparse.engines.penalties import check_strength, penalized
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing(begin=25)

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxsparse import structures
 from jaxsparse.engines import Projection, Step, straight_through
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.structures import NM
 from jaxsparse.typing import StepCount, StructureLike, Targets
 
@@ -104,13 +104,16 @@ def mdgf(
         raise ValueError(f"rate={rate}: must be positive; beta would never fall")
     window = _TIMING.updates(total_steps, begin_step, end_step)
     span = jnp.maximum(window.end - window.begin, 1)
+    to_zero = decay == "linear" and rate is None
     c = rate if rate is not None else (math.log(100.0) if decay == "exponential" else 1.0) / span
 
     def beta(forward):
         """The factor in forward pass number `forward`, counted from 0."""
         x = c * jnp.maximum(forward - window.begin, 0).astype(jnp.float32)
         value = jnp.exp(-x) if decay == "exponential" else jnp.maximum(1.0 - x, 0.0)
-        return jnp.where(forward > window.end, 0.0, value)
+        # The line that ends at end_step is 0 there, whatever its rounding.
+        gone = forward >= window.end if to_zero else forward > window.end
+        return jnp.where(gone, 0.0, value)
 
     def factor(v, forward):
         return jnp.where(largest(v, pattern), 1.0, beta(forward)).astype(v.w.dtype)
@@ -118,8 +121,7 @@ def mdgf(
     def rule(step: Step) -> Projection:
         forward = step.count + (0 if any(v.m is None for v in step.views) else 1)
         factors = [factor(v, forward) for v in step.views]
-        # N:M from end_step on, or as soon as a rate of one's own has brought beta to 0.
-        fading = forward <= window.end if rate is None else beta(forward) > 0
+        fading = beta(forward) > 0  # dense until then, N:M from then on
         return Projection([(f == 1) | fading for f in factors], None, factors)
 
     return straight_through(

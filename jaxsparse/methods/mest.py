@@ -11,14 +11,13 @@ import numpy as np
 import optax
 
 from jaxsparse import schedules, selection
-from jaxsparse._control import is_concrete
 from jaxsparse.allocations import ByShape
 from jaxsparse.choose import unit_budgets
-from jaxsparse.engines import Step, hold_masks, random_masks, refill
+from jaxsparse.engines import Step, hold_masks, is_concrete, random_masks, refill
 from jaxsparse.engines.setup import setup
 from jaxsparse.leaves import Leaf
-from jaxsparse.methods._registry import preset, register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import preset, register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import (
     AllocationLike,
     Scalar,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import all_kept, hold_masks, keep_best
+from jaxsparse.engines import all_kept, hold_masks, is_concrete, keep_best
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 

@@ -9,11 +9,18 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, Units, all_kept, followed_by, group_setup, hold_masks
+from jaxsparse.engines import (
+    Step,
+    Units,
+    all_kept,
+    followed_by,
+    group_setup,
+    hold_masks,
+    is_concrete,
+)
 from jaxsparse.engines.penalties import check_strength, penalized
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing()

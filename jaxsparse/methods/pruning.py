@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import allocations, schedules, scores
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Projection, all_kept, hold_masks, keep_best, refresh, straight_through
+from jaxsparse.engines import (
+    Projection,
+    all_kept,
+    hold_masks,
+    is_concrete,
+    keep_best,
+    refresh,
+    straight_through,
+)
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import preset, register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import preset, register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StepCount, StructureLike, Targets
 
 _TIMING = Timing()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import optax
 
 from jaxsparse import schedules, scores
-from jaxsparse.engines import drop_and_grow, hold_masks, random_masks
+from jaxsparse.engines import drop_and_grow, hold_masks, random_start
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import REWIRING
 from jaxsparse.typing import (
     AllocationLike,
     Scalar,
@@ -79,14 +79,15 @@ def rigl(
     """
     updates = REWIRING.updates(total_steps, begin_step, end_step, update_every)
     sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
+    fraction = schedules.drop_fraction(drop_fraction, updates.end)
     return hold_masks(
         inner,
         sparse,
-        init=random_masks(sparse),
+        init=random_start(sparse, fraction, updates.begin),
         rule=drop_and_grow(
             scores.magnitude,
             scores.gradient,
-            schedules.drop_fraction(drop_fraction, updates.end),
+            fraction,
             seed=seed,
         ),
         at=updates,

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from jaxsparse import selection
-from jaxsparse._control import is_concrete
-from jaxsparse._counts import MAX_TRACED, scale_count
-from jaxsparse.engines import Step, all_kept, hold_masks
-from jaxsparse.engines._checks import (
-    check_arguments,
-    check_inner,
-    compiled_once,
-    first_state,
-    with_whole_masks,
-)
-from jaxsparse.engines._slots import renewed
+from jaxsparse.engines import Step, all_kept, hold_masks, is_concrete
+from jaxsparse.engines import rewind as rewinding
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._pq_index import check_pq, index_of_means, pq_index
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
+from jaxsparse.methods.pq import check_pq, index_of_means, pq_index
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import AFTER_ONE_INTERVAL
+from jaxsparse.selection import scale_count
 from jaxsparse.typing import StepCount, Targets
 
 
 def _scaled(n: Array, factor) -> Array:
     """floor(n * factor), exact, for a factor of 0 or more; at most 2^31 - 1."""
     whole = jnp.floor(jnp.asarray(factor, jnp.float32)).astype(jnp.int32)
-    n = jnp.minimum(n, MAX_TRACED // jnp.maximum(whole, 1))
+    n = jnp.minimum(n, jnp.iinfo(jnp.int32).max // jnp.maximum(whole, 1))
     return whole * n + scale_count(n, factor - jnp.floor(jnp.asarray(factor, jnp.float32)))
 
 
@@ -124,8 +115,6 @@ def sap(
             f"eta={eta}, gamma={gamma}, beta={beta}: need eta >= 0, gamma > 0 and 0 < beta < 1"
         )
     updates = AFTER_ONE_INTERVAL.updates(total_steps, begin_step, end_step, update_every)
-
-    inner = check_inner(inner)
     sparse = setup(asks_sparsity=False, targets=targets, pack_masks=pack_masks)
 
     def cut(step: Step):
@@ -143,49 +132,4 @@ def sap(
         return selection.topk_masks(sizes, stay, where=masks, axis=axes)
 
     tx = hold_masks(inner, sparse, init=all_kept, rule=cut, at=updates)
-    if not rewind:
-        return tx
-
-    def starts(plan, params) -> dict[int, Array]:
-        """The weights that rewind, by the number of their leaf."""
-        chosen = {leaf.index for leaf in plan.leaves}
-        floats = lambda x: jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating)
-        flat = enumerate(jax.tree.leaves(params))
-        return {i: w for i, w in flat if i in chosen or (rewind == "all" and floats(w))}
-
-    def init(params):
-        kept = starts(sparse.leaves_for(params), params)
-        copies = [jnp.array(w, copy=True) for w in kept.values()]
-        state: Any = tx.init(params)
-        return first_state(state._replace(aux=copies), params)
-
-    def update(grads, state, params=None, **extra):
-        new: Any
-        state = with_whole_masks(state, init, params)
-        plan = check_arguments(params, state, sparse, keeps_raw=False)
-        ws, treedef = jax.tree.flatten(params)
-        numbers = list(starts(plan, params))
-        due, was_due = updates.fires(state.count), updates.fires(state.count - 1)
-
-        def at_start(when, masks):
-            """The weights, those that rewind at their start, or 0 where they are pruned."""
-            held = dict(zip([leaf.index for leaf in plan.leaves], plan.masks(masks)))
-            new = list(ws)
-            for i, w0 in zip(numbers, state.aux):
-                back = jnp.where(held[i], w0, jnp.zeros((), w0.dtype)) if i in held else w0
-                new[i] = jnp.where(when, back, ws[i])
-            return new
-
-        # p + (w0 - p) is rounded at the scale of p: the step after a rewind starts from w0 itself.
-        base = at_start(was_due, state.masks)
-        moves, new = tx.update(grads, state._replace(aux=None), treedef.unflatten(base), **extra)
-        goal = at_start(due, new.masks)
-        rows = zip(treedef.flatten_up_to(moves), base, goal, ws)
-        flat = [
-            u if b is w and g is w else jnp.where(due, g - w, u + (b - w)).astype(u.dtype)
-            for u, b, g, w in rows
-        ]
-        slots = renewed(due, inner, new.inner, treedef.unflatten(goal))
-        return treedef.unflatten(flat), new._replace(inner=slots, aux=state.aux)
-
-    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+    return rewinding(tx, inner, sparse, updates, dense_leaves=rewind == "all") if rewind else tx

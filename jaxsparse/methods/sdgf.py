@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from jaxsparse.engines import Projection, Step, straight_through
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
 from jaxsparse.methods.mdgf import REFERENCE, check_pattern, largest
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.structures import NM
 from jaxsparse.typing import StepCount, StructureLike, Targets
 

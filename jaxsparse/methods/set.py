@@ -11,11 +11,11 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules, scores, selection
-from jaxsparse._counts import scale_count
-from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, random_masks, refill
+from jaxsparse.engines import Step, View, drop_and_grow, hold_masks, random_start, refill
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import REWIRING
+from jaxsparse.selection import scale_count
 from jaxsparse.typing import (
     AllocationLike,
     Scalar,
@@ -126,7 +126,7 @@ def set_(
     return hold_masks(
         inner,
         sparse,
-        init=random_masks(sparse),
+        init=random_start(sparse, fraction, updates.begin),
         rule=by_sign if removal == "signwise" else by_magnitude,
         grow_init=None if grow_init is None else lambda step: drawn_values(step, grow_init, seed),
         at=updates,

@@ -13,12 +13,11 @@ import optax
 
 from jaxsparse import schedules, scores
 from jaxsparse import targets as rules
-from jaxsparse._control import is_concrete, when
-from jaxsparse.engines import hold_masks, keep_best
+from jaxsparse.engines import hold_masks, is_concrete, keep_best, when
 from jaxsparse.engines.setup import setup
 from jaxsparse.engines.two_view import two_view
-from jaxsparse.methods._backward import along_outputs, pattern
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.backward_pattern import along_outputs, pattern
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import StepCount, StructureLike, Targets
 
 _ADAPTER = re.compile(r"(^|/)adapter_(in|out)$")

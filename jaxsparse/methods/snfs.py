@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import scale_count
 from jaxsparse.engines import (
     Step,
     apportion,
@@ -18,8 +17,9 @@ from jaxsparse.engines import (
     refill,
 )
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import AFTER_ONE_INTERVAL
+from jaxsparse.selection import scale_count
 from jaxsparse.typing import AllocationLike, Scalar, ScalarOrSchedule, Seed, StepCount, Targets
 
 

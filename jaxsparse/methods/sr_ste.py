@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxsparse import scores
 from jaxsparse.engines import Projection, keep_best, straight_through
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StructureLike, Targets
 
 

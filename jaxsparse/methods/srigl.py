@@ -9,12 +9,12 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules, selection
-from jaxsparse._counts import kept_count, scale_count
 from jaxsparse.allocations import last_leaf
 from jaxsparse.engines import Step, View, hold_masks, random_masks
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import REWIRING
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import REWIRING
+from jaxsparse.selection import kept_count, scale_count
 from jaxsparse.structures import FanIn
 from jaxsparse.typing import AllocationLike, Scalar, ScalarOrSchedule, Seed, StepCount, Targets
 

@@ -9,8 +9,8 @@ import optax
 from jaxsparse import schedules
 from jaxsparse.engines import GroupLasso, Step, Sum, Units, all_kept, group_setup, hold_masks
 from jaxsparse.engines.penalties import Family, penalized
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing()

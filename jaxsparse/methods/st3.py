@@ -11,11 +11,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxsparse import schedules, selection
-from jaxsparse._control import is_concrete, when
-from jaxsparse.engines import Projection, Step, straight_through
+from jaxsparse.engines import Projection, Step, is_concrete, straight_through, when
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import preset, register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import preset, register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import Scalar, StepCount, Targets
 
 _REFERENCE = (

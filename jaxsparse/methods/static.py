@@ -11,10 +11,9 @@ import optax
 
 from jaxsparse import masking
 from jaxsparse import targets as targets_
-from jaxsparse._control import is_concrete
-from jaxsparse.engines import Step, hold_masks, random_masks
+from jaxsparse.engines import Step, hold_masks, is_placeholder, random_masks
 from jaxsparse.engines.setup import setup
-from jaxsparse.methods._registry import register
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import AllocationLike, Scalar, Seed, StructureLike, Targets
 
 
@@ -81,9 +80,7 @@ def static(
         def init(params):
             paths = [path for path, _ in targets_.named_leaves(params)]
             missing = sorted(set(wanted) - set(paths))
-            if missing and hasattr(
-                params, "__len__"
-            ):  # not the placeholder of optax.tree.map_params
+            if missing and not is_placeholder(params):
                 raise ValueError(targets_.unmatched_message("masks", missing, paths))
             return tx.init(params)
 
@@ -96,9 +93,7 @@ def static(
 def _nonzeros(step: Step) -> list:
     """Where a weight is not zero; all of a leaf that is zero everywhere, and a word about it."""
     found = [masking.nonzeros(v.w) for v in step.views]
-    rows = [(v, m) for v, m in zip(step.views, found) if is_concrete(v.w)]
-    zero = [v.leaf.path for v, m in rows if not bool(jnp.any(v.w != 0))]
-    if zero:
+    if zero := step.all_zero():
         warnings.warn(
             f"masks='from_params': {', '.join(map(repr, zero))} is zero everywhere and is kept whole, "
             f"so that it trains; targets=[({zero[0]!r}, False)] leaves it out",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from jaxsparse.methods._registry import register
 from jaxsparse.methods.autosparse import learned_threshold
+from jaxsparse.methods.registry import register
 from jaxsparse.typing import Targets
 
 

@@ -10,13 +10,19 @@ import optax
 from jax import Array
 from jax.scipy.special import digamma, gammaln
 
-from jaxsparse._control import is_concrete, when
-from jaxsparse.engines import Learner, Projection, Step, straight_through
-from jaxsparse.engines._checks import check_inner
+from jaxsparse.engines import (
+    Learner,
+    Projection,
+    Step,
+    check_inner,
+    is_concrete,
+    straight_through,
+    when,
+)
 from jaxsparse.engines.setup import setup
 from jaxsparse.leaves import SparseLeaves
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import AFTER_ONE_INTERVAL
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import AFTER_ONE_INTERVAL
 from jaxsparse.typing import Scalar, Seed, StepCount, Targets
 
 _TIMING = AFTER_ONE_INTERVAL

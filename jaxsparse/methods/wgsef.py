@@ -12,8 +12,8 @@ from jax import Array
 from jaxsparse import schedules
 from jaxsparse.engines import Step, Units, all_kept, followed_by, group_setup, hold_masks
 from jaxsparse.engines.penalties import check_strength
-from jaxsparse.methods._registry import register
-from jaxsparse.methods._timing import Timing
+from jaxsparse.methods.registry import register
+from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing()

@@ -106,6 +106,18 @@ class BlockSparseAttention(nnx.Module):
     ((1, 1, 32), 41)
     """
 
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mask: MaskFn | None
+    position: Callable[[Array, Array], Array] | None
+    softcap: float | None
+    implementation: str | None
+    query: nnx.LinearGeneral
+    key: nnx.LinearGeneral
+    value: nnx.LinearGeneral
+    out: nnx.LinearGeneral
+
     def __init__(
         self,
         in_features: int,

@@ -102,6 +102,10 @@ def _layer(features_in: int, features_out: int, window: Sequence[int], strides, 
 class _Transformed(nnx.Module):
     """What the families share: the shape of the dense layer that they stand for."""
 
+    sparsity: float
+    fan_in: int
+    fan_out: int
+
     def __init__(self, in_features: int, out_features: int, sparsity: float, window: Sequence[int]):
         if in_features < 1 or out_features < 1:
             raise ValueError(f"in_features={in_features}, out_features={out_features}: at least 1")
@@ -129,6 +133,8 @@ class SparseWide(_Transformed):
     Raises:
       ValueError: a sparsity not in [0, 1), a width below 1.
     """
+
+    layer: nnx.Linear | nnx.Conv
 
     def __init__(
         self,
@@ -172,6 +178,9 @@ class SparseParallel(_Transformed):
     Raises:
       ValueError: a sparsity not in [0, 1), a width below 1.
     """
+
+    branches: nnx.List
+    norms: nnx.List
 
     def __init__(
         self,
@@ -222,6 +231,11 @@ class SparseFactorized(_Transformed):
       ValueError: a sparsity not in [0, 1), a width below 1, another word for `sparse`.
     """
 
+    sparse: str
+    between: Callable[[Array], Array] | None
+    down: nnx.Linear | nnx.Conv
+    up: nnx.Linear | nnx.Conv
+
     def __init__(
         self,
         in_features: int,
@@ -267,6 +281,10 @@ class SparseDoped(_Transformed):
     Raises:
       ValueError: a sparsity not in [0, 1), or so small that no rank is left; a width below 1.
     """
+
+    sparse: nnx.Linear | nnx.Conv
+    down: nnx.Linear | nnx.Conv
+    up: nnx.Linear | nnx.Conv
 
     def __init__(
         self,

@@ -103,6 +103,11 @@ class TwoViewLinear(nnx.Module):
     (2, 4)
     """
 
+    kernel: nnx.Param
+    backward: Backward
+    bias: nnx.Param | None
+    dtype: jax.typing.DTypeLike | None
+
     def __init__(
         self,
         in_features: int,
@@ -135,6 +140,13 @@ class TwoViewConv(nnx.Module):
     >>> layer(jnp.ones((2, 5, 5, 4))).shape
     (2, 5, 5, 8)
     """
+
+    kernel: nnx.Param
+    backward: Backward
+    bias: nnx.Param | None
+    strides: tuple[int, ...]
+    padding: str
+    dtype: jax.typing.DTypeLike | None
 
     def __init__(
         self,
@@ -185,6 +197,10 @@ class SLoPeLinear(TwoViewLinear):
     >>> layer.adapter_in.shape, layer.adapter_out.shape
     ((8, 2), (2, 4))
     """
+
+    rank: int
+    adapter_in: nnx.Param | None
+    adapter_out: nnx.Param | None
 
     def __init__(
         self, in_features: int, out_features: int, *, rank: int, rngs: nnx.Rngs, **options: Any

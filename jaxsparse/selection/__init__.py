@@ -18,6 +18,7 @@ Scores may be any real dtype. They may also be given as operands of an elementwi
 stored: on CPU, storing an array of the size of the data costs more than the search.
 """
 
+from jaxsparse._counts import kept_count, no_less, scale_count
 from jaxsparse.selection._hash import as_seed, mix, position_hash
 from jaxsparse.selection.indices import topk_indices
 from jaxsparse.selection.quantile import quantile
@@ -26,9 +27,12 @@ from jaxsparse.selection.topk import count, topk_mask, topk_masks
 __all__ = [
     "as_seed",
     "count",
+    "kept_count",
     "mix",
+    "no_less",
     "position_hash",
     "quantile",
+    "scale_count",
     "topk_indices",
     "topk_mask",
     "topk_masks",

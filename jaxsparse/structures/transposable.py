@@ -69,8 +69,9 @@ class TransposableNM(Structure):
         if isinstance(kept, int):
             mask = transposable_nm_mask(x, min(kept, self.m), self.m)
         else:
-            each = [functools.partial(transposable_nm_mask, n=n, m=self.m)
-                    for n in range(1, self.m + 1)]  # fmt: skip
+            each = [
+                functools.partial(transposable_nm_mask, n=n, m=self.m) for n in range(1, self.m + 1)
+            ]
             mask = lax.switch(jnp.clip(kept, 1, self.m) - 1, each, x)
         return mask if where is None else mask & where
 

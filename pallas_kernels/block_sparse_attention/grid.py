@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS
+
+F = TypeVar("F", bound=Callable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,23 @@ class Grid:
 
 
 GridLike = Grid | int
+
+
+def takes_grid(make: F) -> F:
+    """A constructor of masks that names `Grid` where it is given a size by itself."""
+    sizes = [field.name for field in dataclasses.fields(Grid)]
+
+    @functools.wraps(make)
+    def checked(*args, **options):
+        if alone := {name: options[name] for name in sizes if name in options}:
+            given = ", ".join(f"{name}={value!r}" for name, value in alone.items())
+            raise ValueError(
+                f"{make.__name__}({given}): lengths and block sizes are one argument, "
+                f"grid=Grid({', '.join(sizes)}), or grid=(block_q, block_kv) where the mask is of chosen blocks"
+            )
+        return make(*args, **options)
+
+    return cast(F, checked)
 
 
 def as_grid(grid: GridLike) -> Grid:

@@ -16,7 +16,13 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from pallas_kernels.block_sparse_attention.grid import Grid, GridLike, as_grid, grid_of_blocks
+from pallas_kernels.block_sparse_attention.grid import (
+    Grid,
+    GridLike,
+    as_grid,
+    grid_of_blocks,
+    takes_grid,
+)
 from pallas_kernels.block_sparse_attention.lists import (
     DROPPED,
     FULL,
@@ -94,6 +100,7 @@ class BlockMask(Patterns):
     # ---------------------------------------------------------------- chosen blocks
 
     @classmethod
+    @takes_grid
     def from_dense(
         cls,
         keep: Array | np.ndarray,
@@ -117,6 +124,7 @@ class BlockMask(Patterns):
         return _chosen(keep, grid, capacity, fits=capacity is None)
 
     @classmethod
+    @takes_grid
     def from_scores(
         cls,
         scores: Array,
@@ -160,6 +168,7 @@ class BlockMask(Patterns):
         return _chosen(keep, grid, capacity, fits=fits)
 
     @classmethod
+    @takes_grid
     def from_indices(
         cls,
         indices: Array | np.ndarray,

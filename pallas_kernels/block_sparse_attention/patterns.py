@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from pallas_kernels.block_sparse_attention.grid import Grid, GridLike, as_grid
+from pallas_kernels.block_sparse_attention.grid import Grid, GridLike, as_grid, takes_grid
 from pallas_kernels.block_sparse_attention.rules import Keys, Rule, Stride, Window, either
 
 
@@ -28,6 +28,7 @@ class Patterns:
         raise NotImplementedError
 
     @classmethod
+    @takes_grid
     def causal(
         cls,
         grid: GridLike,
@@ -48,6 +49,7 @@ class Patterns:
         return cls.of_rule(grid, Window(-offset, None))
 
     @classmethod
+    @takes_grid
     def local(
         cls,
         grid: GridLike,
@@ -76,6 +78,7 @@ class Patterns:
         return cls.of_rule(grid, rule)
 
     @classmethod
+    @takes_grid
     def strided(
         cls,
         grid: GridLike,
@@ -99,6 +102,7 @@ class Patterns:
         return cls.of_rule(grid, Stride(stride))
 
     @classmethod
+    @takes_grid
     def sinks(
         cls,
         grid: GridLike,
@@ -119,6 +123,7 @@ class Patterns:
         return cls.of_rule(grid, Keys(num_keys))
 
     @classmethod
+    @takes_grid
     def prefix(
         cls,
         grid: GridLike,
@@ -140,6 +145,7 @@ class Patterns:
         return cls.of_rule(grid, rule)
 
     @classmethod
+    @takes_grid
     def bigbird(
         cls,
         grid: GridLike,

@@ -30,7 +30,6 @@ FLOORS = [
     "channels",
     "post_training",
     "initial",
-    "summary",
     "nn",
     "analysis",
     "sae",
@@ -105,3 +104,39 @@ def test_every_room_has_a_floor_and_is_on_the_page():
         name for name in rooms - {"_version"} if f"`{name}" not in PAGE and f"/{name}" not in PAGE
     ]
     assert missing == []
+
+
+def test_methods_import_public_names_only():
+    """What the library's own methods need, the method of a user can import as well."""
+    for path in (ROOT / "jaxsparse" / "methods").glob("*.py"):
+        private = [
+            name
+            for name in imported(path)
+            if name.startswith("jaxsparse")
+            and any(part.startswith("_") for part in name.split("."))
+        ]
+        assert not path.name.startswith("_") or path.name == "__init__.py", path.name
+        assert private == [], (path.name, private)
+
+
+# Who may sort, and why; all masks are found by counting, in `selection`.
+SORTS = {
+    "allocations.py": "LAMP's score of a weight is a sum over those that rank no lower",
+    "methods/pq.py": "the Gini index, for reports, on the host",
+}
+
+
+def test_nothing_is_sorted_outside_of_selection():
+    names = {"sort", "argsort", "lexsort", "partition", "argpartition", "top_k", "approx_max_k"}
+    arrays = {"jnp", "np", "lax", "jax", "numpy"}
+    for path in (p for p in MODULES if room(p) not in ("selection", "channels")):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        found = {
+            f.attr
+            for f in calls
+            if isinstance(f, ast.Attribute)
+            and f.attr in names
+            and isinstance(f.value, ast.Name)
+            and f.value.id in arrays
+        }
+        assert not found or str(path.relative_to(ROOT / "jaxsparse")) in SORTS, (path.name, found)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import jaxsparse
-from jaxsparse.methods import _registry
+from jaxsparse.methods import registry
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
@@ -46,7 +46,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch)
     `<!-- setup ... -->`, which is not shown."""
     monkeypatch.chdir(tmp_path)
     # What a page registers is gone after it.
-    monkeypatch.setattr(_registry, "_METHODS", dict(_registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     names = {"__name__": path.stem}
     setup = re.findall(r"^<!-- setup\n(.*?)^-->", path.read_text(), flags=re.M | re.S)
     for code in (*setup, *blocks(path, "python")):

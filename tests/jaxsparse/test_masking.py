@@ -1,5 +1,7 @@
 """Trees of masks: applied, counted, packed to bits, and found in the state of any optimizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,21 @@ def test_a_leaf_that_is_zero_everywhere_is_kept_whole_and_named():
     assert int(jnp.count_nonzero(updates["lora_b"])) == 8
 
 
+def test_masks_that_match_no_leaf_are_named_for_modules_that_are_no_containers_too():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Module:
+        kernel: jax.Array
+
+    p, misspelt = Module(jnp.ones((4, 4))), {"kernal": jnp.ones((4, 4), bool)}
+    tx = jaxsparse.static(optax.sgd(0.1), masks=misspelt)
+    with pytest.raises(ValueError, match="kernal"):
+        tx.init(p)
+    tx = jaxsparse.static(optax.adam(0.1), masks=Module(jnp.eye(4, dtype=bool)))
+    kept = optax.tree.map_params(tx, lambda x: x + 1, tx.init(p))
+    assert jaxsparse.get_masks(kept).kernel.sum() == 4
+
+
 def test_a_summary_says_why_a_leaf_is_dense():
     p = {"fc": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "head": jnp.ones((4, 4)),
          "norm1": {"weight": jnp.ones((2, 4))}, "lost": jnp.ones((4, 4))}  # fmt: skip
@@ -188,6 +205,10 @@ def test_a_summary_says_why_a_leaf_is_dense():
                      "norm1/weight": "normalisation", "lost": "empty mask"}  # fmt: skip
     assert s.to_dict()["leaves"]["head"]["note"] == "left out"
     assert "left out" in str(s) and "left out" in s._repr_html_()
+    keep["head"] = jnp.ones((4, 4), bool)  # as ERK leaves small layers
+    state = jaxsparse.static(optax.sgd(0.1), masks=keep).init(p)
+    row = next(r for r in jaxsparse.summarize(p, state).rows if r.path == "head")
+    assert row.note == "kept whole by its budget"
     assert "note" not in str(jaxsparse.summarize({"kernel": jnp.ones((2, 2))}))
 
 

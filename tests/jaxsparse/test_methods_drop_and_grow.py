@@ -1,6 +1,7 @@
 """SRigL, SNFS, DST-EE, ITOP, GraNet, MEST, DSR, Deep R and sign-wise SET."""
 
 import math
+import warnings
 from fractions import Fraction
 
 import jax
@@ -665,6 +666,24 @@ def test_the_intervals_of_itop_are_the_authors_parts_of_their_run(name, every):
         before = masks(state)["kernel"]
         params, new = step(params, state._replace(count=jnp.int32(t)), {"kernel": matrix(seed=t)})
         assert bool((before != masks(new)["kernel"]).any()) == (t % every == 0), t
+
+
+# Too few weights to replace any
+
+
+def test_a_fraction_that_replaces_no_weight_of_a_leaf_is_named():
+    params = {"kernel": matrix((8, 8)), "wide": matrix((8, 4))}
+    tx = jaxsparse.rigl(
+        SGD, structure={"kernel": "2:4"}, sparsity=0.5, total_steps=100, update_every=9
+    )
+    with pytest.warns(
+        UserWarning, match=r"0.289 of the 2 units .*'kernel'.* \(1 such .* give 0.5"
+    ):
+        jax.jit(tx.init)(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jaxsparse.rigl(SGD, structure="2:4", total_steps=100, drop_fraction=0.6).init(params)
+        jaxsparse.rigl(SGD, 0.5, total_steps=100).init(params)
 
 
 # A grown weight under Adam

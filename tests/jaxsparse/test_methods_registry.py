@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxsparse
-from jaxsparse.methods import _registry
+from jaxsparse.methods import registry
 from jaxsparse.structures import NM, resolve
 
 METHODS = dict(jaxsparse.METHODS)
@@ -25,9 +25,9 @@ def defaults(method):
 @pytest.mark.parametrize("name", METHODS)
 def test_facts_are_of_the_kinds_that_the_registry_knows(name):
     method = METHODS[name]
-    assert method.dynamics in get_args(_registry.Dynamics)
-    assert method.structures in get_args(_registry.Structures)
-    assert method.gradients in get_args(_registry.Gradients)
+    assert method.dynamics in get_args(registry.Dynamics)
+    assert method.structures in get_args(registry.Structures)
+    assert method.gradients in get_args(registry.Gradients)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -301,6 +301,13 @@ def test_hypersparse_errors():
         jaxsparse.hypersparse(SGD, 0.9, total_steps=20, growth=0.5)
 
 
+def test_a_leaf_of_zeros_below_a_learned_threshold_is_named():
+    params = {"base": matrix((4, 4)), "lora_b": jnp.zeros((2, 4))}
+    for tx in (jaxsparse.str_(SGD), jaxsparse.autosparse(SGD, total_steps=9)):
+        with pytest.warns(UserWarning, match=r"'lora_b' is zero .* targets=\[\('lora_b', False"):
+            tx.init(params)
+
+
 # Progressive gradient flow
 
 
@@ -321,7 +328,7 @@ def test_faded_weights_and_the_gradient_that_reaches_them(flow):
         np.testing.assert_allclose(raw - state.raw["kernel"], [[0.01], [0.01], [0.01 * beta], [0.01 * beta]], rtol=1e-3, atol=1e-6)  # fmt: skip
         now = state.raw["kernel"] * jnp.array([[1.0], [1.0], [betas[t + 1]], [betas[t + 1]]])
         np.testing.assert_allclose(params["kernel"], now, rtol=1e-5)
-        assert masks(state)["kernel"].all() == (t < 4)
+        assert masks(state)["kernel"].all() == (betas[t + 1] > 0)  # N:M as soon as the weights are
     assert masks(state)["kernel"].ravel().tolist() == [True, True, False, False]
 
 

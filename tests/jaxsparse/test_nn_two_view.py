@@ -12,10 +12,11 @@ from flax import nnx
 
 import jaxsparse
 from jaxsparse import METHODS
+from jaxsparse.engines import scale_by_age
 from jaxsparse.engines.two_view import backward_views
 from jaxsparse.leaves import Leaf
 from jaxsparse.methods import bdwp, bi_mask
-from jaxsparse.methods._backward import along_outputs
+from jaxsparse.methods.backward_pattern import along_outputs
 from jaxsparse.methods.bi_mask import best_order
 from jaxsparse.methods.slope import double_pruning_loss, slope
 from jaxsparse.nn.two_view import (
@@ -249,6 +250,20 @@ def test_adapters_change_nothing_when_inserted_and_train_from_their_step_on():
     assert not np.any(params["adapter_out"][...])
     params, state = step(params, state)
     assert np.any(params["adapter_out"][...])
+
+
+def test_an_adapter_that_trains_late_starts_with_one_learning_rate_if_its_age_counts():
+    params = {"kernel": weights(4, 4), "adapter_in": weights(4, 1), "adapter_out": weights(1, 4)}
+    for aged, size in (
+        (True, 0.1),
+        (False, 0.1 * 0.1 / (1 - 0.9**41) * np.sqrt((1 - 0.999**41) / 1e-3)),
+    ):
+        adam = optax.chain(optax.adam(0.1), *[scale_by_age()] * aged)
+        tx = slope(adam, total_steps=50, adapter_step=40)
+        state, p = start(tx, params), params
+        for _ in range(41):
+            updates, state = advance(tx, params, state, p)
+        np.testing.assert_allclose(np.abs(updates["adapter_in"]), size, rtol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 99, 100, 250])

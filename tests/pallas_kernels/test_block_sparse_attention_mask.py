@@ -192,6 +192,12 @@ def test_segments_drop_blocks_that_cannot_meet_and_flag_those_that_may_differ(se
 ERRORS = {
     "keep has dtype float32": lambda: BlockMask.from_dense(np.ones((2, 2), "f4")),
     "keep has 2 x 2 blocks": lambda: BlockMask.from_dense(np.ones((2, 2), bool), Grid(500)),
+    r"causal\(q_len=64, block_q=16\): .* grid=Grid\(q_len, kv_len, block_q, block_kv\)": lambda: (
+        BlockMask.causal(q_len=64, block_q=16)
+    ),
+    r"from_dense\(block_kv=16\): .* one argument, grid=Grid": lambda: BlockMask.from_dense(
+        np.ones((2, 2), bool), block_kv=16
+    ),
     "block_q=0": lambda: BlockMask.causal(Grid(8, block_q=0)),
     "q_len=0": lambda: BlockMask.causal(0),
     "capacity=0 must be": lambda: BlockMask.from_dense(np.zeros((2, 2), bool), capacity=0),

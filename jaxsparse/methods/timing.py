@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxsparse import schedules
-from jaxsparse._control import is_concrete
+from jaxsparse.engines import is_concrete
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Row:
     """One leaf: `sparsity` is the fraction of exact zeros, `mask_sparsity` that of the mask (None
     at dense leaves), `bytes` the size of the array, `note` why the leaf is dense ("bias or scale",
     "vector", ...; "left out" where `targets=`, given masks or another method decided it), that
-    its mask keeps nothing, or that weights outside its mask are not 0 (see `jaxsparse.check`)."""
+    its mask keeps nothing or, while others do not, everything (ERK does so with small layers), or that weights outside its mask are not 0 (see `jaxsparse.check`)."""
 
     path: str
     shape: tuple[int, ...]
@@ -51,9 +51,13 @@ class Summary:
     def _total(self, rows, name: str) -> Row:
         masked = [r.masked for r in rows if r.masked is not None]
         return Row(
-            name, (), sum(r.size for r in rows), sum(r.nonzeros for r in rows),
-            sum(masked) if masked else None, sum(r.bytes for r in rows),
-        )  # fmt: skip
+            name,
+            (),
+            sum(r.size for r in rows),
+            sum(r.nonzeros for r in rows),
+            sum(masked) if masked else None,
+            sum(r.bytes for r in rows),
+        )
 
     @property
     def total(self) -> Row:
@@ -79,9 +83,17 @@ class Summary:
             mask = "-" if r.mask_sparsity is None else f"{r.mask_sparsity:.2%}"
             shape = "x".join(map(str, r.shape)) if r.shape else ("" if r in totals else "scalar")
             body.append(
-                (r.path, shape, f"{r.size:,}", f"{r.nonzeros:,}", f"{r.sparsity:.2%}", mask,
-                 _bytes(r.bytes), *([r.note] if notes else []))
-            )  # fmt: skip
+                (
+                    r.path,
+                    shape,
+                    f"{r.size:,}",
+                    f"{r.nonzeros:,}",
+                    f"{r.sparsity:.2%}",
+                    mask,
+                    _bytes(r.bytes),
+                    *([r.note] if notes else []),
+                )
+            )
         head = ("leaf", "shape", "size", "nonzero", "sparsity", "mask", "bytes")
         return [(*head, "note") if notes else head, *body]
 
@@ -125,16 +137,23 @@ class Summary:
 
         def of(r: Row) -> dict[str, Any]:
             return {
-                "shape": list(r.shape), "size": r.size, "nonzeros": r.nonzeros,
-                "sparsity": r.sparsity, "mask_sparsity": r.mask_sparsity, "bytes": r.bytes,
+                "shape": list(r.shape),
+                "size": r.size,
+                "nonzeros": r.nonzeros,
+                "sparsity": r.sparsity,
+                "mask_sparsity": r.mask_sparsity,
+                "bytes": r.bytes,
                 "note": r.note,
-            }  # fmt: skip
+            }
 
         total = self.total
         return {
-            "sparsity": self.sparsity, "nonzeros": total.nonzeros, "size": total.size,
-            "bytes": total.bytes, "leaves": {r.path: of(r) for r in self.rows},
-        }  # fmt: skip
+            "sparsity": self.sparsity,
+            "nonzeros": total.nonzeros,
+            "size": total.size,
+            "bytes": total.bytes,
+            "leaves": {r.path: of(r) for r in self.rows},
+        }
 
 
 def _bytes(n: int) -> str:
@@ -168,6 +187,7 @@ def summarize(params, opt_state=None) -> Summary:
     if opt_state is not None and find_states(opt_state):
         masks = masking.at_leaves(get_masks(opt_state), tree)
     updated = any(int(np.max(s.count)) > 0 for s in find_states(opt_state))
+    pruned = any(m is not None and not bool(np.all(m)) for m in masks)
     left_out = "left out" if any(m is not None for m in masks) else ""
     rows = []
     for (path, leaf), chosen, mask in zip(leaves, by_default, masks):
@@ -175,6 +195,7 @@ def summarize(params, opt_state=None) -> Summary:
         if mask is not None:
             removed = int(x.size - np.count_nonzero(np.asarray(mask)))
             note = "empty mask" if removed == x.size > 0 else ""
+            note = "kept whole by its budget" if removed == 0 and pruned else note
             leaked = int(np.count_nonzero(x[~np.asarray(mask)]))
             note = f"{leaked:,} nonzero outside the mask" if leaked and updated else note
         rows.append(Row(path, x.shape, x.size, int(np.count_nonzero(x)), removed, x.nbytes, note))
