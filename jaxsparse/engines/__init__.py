@@ -5,6 +5,7 @@ from jaxsparse.engines._checks import check_inner, is_placeholder
 from jaxsparse.engines.drop_and_grow import drop_and_grow, random_start, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
+from jaxsparse.engines.learn_scores import keep_scored, score_learner
 from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty, penalized
 from jaxsparse.engines.proximal import followed_by, project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
@@ -43,6 +44,7 @@ __all__ = [
     "followed_by",
     "group_setup",
     "keep_best",
+    "keep_scored",
     "hold_masks",
     "is_concrete",
     "is_placeholder",
@@ -56,6 +58,7 @@ __all__ = [
     "refresh",
     "rewind",
     "scale_by_age",
+    "score_learner",
     "soft_threshold_learner",
     "straight_through",
     "swap",

@@ -30,7 +30,6 @@ from jaxsparse.engines._checks import (
     with_whole_masks,
 )
 from jaxsparse.engines._slots import restart, stand_still
-from jaxsparse.engines.scale_by_age import scale_by_age
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, any_nan, intersect, kept_inside, views
 from jaxsparse.masking import unpack
@@ -51,7 +50,7 @@ def hold_masks(
     gradient: Literal["masked", "kept", "dense"] | Callable[[Step], list[Array]] = "masked",
     after: Callable[[Step], tuple[list[Array], list[Array]]] | None = None,
     on_update: Literal["step", "replace"] = "step",
-    fresh: Literal["grown", "age"] | Callable[[Array], Array] | None = None,
+    fresh: Literal["grown"] | Callable[[Array], Array] | None = None,
     grow_init: Callable[[Step], list[Array]] | None = None,
     aux: Callable[[Step], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -73,17 +72,14 @@ def hold_masks(
       on_update: "step": an update of the masks comes on top of the gradient step; "replace": it
         takes its place, as in RigL (see `stand_still`). Weights then change where masks flip only.
       fresh: whose slots of the inner state start as at `init`. "grown": those of weights that are
-        not kept, so that a grown weight starts anew; "age": so, and the bias corrections of Adam (with
-        its default betas) go by the age of the slots, see `scale_by_age`; a function of the count:
-        those of all weights, of dense leaves too, at the steps where it is true. Counts of the inner
-        state go on.
+        not kept, so that a grown weight starts anew; a function of the count: those of all weights,
+        of dense leaves too, at the steps where it is true. Counts of the inner state go on: with Adam
+        see `scale_by_age`.
       grow_init: the values at which grown weights start, of the leaves' shapes, from the `Step` that
         the rule sees; None: 0.
       aux: what the method keeps besides, from a `Step` that holds the weights and their masks.
     """
     inner = check_inner(inner)
-    if fresh == "age":
-        inner, fresh = check_inner(optax.chain(inner, scale_by_age())), "grown"
 
     def init_fn(params):
         plan = setup.leaves_for(params)

@@ -33,6 +33,9 @@ def scale_by_age(b1: Scalar = 0.9, b2: Scalar = 0.999) -> optax.GradientTransfor
     the age begins with the first update that is not 0, and decay is one. Ages are slots, too, and
     start anew with the others.
 
+    The long first steps of grown weights are no mistake as such: on small networks RigL and SET reached
+    more with them (docs/results/length_and_age.md).
+
     Args:
       b1, b2: the betas of Adam.
 

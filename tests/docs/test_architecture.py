@@ -30,6 +30,7 @@ FLOORS = [
     "channels",
     "post_training",
     "initial",
+    "initial_scores",
     "nn",
     "analysis",
     "sae",
@@ -122,6 +123,7 @@ def test_methods_import_public_names_only():
 # Who may sort, and why; all masks are found by counting, in `selection`.
 SORTS = {
     "allocations.py": "LAMP's score of a weight is a sum over those that rank no lower",
+    "post_training/evopress.py": "an order of a handful of losses, on the host",
     "methods/pq.py": "the Gini index, for reports, on the host",
 }
 
