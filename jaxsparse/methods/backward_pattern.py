@@ -3,7 +3,6 @@ another one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ def pattern(structure: StructureLike) -> tuple[NM, NM]:
     Raises:
       ValueError: not an N:M structure along the inputs.
     """
-    kind = structure if isinstance(structure, Mapping) else structures.resolve(structure)
+    kind = structures.parse(structure) if isinstance(structure, str) else structure
     if not isinstance(kind, NM) or kind.axis != -2 or kind.strided:
         raise ValueError(
             f"structure={structure!r}: two-view methods need NM(n, m), groups of consecutive "
