@@ -124,6 +124,7 @@ def test_methods_import_public_names_only():
 SORTS = {
     "allocations.py": "LAMP's score of a weight is a sum over those that rank no lower",
     "post_training/evopress.py": "an order of a handful of losses, on the host",
+    "sae/batch_topk.py": "the positions that a row keeps, in order, for a product of k columns",
     "methods/pq.py": "the Gini index, for reports, on the host",
 }
 
