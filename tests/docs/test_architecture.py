@@ -120,18 +120,13 @@ def test_methods_import_public_names_only():
         assert private == [], (path.name, private)
 
 
-# Who may sort, and why; all masks are found by counting, in `selection`.
-SORTS = {
-    "allocations.py": "LAMP's score of a weight is a sum over those that rank no lower",
-    "post_training/evopress.py": "an order of a handful of losses, on the host",
-    "sae/batch_topk.py": "the positions that a row keeps, in order, for a product of k columns",
-    "methods/pq.py": "the Gini index, for reports, on the host",
-}
+# Who may sort on a device, and why; masks are found by counting, in `selection`.
+SORTS = {"allocations.py": "LAMP's score of a weight is a sum over those that rank no lower"}
 
 
 def test_nothing_is_sorted_outside_of_selection():
     names = {"sort", "argsort", "lexsort", "partition", "argpartition", "top_k", "approx_max_k"}
-    arrays = {"jnp", "np", "lax", "jax", "numpy"}
+    arrays = {"jnp", "lax", "jax"}
     for path in (p for p in MODULES if room(p) not in ("selection", "channels")):
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         found = {
