@@ -1,0 +1,54 @@
+"""The job that trains autoencoders: it goes on bit for bit, and says what it cannot do."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import train_sae
+from experiments.configs import sae_planted
+from experiments.datasets.planted import planted
+
+
+def config(**changes):
+    c = sae_planted.get_config()
+    c.tokens, c.steps, c.batch_size, c.d_sae = 400, 6, 32, 24
+    c.log_every, c.checkpoint_every = 2, 3
+    for name, value in changes.items():
+        setattr(c, name, value)
+    return c
+
+
+def test_rows_are_sums_of_planted_atoms():
+    made = planted(50, width=8, atoms=5, active=(1, 2))
+    codes = np.linalg.lstsq(made.atoms.T, made.rows.T, rcond=None)[0].T
+    used = (np.abs(codes) > 1e-4).sum(1)
+    assert set(used) == {1, 2} and codes.min() > -1e-4
+    with pytest.raises(ValueError, match="active="):
+        planted(5, width=8, atoms=5, active=(1, 6))
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
+    whole = train_sae.train(config(), tmp_path / "run")
+    assert {"recovery", "explained_variance", "l0"} <= set(whole)
+    assert (tmp_path / "run" / "report.png").exists()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["measures"] == whole
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    assert train_sae.train(config(), tmp_path / "run") == whole
+    with pytest.raises(ValueError, match="family"):
+        train_sae.train(config(family="BatchTopK"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"family": "TopQ"}, "family='TopQ'"),
+        ({"data": "prose"}, "data='prose'"),
+        ({"optimizer": "sgdx"}, "optimizer='sgdx'"),
+        ({"options": {"kk": 2}}, "options="),
+    ],
+)
+def test_what_cannot_be_run_is_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_sae.train(config(**changes), tmp_path)
