@@ -25,6 +25,7 @@ from jaxsparse.structures.transposable import transposable_nm_mask
 if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import analysis as analysis
     from jaxsparse import channels as channels
+    from jaxsparse import coding as coding
     from jaxsparse import nn as nn
     from jaxsparse import sae as sae
     from jaxsparse import testing as testing
@@ -60,7 +61,7 @@ def __getattr__(name: str):
     """Modules that are imported on first use, so that `import jaxsparse` stays light."""
     import importlib
 
-    if name in ("analysis", "channels", "nn", "sae", "testing"):
+    if name in ("analysis", "channels", "coding", "nn", "sae", "testing"):
         return importlib.import_module(f"jaxsparse.{name}")
     if name == "compact":
         return importlib.import_module("jaxsparse.nn").compact

@@ -15,6 +15,7 @@ FLOORS = [
     "_control",
     "_counts",
     "selection",
+    "coding",
     "structures",
     "targets",
     "masking",

@@ -1,0 +1,95 @@
+"""Codes of many signals at once, against scikit-learn's loop over signals, on the CPU.
+
+    python -m experiments.benchmarks.coding [--signals=1000] [--rows=256] [--atoms=1024] [--k=16]
+
+Prints a Markdown table. Both sides reach the same LASSO objective to 1e-6 of it, which is checked for every signal
+by the duality gap; the number of FISTA steps is the smallest power of two (times 25) that does, and scikit-learn has the
+loosest tolerance of 1e-3, 1e-4, ... that does. scikit-learn gets the Gram matrix, its fastest way.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.linear_model import Lasso, orthogonal_mp_gram
+
+from experiments.benchmarks.timing import machine, medians
+from jaxsparse import coding
+
+STRENGTH = 0.1  # lambda, for codes whose entries are about 1
+ACCURACY = 1e-6
+
+
+def planted(signals: int, rows: int, atoms: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """A dictionary `[rows, atoms]` of unit norm and noisy signals of k atoms each, float32."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(rows, atoms))
+    a /= np.linalg.norm(a, axis=0)
+    x = np.zeros((signals, atoms))
+    for row in x:
+        row[rng.choice(atoms, k, replace=False)] = rng.normal(size=k)
+    y = x @ a.T + 0.01 * rng.normal(size=(signals, rows))
+    return a.astype(np.float32), y.astype(np.float32)
+
+
+def excess(a: np.ndarray, y: np.ndarray, codes: np.ndarray) -> float:
+    """The largest duality gap of a signal over its objective, in float64."""
+    with jax.enable_x64(True):
+        a64, y64, x64 = (jnp.asarray(v, jnp.float64) for v in (a, y, codes))
+        gap = coding.duality_gap(a64, y64, x64, STRENGTH)
+        return float(jnp.max(gap / coding.lasso_objective(a64, y64, x64, STRENGTH)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--signals", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--atoms", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=16)
+    args = parser.parse_args()
+    a, y = planted(args.signals, args.rows, args.atoms, args.k)
+    gram = np.asfortranarray(a.T @ a)
+
+    op = coding.dense(jnp.asarray(a))
+    fista = jax.jit(lambda y, steps: coding.fista(op, y, STRENGTH, steps=steps))
+    steps = 25
+    while excess(a, y, np.asarray(fista(y, steps))) > ACCURACY and steps < 12800:
+        steps *= 2
+    tolerance = 1e-3
+
+    def lasso() -> np.ndarray:
+        model = Lasso(STRENGTH / args.rows, fit_intercept=False, tol=tolerance, max_iter=10000)
+        model.set_params(precompute=gram)
+        return model.fit(a, y.T).coef_
+
+    while excess(a, y, lasso()) > ACCURACY and tolerance > 1e-9:
+        tolerance /= 10
+
+    omp = jax.jit(lambda y: coding.omp(op, y, args.k))
+    greedy = lambda: np.asarray(orthogonal_mp_gram(gram, a.T @ y.T, n_nonzero_coefs=args.k)).T
+    ours, theirs = np.asarray(omp(y)), greedy()
+    same = np.mean(((ours != 0) == (theirs != 0)).all(-1))
+
+    seconds = medians(
+        {"fista": lambda: fista(y, steps), "lasso": lasso, "omp": lambda: omp(y), "greedy": greedy},
+        rounds=3,
+    )
+    print(f"{machine()}; {args.signals} signals of {args.rows} in {args.atoms} atoms, float32\n")
+    print("| | seconds | scikit-learn | ratio | |\n|---|---|---|---|---|")
+    print(
+        f"| LASSO: `fista`, {steps} steps; `Lasso`, tol {tolerance:.0e} | {seconds['fista']:.2f} | "
+        f"{seconds['lasso']:.2f} | {seconds['lasso'] / seconds['fista']:.1f} | largest gap "
+        f"{excess(a, y, np.asarray(fista(y, steps))):.1e} and {excess(a, y, lasso()):.1e} of the objective |"
+    )
+    print(
+        f"| `omp`, {args.k} atoms; `orthogonal_mp_gram` | {seconds['omp']:.2f} | "
+        f"{seconds['greedy']:.2f} | {seconds['greedy'] / seconds['omp']:.1f} | the same support for "
+        f"{same:.1%} of the signals |"
+    )
+
+
+if __name__ == "__main__":
+    main()
