@@ -77,7 +77,7 @@ def omp(
         new = jnp.where(take, 1 / jnp.where(take, length, 1), 0)[:, None] * rest
         r = r - new * jnp.sum(new * r, -1, keepdims=True)
         free = free & ~(jax.nn.one_hot(j, op.columns, dtype=bool) & take[:, None])
-        chosen = chosen.at[:, i].set(jnp.where(take, j, op.columns))
+        chosen = chosen.at[:, i].set(jnp.where(take, j, op.columns).astype(jnp.int32))
         return r, q.at[:, i].set(new), upper, chosen, free
 
     start = (

@@ -228,7 +228,7 @@ def test_proximal_operators_minimise_what_they_say():
         (lambda a, y: coding.ista(a, y, -1.0), "strength=-1.0"),
         (lambda a, y: coding.admm(a, y, 1.0, rho=0.0), "rho=0.0"),
         (lambda a, y: coding.ista(a, y, 1.0, init=y), "init has shape"),
-        (lambda a, y: coding.group_soft(y, 1.0, 3), "size=3 does not divide"),
+        (lambda a, y: coding.group_soft(y, 1.0, 7), "size=7 does not divide"),
     ],
 )
 def test_bad_input_is_named(problem, call, message):
