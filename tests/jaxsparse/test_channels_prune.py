@@ -158,9 +158,12 @@ def test_random_channels_come_from_the_seed():
 def test_groups_are_a_structure_that_methods_train_and_shrink_cuts_exactly():
     model, x = MODELS["mlp"]()
     groups = channels.find(model, x)
+    params = nnx.state(model, nnx.Param)
+    at_once = [jaxsparse.prune(params, 0.5, structure=s)[1] for s in (groups, groups.structure())]
+    jax.tree.map(np.testing.assert_array_equal, *at_once)
     tx = jaxsparse.magnitude(
-        optax.sgd(0.05), sparsity=0.5, total_steps=6, end_step=3, structure=groups.structure()
-    )  # fmt: skip
+        optax.sgd(0.05), sparsity=0.5, total_steps=6, end_step=3, structure=groups
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(6):
         optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model))
