@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=16)
     args = parser.parse_args()
     a, y = planted(args.signals, args.rows, args.atoms, args.k)
-    gram = np.asfortranarray(a.T @ a)
+    gram = np.ascontiguousarray(a.T @ a)
 
     op = coding.dense(jnp.asarray(a))
     fista = jax.jit(lambda y, steps: coding.fista(op, y, STRENGTH, steps=steps))
