@@ -31,7 +31,8 @@ def random_start(setup: Setup, fraction: Schedule, first) -> Rule:
     def rule(step: Step):
         with jax.ensure_compile_time_eval():  # known while `init` is traced, too
             f = fraction(first)
-        if isinstance(setup.allocation, ByShape) and is_concrete(f):
+        apart = coupling(step.leaves) is None  # units of several leaves are counted together
+        if apart and isinstance(setup.allocation, ByShape) and is_concrete(f):
             budgets = unit_budgets(step.leaves, setup.allocation, setup.sparsity)
             rows = [(x, n) for x, n in zip(step.leaves, budgets) if isinstance(n, int)]
             idle = [(x.path, n) for x, n in rows if scale_count(n, float(f)) < 1]

@@ -110,7 +110,7 @@ def envelope_factors(norms: Array, k, strength: Scalar, weights: Scalar | Array 
       $\eta$ such that they sum to k; where at most k groups are not 0, $1/(1 + \lambda d_j)$.
 
     >>> v = jnp.array([3.0, 2.0, 1.0, 0.5])
-    >>> (v * envelope_factors(v, 2, 1.0)).round(3).tolist()
+    >>> [round(x, 4) for x in (v * envelope_factors(v, 2, 1.0)).tolist()]
     [1.5, 1.0, 0.0, 0.0]
     """
     lam = jnp.asarray(strength, jnp.float32) * jnp.asarray(weights, jnp.float32)

@@ -15,6 +15,9 @@ from jaxsparse.selection._hash import hashed
 from jaxsparse.selection._keys import INT_MIN, as_int, at_or_above, value_levels
 
 _UP_TO = 32
+# So few are compared row by row: where a group lies on several devices, they exchange rows, and no array of
+# the leaf's size. For 32 that would be 496 pairs, half a minute of compilation.
+_BY_ROWS = 4
 
 
 def is_short(shape: Sequence[int], axes: Sequence[int]) -> bool:
@@ -34,11 +37,12 @@ def pairwise(x: Array, k: Array, where: Array | None, seed: Array | None, axis: 
     if inside is not None:
         inside = jnp.broadcast_to(inside, x.shape)
         levels = [jnp.where(inside, level, jnp.int32(INT_MIN)) for level in levels]
-    kept = _at_or_ahead(levels, inside, axis % x.ndim) <= k
+    place = _place_by_rows if x.shape[axis] <= _BY_ROWS else _place
+    kept = place(levels, inside, axis % x.ndim) <= k
     return kept if inside is None else kept & inside
 
 
-def _at_or_ahead(levels: list[Array], inside: Array | None, axis: int) -> Array:
+def _place(levels: list[Array], inside: Array | None, axis: int) -> Array:
     """The place of each entry, from 1: how many are ahead of it, itself included; of equals, those that
     stand before it are. Written out over the m others, so that XLA makes one pass of all and no array
     is m times as large."""
@@ -52,3 +56,19 @@ def _at_or_ahead(levels: list[Array], inside: Array | None, axis: int) -> Array:
             ahead = ahead & lax.slice_in_dim(inside, i, i + 1, axis=axis)
         counts = counts + ahead.astype(jnp.int32)
     return counts
+
+
+def _place_by_rows(levels: list[Array], inside: Array | None, axis: int) -> Array:
+    """The same, with one comparison for both entries of a pair."""
+    row = lambda x, i: lax.slice_in_dim(x, i, i + 1, axis=axis)
+    rows = [[row(level, i) for level in levels] for i in range(levels[0].shape[axis])]
+    counts = [jnp.ones(rows[0][0].shape, jnp.int32) for _ in rows]
+    for j in range(len(rows)):
+        for i in range(j):
+            first = at_or_above(rows[i], rows[j])  # i stands before j
+            second = ~first
+            if inside is not None:
+                first, second = first & row(inside, i), second & row(inside, j)
+            counts[j] = counts[j] + first.astype(jnp.int32)
+            counts[i] = counts[i] + second.astype(jnp.int32)
+    return lax.concatenate(counts, axis)
