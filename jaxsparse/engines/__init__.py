@@ -4,7 +4,7 @@ from jaxsparse._control import is_concrete, when
 from jaxsparse.engines._checks import check_inner, is_placeholder
 from jaxsparse.engines.drop_and_grow import drop_and_grow, random_start, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
-from jaxsparse.engines.keep_best import all_kept, keep_best, random_masks
+from jaxsparse.engines.keep_best import all_kept, keep_best, keep_best_units, random_masks
 from jaxsparse.engines.learn_scores import keep_scored, score_learner
 from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty, penalized
 from jaxsparse.engines.proximal import followed_by, project_after, proximal
@@ -44,6 +44,7 @@ __all__ = [
     "followed_by",
     "group_setup",
     "keep_best",
+    "keep_best_units",
     "keep_scored",
     "hold_masks",
     "is_concrete",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,6 +12,7 @@ from jaxsparse.choose import choose
 from jaxsparse.engines.hold_masks import Rule
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step
+from jaxsparse.engines.units import Units
 from jaxsparse.schedules import Schedule
 
 
@@ -43,6 +46,24 @@ def keep_best(
             seed=setup.seed,
             stream=step.count,
         )
+
+    return rule
+
+
+def keep_best_units(
+    worth: Callable[[Units, Sequence[Array]], Sequence[Array]], setup: Setup
+) -> Rule:
+    """The rule that keeps whole units at the sparsity of the setup, of those that are still held.
+
+    Args:
+      worth: what the units are ranked by, from the `Units` and the weights: `Units.norms`,
+        `Units.scale_norms`, or another.
+      setup: structure, allocation, sparsity, and the seed of ties.
+    """
+
+    def rule(step: Step) -> list[Array]:
+        units = Units(step.leaves)
+        return units.cut(step.masks, worth(units, [v.w for v in step.views]), setup)
 
     return rule
 

@@ -96,12 +96,7 @@ def setup(
       ValueError: a sparsity out of range, missing, or at odds with the structure; an argument that is
         none of the above.
     """
-    if isinstance(structure, structures.MakesCoupled):
-        structure = structure.structure()
-    if isinstance(structure, Mapping):
-        kind: Any = {path: structures.resolve(s) for path, s in structure.items()}
-    else:
-        kind = structures.resolve(structure)
+    kind: Any = structures.resolve_all(structure)
     if not isinstance(pack_masks, bool):
         raise ValueError(f"pack_masks={pack_masks!r}: give True (one bit per weight) or False")
     rule = allocations.resolve(allocation)

@@ -140,6 +140,10 @@ class Units:
         """The leaves that scale units (see `factors`), and zeros in place of the others."""
         return [w if yes else jnp.zeros_like(w) for w, yes in zip(ws, self.factors())]
 
+    def scale_norms(self, ws: Sequence[Array]) -> list[Array]:
+        """The norms of the scales of units (see `factors`)."""
+        return self.norms(self.scales(ws))
+
     def pulled(self, ws: Sequence[Array], slopes: Sequence[Array]) -> list[Array]:
         """The gradient at the weights of a function of the norms of the units' scales, of which `slopes`
         are the derivatives; 0 at other leaves."""

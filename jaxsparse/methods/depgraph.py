@@ -7,7 +7,15 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules
-from jaxsparse.engines import Step, Units, all_kept, group_setup, hold_masks, is_concrete
+from jaxsparse.engines import (
+    Step,
+    Units,
+    all_kept,
+    group_setup,
+    hold_masks,
+    is_concrete,
+    keep_best_units,
+)
 from jaxsparse.engines.penalties import check_strength, penalized
 from jaxsparse.engines.units import safe_divide
 from jaxsparse.methods.registry import register
@@ -85,16 +93,14 @@ def depgraph(
         found = [(strength * d * w).astype(w.dtype) for d, w in zip(decay, ws)]
         return penalized(step.views, found, step.count < updates.end)
 
-    def cut(step: Step):
-        units = Units(step.leaves)
-        found = squares(units, [v.w for v in step.views])
-        return units.cut(step.masks, [safe_divide(x, jnp.mean(x)) for x in found], sparse)
+    def relative(units: Units, ws):
+        return [safe_divide(x, jnp.mean(x)) for x in squares(units, ws)]
 
     return hold_masks(
         inner,
         sparse,
         init=all_kept,
-        rule=cut,
+        rule=keep_best_units(relative, sparse),
         at=schedules.At((updates.end,)),
         gradient=gradient,
     )

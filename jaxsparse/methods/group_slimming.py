@@ -87,21 +87,19 @@ def group_slimming(
     updates = _TIMING.updates(total_steps, begin_step, end_step)
     sparse = group_setup(sparsity, groups, "uniform", targets, seed, pack_masks)
 
-    def scales(units: Units, step: Step):
-        return units.norms(units.scales([v.w for v in step.views]))
-
     def gradient(step: Step):
-        units, found = Units(step.leaves), scales(Units(step.leaves), step)
+        units, ws = Units(step.leaves), [v.w for v in step.views]
+        found = units.scale_norms(ws)
         total = sum(x.size for x in found)
         large = selection.topk_masks(found, scale_count(total, survivors), together=True)
         on = step.count >= updates.begin
         slopes = [strength * (1 - jnp.where(on & m, spared, 0.0)) for m in large]
-        pulled = units.pulled([v.w for v in step.views], slopes)
-        return penalized(step.views, pulled, step.count < updates.end)
+        return penalized(step.views, units.pulled(ws, slopes), step.count < updates.end)
 
     def cut(step: Step):
         units = Units(step.leaves)
-        found, names = scales(units, step), [leaf.path for leaf in units.leaves]
+        found = units.scale_norms([v.w for v in step.views])
+        names = [leaf.path for leaf in units.leaves]
         kept = list(found)
         rates = dict(bunches or {})
         check_matched("bunches", rates, names)

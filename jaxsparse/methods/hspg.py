@@ -15,6 +15,7 @@ from jaxsparse.engines import (
     followed_by,
     group_setup,
     hold_masks,
+    keep_best_units,
 )
 from jaxsparse.engines.penalties import check_fraction, penalized
 from jaxsparse.engines.units import safe_divide
@@ -107,15 +108,11 @@ def hspg(
         alive = units.at_weights(units.alive(ws))
         return [m & (a | (step.count < updates.begin)) for m, a in zip(step.masks, alive)], ws
 
-    def cut(step: Step):
-        units = Units(step.leaves)
-        return units.cut(step.masks, units.norms([v.w for v in step.views]), sparse)
-
     return hold_masks(
         followed_by(inner, half_space, sparse),
         sparse,
         init=all_kept,
-        rule=cut,
+        rule=keep_best_units(Units.norms, sparse),
         at=schedules.At((updates.end,)),
         gradient=lambda s: penalized(
             s.views, lasso.gradient(Units(s.leaves), [v.w for v in s.views])

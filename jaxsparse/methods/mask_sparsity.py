@@ -79,7 +79,7 @@ def mask_sparsity(
     def rule(step: Step):
         """Marks at the first update; cuts what is marked at the second."""
         units, last = Units(step.leaves), step.count >= updates.end
-        stay = units.best(units.norms(units.scales([v.w for v in step.views])), sparse)
+        stay = units.best(units.scale_norms([v.w for v in step.views]), sparse)
         first = step.count <= updates.begin
         marked = [jnp.where(first, ~s, old) for s, old in zip(stay, step.aux)]
         left = units.at_weights([~m for m in marked])
@@ -88,7 +88,7 @@ def mask_sparsity(
     def gradient(step: Step):
         units, ws = Units(step.leaves), [v.w for v in step.views]
         slopes = []
-        for n, marked in zip(units.norms(units.scales(ws)), step.aux):
+        for n, marked in zip(units.scale_norms(ws), step.aux):
             quadratic = penalty == "l2" or (jnp.bool_(penalty == "smooth_l1") & (n < band))
             slopes.append(jnp.where(marked, strength * jnp.where(quadratic, n, 1.0), 0.0))
         return penalized(step.views, units.pulled(ws, slopes), step.count < updates.end)

@@ -17,6 +17,7 @@ from jaxsparse.engines import (
     group_setup,
     hold_masks,
     is_concrete,
+    keep_best_units,
 )
 from jaxsparse.engines.penalties import check_strength, penalized
 from jaxsparse.methods.registry import register
@@ -92,25 +93,21 @@ def polarization(
 
     def gradient(step: Step):
         units, ws = Units(step.leaves), [v.w for v in step.views]
-        slopes = polarization_slopes(units.norms(units.scales(ws)), share)
+        slopes = polarization_slopes(units.scale_norms(ws), share)
         found = units.pulled(ws, [strength * s for s in slopes])
         return penalized(step.views, found, step.count < updates.end)
 
     def clip(units: Units, ws, vs, count: Array):
         largest = jnp.inf if limit is None else limit
-        large = [jnp.maximum(n / largest, 1.0) for n in units.norms(units.scales(vs))]
+        large = [jnp.maximum(n / largest, 1.0) for n in units.scale_norms(vs)]
         factors = zip(units.at_weights([1 / x for x in large]), units.factors(), vs)
         return [(f * v).astype(v.dtype) if yes else v for f, yes, v in factors]
-
-    def cut(step: Step):
-        units = Units(step.leaves)
-        return units.cut(step.masks, units.norms(units.scales([v.w for v in step.views])), sparse)
 
     return hold_masks(
         inner if limit is None else followed_by(inner, clip, sparse),
         sparse,
         init=all_kept,
-        rule=cut,
+        rule=keep_best_units(Units.scale_norms, sparse),
         at=schedules.At((updates.end,)),
         gradient=gradient,
     )

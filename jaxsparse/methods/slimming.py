@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import schedules
-from jaxsparse.engines import Step, Units, all_kept, group_setup, hold_masks
+from jaxsparse.engines import (
+    Step,
+    Units,
+    all_kept,
+    group_setup,
+    hold_masks,
+    keep_best_units,
+)
 from jaxsparse.engines.penalties import check_strength, penalized
 from jaxsparse.methods.registry import register
 from jaxsparse.methods.timing import Timing
@@ -70,15 +77,11 @@ def slimming(
         slopes = [jnp.full(u.shape, strength, jnp.float32) for u in units.leaves]
         return penalized(step.views, units.pulled(ws, slopes), step.count < updates.end)
 
-    def cut(step: Step):
-        units = Units(step.leaves)
-        return units.cut(step.masks, units.norms(units.scales([v.w for v in step.views])), sparse)
-
     return hold_masks(
         inner,
         sparse,
         init=all_kept,
-        rule=cut,
+        rule=keep_best_units(Units.scale_norms, sparse),
         at=schedules.At((updates.end,)),
         gradient=gradient,
     )

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 import optax
 
 from jaxsparse import schedules
-from jaxsparse.engines import GroupLasso, Step, Sum, Units, all_kept, group_setup, hold_masks
+from jaxsparse.engines import (
+    GroupLasso,
+    Step,
+    Sum,
+    Units,
+    all_kept,
+    group_setup,
+    hold_masks,
+    keep_best_units,
+)
 from jaxsparse.engines.penalties import Family, penalized
 from jaxsparse.methods.registry import register
 from jaxsparse.methods.timing import Timing
@@ -73,15 +82,11 @@ def ssl(
         found = penalty.gradient(Units(step.leaves), [v.w for v in step.views])
         return penalized(step.views, found, step.count < updates.end)
 
-    def cut(step: Step):
-        units = Units(step.leaves)
-        return units.cut(step.masks, units.norms([v.w for v in step.views]), sparse)
-
     return hold_masks(
         inner,
         sparse,
         init=all_kept,
-        rule=cut,
+        rule=keep_best_units(Units.norms, sparse),
         at=schedules.At((updates.end,)),
         gradient=gradient,
     )

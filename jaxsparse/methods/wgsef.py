@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,21 @@ import optax
 from jax import Array
 
 from jaxsparse import schedules
-from jaxsparse.engines import Step, Units, all_kept, followed_by, group_setup, hold_masks
+from jaxsparse.engines import (
+    Units,
+    all_kept,
+    followed_by,
+    group_setup,
+    hold_masks,
+    keep_best_units,
+)
 from jaxsparse.engines.penalties import check_strength
 from jaxsparse.methods.registry import register
 from jaxsparse.methods.timing import Timing
 from jaxsparse.typing import AllocationLike, GroupsLike, Scalar, Seed, StepCount, Targets
 
 _TIMING = Timing()
+_TINY = jnp.finfo(jnp.float32).tiny
 
 
 @register(
@@ -83,15 +91,11 @@ def wgsef(
         ]
         return [(f * v).astype(v.dtype) for f, v in zip(units.at_weights(factors), vs)]
 
-    def cut(step: Step):
-        units = Units(step.leaves)
-        return units.cut(step.masks, units.norms([v.w for v in step.views]), sparse)
-
     return hold_masks(
         followed_by(inner, prox, sparse),
         sparse,
         init=all_kept,
-        rule=cut,
+        rule=keep_best_units(Units.norms, sparse),
         at=schedules.At((updates.end,)),
     )
 
@@ -116,18 +120,8 @@ def envelope_factors(norms: Array, k, strength: Scalar, weights: Scalar | Array 
     lam = jnp.asarray(strength, jnp.float32) * jnp.asarray(weights, jnp.float32)
     reach = norms * jnp.sqrt(lam)
     share = lambda eta: jnp.clip(reach / eta - lam, 0, 1)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = jnp.sqrt(low * high)  # the sum of the shares falls with eta
-        more = jnp.sum(share(middle)) > k
-        return jnp.where(more, middle, low), jnp.where(more, high, middle)
-
-    tiny = jnp.finfo(jnp.float32).tiny
-    top = jnp.max(reach) / jnp.maximum(jnp.min(lam), tiny) + tiny  # all shares are 0 there
-    low = jnp.maximum(top * 1e-12, tiny)
-    _, eta = jax.lax.fori_loop(0, 60, halve, (low, top))
-    u = jnp.where(jnp.sum(norms > 0) <= k, jnp.ones(()), share(eta))
+    top = jnp.max(reach) / jnp.maximum(jnp.min(lam), _TINY) + _TINY  # all shares are 0 there
+    u = jnp.where(jnp.sum(norms > 0) <= k, jnp.ones(()), share(_level(share, k, top)))
     return jnp.where(lam == 0, 1.0, u / (u + jnp.where(lam == 0, 1.0, lam)))
 
 
@@ -139,6 +133,13 @@ def envelope(norms: Sequence[float] | Array, k: int, weights: Scalar | Array = 1
     """
     a = jnp.sqrt(jnp.asarray(weights, jnp.float32)) * jnp.asarray(norms, jnp.float32)
     share = lambda eta: jnp.minimum(a / eta, 1.0)
+    top = jnp.sum(a) / k + _TINY
+    u = jnp.where(jnp.sum(a > 0) <= k, 1.0, share(_level(share, k, top)))
+    return 0.5 * jnp.sum(jnp.where(a > 0, a * a / jnp.where(u > 0, u, 1.0), 0.0))
+
+
+def _level(share: Callable[[Array], Array], k, top: Array) -> Array:
+    """The eta up to `top` at which the shares, which fall with it, sum to k."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -146,8 +147,4 @@ def envelope(norms: Sequence[float] | Array, k: int, weights: Scalar | Array = 1
         more = jnp.sum(share(middle)) > k
         return jnp.where(more, middle, low), jnp.where(more, high, middle)
 
-    tiny = jnp.finfo(jnp.float32).tiny
-    top = jnp.sum(a) / k + tiny
-    low, high = jax.lax.fori_loop(0, 60, halve, (jnp.maximum(top * 1e-12, tiny), top))
-    u = jnp.where(jnp.sum(a > 0) <= k, 1.0, share(high))
-    return 0.5 * jnp.sum(jnp.where(a > 0, a * a / jnp.where(u > 0, u, 1.0), 0.0))
+    return jax.lax.fori_loop(0, 60, halve, (jnp.maximum(top * 1e-12, _TINY), top))[1]

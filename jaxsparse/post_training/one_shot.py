@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,11 +55,9 @@ def prune(
       ValueError: a sparsity out of range, a structure that does not fit, rules that match nothing,
         gradients or statistics that are not like the parameters, scores that are NaN.
     """
-    if isinstance(structure, structures.MakesCoupled):
-        structure = structure.structure()
-    structure = structure if isinstance(structure, Mapping) else structures.resolve(structure)
-    sparsity = check_sparsity(sparsity, structure)
-    sparse, function = leaves_.find(params, targets, structure), scores.resolve(score)
+    kind = structures.resolve_all(structure)
+    sparsity = check_sparsity(sparsity, kind)
+    sparse, function = leaves_.find(params, targets, kind), scores.resolve(score)
     gs = [None] * len(sparse) if grads is None else sparse.gradients(grads, params)
     rows = zip(sparse, sparse.take(params), gs, leaves_.statistics_at(sparse, stats, params))
     values = [function(scores.View(leaf, w, g, stats=x)) for leaf, w, g, x in rows]

@@ -20,7 +20,7 @@ from jax import Array
 
 from jaxsparse.sae.relu import JumpReLU
 from jaxsparse.sae.scaffold import SAE, Statistic, check_k
-from jaxsparse.sae.topk import aux_k
+from jaxsparse.sae.topk import aux_k, aux_slots
 from jaxsparse.selection import topk_mask
 
 
@@ -62,8 +62,7 @@ class BatchTopK(SAE):
     ):
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
         check_k("k", k, d_sae)
-        aux_k = min(max(self.d_out // 2, 1), d_sae) if aux_k is None else aux_k
-        check_k("aux_k", aux_k, d_sae)
+        aux_k = aux_slots(aux_k, self.d_out, d_sae)
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay={threshold_decay}: give a number in [0, 1)")
         self.k, self.aux_k, self.alpha = k, aux_k, alpha
@@ -81,15 +80,6 @@ class BatchTopK(SAE):
 
     def auxiliary(self, z: Array, error: Array, target: Array) -> Array:
         return self.alpha * aux_k(z, self.dead, self.aux_k, self.W_dec[...], error, target)
-
-    def loss(
-        self, x: Array, target: Array | None = None, *, warmup: Array | float = 1.0
-    ) -> tuple[Array, dict[str, Array]]:
-        y = self._check_batch(x, target)
-        z = self.pre_activations(x)
-        f = self.activate(z)
-        self.track(f)
-        return self._total(z, f, y - self.decode(f, x), y, warmup)
 
     def track(self, f: Array) -> None:
         """Moves the threshold towards the smallest positive entry of f."""

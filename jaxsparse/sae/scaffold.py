@@ -104,6 +104,9 @@ class SAE(nnx.Module):
         """What else a family adds, such as the revival of dead latents."""
         return jnp.zeros((), z.dtype)
 
+    def track(self, f: Array) -> None:
+        """What a family keeps of the codes of a batch besides the counters."""
+
     def encoder(self) -> Array:
         """The encoder's weights `[d_model, F]`."""
         return self.W_enc[...]
@@ -154,6 +157,7 @@ class SAE(nnx.Module):
         target = self._check_batch(x, target)
         z = self.pre_activations(x)
         f = self.activate(z)
+        self.track(f)
         error = target - self.decode(f, x)
         return self._total(z, f, error, target, warmup)
 

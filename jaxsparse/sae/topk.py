@@ -25,6 +25,23 @@ def scatter_code(values: Array, indices: Array, size: int) -> Array:
     return jnp.zeros((values.shape[0], size), values.dtype).at[rows, indices].set(values)
 
 
+def code_at(z: Array, indices: Array) -> Array:
+    """The code `[tokens, F]` of pre-activations, after a ReLU, at indices `[tokens, k]` and 0 elsewhere."""
+    kept = jnp.take_along_axis(z, indices, axis=-1)
+    return scatter_code(jax.nn.relu(kept), indices, z.shape[-1])
+
+
+def aux_slots(aux_k: int | None, d_out: int, d_sae: int) -> int:
+    """The slots of `aux_k`: half of d_out where none are given, at most F.
+
+    Raises:
+      ValueError: not an integer from 1 to d_sae.
+    """
+    slots = min(max(d_out // 2, 1), d_sae) if aux_k is None else aux_k
+    check_k("aux_k", slots, d_sae)
+    return slots
+
+
 def aux_k(
     z: Array, candidates: Array, k: int, dictionary: Array, error: Array, target: Array
 ) -> Array:
@@ -98,8 +115,7 @@ class TopK(SAE):
     ):
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
         check_k("k", k, d_sae)
-        aux_k = min(max(self.d_out // 2, 1), d_sae) if aux_k is None else aux_k
-        check_k("aux_k", aux_k, d_sae)
+        aux_k = aux_slots(aux_k, self.d_out, d_sae)
         if sparse and by_norm:
             raise ValueError("sparse=True: by_norm=True ranks with the atoms; leave one of the two")
         self.k, self.aux_k, self.alpha, self.by_norm = k, aux_k, alpha, by_norm
@@ -111,8 +127,7 @@ class TopK(SAE):
 
     def activate(self, z: Array) -> Array:
         indices, _ = topk_indices(self.scores(z), self.k)
-        kept = jnp.take_along_axis(z, indices, axis=-1)
-        return scatter_code(jax.nn.relu(kept), indices, self.d_sae)
+        return code_at(z, indices)
 
     def auxiliary(self, z: Array, error: Array, target: Array) -> Array:
         return self.alpha * aux_k(z, self.dead, self.aux_k, self.W_dec[...], error, target)
@@ -265,8 +280,7 @@ class GradientTopK(TopK):
         """The code `[tokens, F]` of pre-activations and gradients."""
         effect = jnp.abs(gradient @ self.W_dec[...].T)
         indices, _ = topk_indices(z + self.beta * z * effect, self.k)
-        kept = jax.nn.relu(jnp.take_along_axis(z, indices, axis=-1))
-        return scatter_code(kept, indices, self.d_sae)
+        return code_at(z, indices)
 
 
 class MatryoshkaTopK(SAE):
@@ -315,11 +329,7 @@ class MatryoshkaTopK(SAE):
 
     def codes(self, z: Array) -> list[Array]:
         """The code `[tokens, F]` of each level."""
-        found = [
-            scatter_code(jax.nn.relu(jnp.take_along_axis(z, i, axis=-1)), i, self.d_sae)
-            for i in self._places(z)
-        ]
-        return [*found, jax.nn.relu(z)]
+        return [*(code_at(z, i) for i in self._places(z)), jax.nn.relu(z)]
 
     def _places(self, z):
         if len(self.ks) == 1:
@@ -329,8 +339,7 @@ class MatryoshkaTopK(SAE):
 
     def activate(self, z: Array) -> Array:
         indices, _ = topk_indices(z, self.k)
-        kept = jax.nn.relu(jnp.take_along_axis(z, indices, axis=-1))
-        return scatter_code(kept, indices, self.d_sae)
+        return code_at(z, indices)
 
     def loss(
         self, x: Array, target: Array | None = None, *, warmup: Array | float = 1.0

@@ -14,7 +14,7 @@ from jaxsparse.structures.base import (
     topk,
     unit_mask,
 )
-from jaxsparse.structures.coupled import Coupled, Group, MakesCoupled, Part
+from jaxsparse.structures.coupled import Coupled, Group, MakesCoupled, Part, resolve_all
 from jaxsparse.structures.transposable import TransposableNM, transposable_nm_mask
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Unstructured",
     "parse",
     "resolve",
+    "resolve_all",
     "topk",
     "transposable_nm_mask",
     "unit_mask",

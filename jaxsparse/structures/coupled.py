@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse.structures.base import Shape, Structure, sum_over
+from jaxsparse.structures.base import Shape, Structure, resolve, sum_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +182,25 @@ class MakesCoupled(Protocol):
     ) -> Coupled:
         """The groups as a structure, of the leaves on these sides."""
         ...
+
+
+def resolve_all(
+    structure: Structure | str | Mapping[str, Structure | str | None] | MakesCoupled | None,
+) -> Structure | dict[str, Structure]:
+    """As `resolve`, of all that a method takes: groups give their structure, a mapping from path patterns
+    one for each pattern.
+
+    >>> resolve_all({"head": "1:2"})["head"].sparsity
+    0.5
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(structure, MakesCoupled):
+        return structure.structure()
+    if isinstance(structure, Mapping):
+        return {path: resolve(s) for path, s in structure.items()}
+    return resolve(structure)
 
 
 _ALONE = (
