@@ -9,7 +9,7 @@ is known: `parallel.create`, `datasets.load`.
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -170,8 +170,29 @@ def check(config: Any) -> None:
     Raises:
       ValueError: names every field with a wrong value, and says what would do.
     """
+    check_by(config, FIELDS, free=("options", "model_options"), relations=_of_relations)
+
+
+def check_by(
+    config: Any,
+    rules: Mapping[str, Rule],
+    *,
+    free: Collection[str] = (),
+    relations: Callable[[Mapping[str, Any]], Iterable[tuple[str, str]]] = lambda values: (),
+) -> None:
+    """Refuses a config by the rules of its job.
+
+    Args:
+      config: a `ConfigDict`.
+      rules: of every field, by dotted name.
+      free: fields whose parts may be absent, or others than there are rules for.
+      relations: what is wrong with fields that are right by themselves, as (name, what).
+
+    Raises:
+      ValueError: names every field with a wrong value, and says what would do.
+    """
     values = flatten(config.to_dict())
-    wrong = list(_of_fields(values)) or list(_of_relations(values))
+    wrong = list(_of_fields(values, rules, free)) or list(relations(values))
     if wrong:
         raise ValueError(
             "; ".join(f"config.{name}={values.get(name)!r}: {what}" for name, what in wrong)
@@ -191,18 +212,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _of_fields(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _of_fields(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], free: Collection[str]
+) -> Iterator[tuple[str, str]]:
     """Fields with a value that is wrong whatever the others are."""
-    for name, rule in FIELDS.items():
+    for name, rule in rules.items():
         # Options may be gone from a config; what is left out has the method's default.
-        if name not in values and not name.startswith("options."):
+        if name not in values and name.partition(".")[0] not in free:
             yield name, "is missing"
         elif (wrong := rule(values.get(name))) is not None:
             yield name, wrong
     for name in values:
         # Of these the method and the model know more than the config lists.
-        if name not in FIELDS and name.partition(".")[0] not in ("options", "model_options"):
-            close = difflib.get_close_matches(name, FIELDS)
+        if name not in rules and name.partition(".")[0] not in free:
+            close = difflib.get_close_matches(name, rules)
             yield name, "is no field" + (f"; did you mean {close[0]}?" if close else "")
 
 

@@ -30,6 +30,7 @@ from ml_collections import config_flags
 
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.datasets.planted import planted
+from experiments.fields import SEEDS, Rule, check_by, integer, number, one_of, text, yes_or_no
 from experiments.logs import Logs, read
 from experiments.stopping import Diverged, StopSignal
 from jaxsparse import sae
@@ -40,6 +41,59 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": optax.lion,
     "muon": optax.contrib.muon,
 }
+# Of these three an autoencoder needs more than rows of one layer.
+FAMILIES: dict[str, type[sae.SAE]] = {
+    name: kind
+    for name in sae.__all__
+    if name not in ("SAE", "GradientTopK", "Crosscoder")
+    and isinstance(kind := getattr(sae, name), type)
+    and issubclass(kind, sae.SAE)
+}
+
+
+def least_and_most(value: Any) -> str | None:
+    """Two whole numbers of at least 0, the first not above the second."""
+    right = isinstance(value, tuple | list) and len(value) == 2 and not any(map(integer(0), value))
+    return None if right and value[0] <= value[1] else "must be two whole numbers (least, most)"
+
+
+FIELDS: dict[str, Rule] = {
+    "family": one_of(FAMILIES),
+    "d_sae": integer(1),
+    "dead_after": integer(1),
+    "data": one_of(("planted", "smollm2")),
+    "tokens": integer(1),
+    "scale": yes_or_no,
+    "width": integer(1),
+    "atoms": integer(1),
+    "active": least_and_most,
+    "noise": number(0.0),
+    "site": text,
+    "layers": integer(1),
+    "length": integer(2),
+    "eval_sequences": integer(1),
+    "seed": integer(0, SEEDS - 1),
+    "steps": integer(1),
+    "batch_size": integer(1),
+    "learning_rate": number(above=0.0),
+    "optimizer": one_of(OPTIMIZERS),
+    "clip_norm": number(above=0.0),
+    "unit_norm": yes_or_no,
+    "sparsity_warmup": integer(0),
+    "resample_every": integer(0),
+    "log_every": integer(1),
+    "checkpoint_every": integer(1),
+    "keep_checkpoints": integer(1),
+}
+
+
+def check(config: Any) -> None:
+    """Refuses a config that cannot be run as it says; the family checks its own options.
+
+    Raises:
+      ValueError: names every field with a wrong value, and says what would do.
+    """
+    check_by(config, FIELDS, free=("options",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +112,7 @@ def load(config: Any) -> Data:
     """The activations that a configuration asks for.
 
     Raises:
-      ValueError: unknown data, a site that does not exist, more tokens than the text has.
+      ValueError: a site that does not exist, more tokens than the text has.
     """
     if config.data == "planted":
         made = planted(
@@ -66,8 +120,6 @@ def load(config: Any) -> Data:
             active=tuple(config.active), noise=config.noise, seed=config.seed,
         )  # fmt: skip
         return Data(made.rows[4096:], made.rows[:4096], made.atoms)
-    if config.data != "smollm2":
-        raise ValueError(f'data={config.data!r}: give "planted" or "smollm2"')
     from experiments.models import smollm2
 
     network, tokenizer = smollm2.load(config.layers)
@@ -85,20 +137,11 @@ def make_model(config: Any, width: int) -> sae.SAE:
     """The autoencoder of a configuration.
 
     Raises:
-      ValueError: a family that does not exist, or options that it does not take.
+      ValueError: options that the family does not take.
     """
-    families = {
-        n: getattr(sae, n)
-        for n in sae.__all__
-        if isinstance(getattr(sae, n), type) and issubclass(getattr(sae, n), sae.SAE)
-    }
-    for name in ("SAE", "GradientTopK", "Crosscoder"):  # need more than rows of one layer
-        families.pop(name)
-    if config.family not in families:
-        raise ValueError(f"family={config.family!r}: give one of {', '.join(sorted(families))}")
     options = dict(config.options)
     try:
-        return families[config.family](
+        return FAMILIES[config.family](
             width, config.d_sae, dead_after=config.dead_after, rngs=nnx.Rngs(config.seed), **options
         )
     except TypeError as error:
@@ -106,13 +149,7 @@ def make_model(config: Any, width: int) -> sae.SAE:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Clipping, the optimizer with its rate falling to 0 over the last fifth, atoms of norm 1.
-
-    Raises:
-      ValueError: an optimizer that is not known.
-    """
-    if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={config.optimizer!r}: give one of {', '.join(OPTIMIZERS)}")
+    """Clipping, the optimizer with its rate falling to 0 over the last fifth, atoms of norm 1."""
     last = max(config.steps // 5, 1)
     rate = optax.linear_schedule(config.learning_rate, 0.0, last, config.steps - last)
     tx = optax.chain(
@@ -133,6 +170,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
       ValueError: for a config that cannot be run, or a `workdir` of another run.
       Diverged: the loss is not finite.
     """
+    check(config)
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     data = load(config)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import train_sae
+from experiments import fields, train_sae
 from experiments.configs import sae_planted
 from experiments.datasets.planted import planted
 
@@ -52,3 +52,48 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
 def test_what_cannot_be_run_is_named(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train_sae.train(config(**changes), tmp_path)
+
+
+# Values that each field must refuse: of another type, beyond each end of its range, or not known.
+BAD = {
+    "family": ["SAE", "", None],
+    "d_sae": [0, 1.5, None],
+    "dead_after": [0, 1.5],
+    "data": ["", None],
+    "tokens": [0, 1.5],
+    "scale": ["yes", 1],
+    "width": [0, 1.5],
+    "atoms": [0, 1.5],
+    "active": [(2, 1), (1,), (-1, 2), 3],
+    "noise": [-0.1, float("nan")],
+    "site": ["", None],
+    "layers": [0, 1.5],
+    "length": [1, 1.5],
+    "eval_sequences": [0, 1.5],
+    "seed": [-1, 2**32],
+    "steps": [0, 1.5],
+    "batch_size": [0, 1.5],
+    "learning_rate": [0.0, -1e-3, float("inf")],
+    "optimizer": ["sgd", None],
+    "clip_norm": [0.0, -1.0, float("nan"), None],
+    "unit_norm": ["yes", 1],
+    "sparsity_warmup": [-1, 1.5],
+    "resample_every": [-1, 1.5],
+    "log_every": [0, 1.5],
+    "checkpoint_every": [0, 1.5],
+    "keep_checkpoints": [0, 1.5],
+}
+
+
+def test_every_field_refuses_what_it_cannot_be_before_anything_is_written(tmp_path):
+    known = {n for n in fields.flatten(config().to_dict()) if not n.startswith("options.")}
+    assert known == set(BAD) == set(train_sae.FIELDS)
+    for name, values in BAD.items():
+        for value in values:
+            c = config()
+            with c.ignore_type():
+                setattr(c, name, value)
+            with pytest.raises(ValueError) as refused:
+                train_sae.train(c, tmp_path / "run")
+            assert f"config.{name}={value!r}: " in str(refused.value)
+    assert not (tmp_path / "run").exists()
