@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import nn as nn
     from jaxsparse import sae as sae
     from jaxsparse import testing as testing
+    from jaxsparse import tickets as tickets
     from jaxsparse.nn import compact as compact
 
 __all__ = [
@@ -61,7 +62,7 @@ def __getattr__(name: str):
     """Modules that are imported on first use, so that `import jaxsparse` stays light."""
     import importlib
 
-    if name in ("analysis", "channels", "coding", "nn", "sae", "testing"):
+    if name in ("analysis", "channels", "coding", "nn", "sae", "testing", "tickets"):
         return importlib.import_module(f"jaxsparse.{name}")
     if name == "compact":
         return importlib.import_module("jaxsparse.nn").compact

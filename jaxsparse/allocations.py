@@ -274,6 +274,11 @@ class Global:
 
     - `normalize="l2"`: the scores of a layer are divided by their Euclidean norm, as JaxPruner does by
       default;
+    - `normalize="rms"`: by their root mean square. One threshold on |w| over all layers is then
+      $\lambda\,std(W_l)$ in each, for weights of mean 0: the "class-distribution" rule (Han et al.,
+      Learning both weights and connections for efficient neural networks, 2015; See, Luong & Manning,
+      Compression of neural machine translation models via pruning, 2016, compare it with the
+      "class-blind" `global` and the "class-uniform" `uniform`);
     - `normalize="mean"`: by the mean of their absolute values, which does not fall with the number of
       weights, so that small layers are not favoured;
     - `normalize="lamp"`: the score s of a weight becomes $s^2 / \sum s'^2$ over the weights of its layer
@@ -282,7 +287,7 @@ class Global:
       within a layer, not sizes alone.
 
     Args:
-      normalize: None (scores as they are), "l2", "mean" or "lamp".
+      normalize: None (scores as they are), "l2", "rms", "mean" or "lamp".
       minimum: the number of weights that every layer keeps whatever its scores: an integer, or a
         fraction (below 1) of all weights of the network. Layers that have no more stay dense
         (Gupta et al., Is complexity required for neural network pruning?, 2022, use 0.0005).
@@ -294,13 +299,13 @@ class Global:
       ValueError: another `normalize`, a negative `minimum`.
     """
 
-    normalize: Literal["l2", "mean", "lamp"] | None = None
+    normalize: Literal["l2", "rms", "mean", "lamp"] | None = None
     minimum: int | float = 0
 
     def __post_init__(self):
-        if self.normalize not in (None, "l2", "mean", "lamp"):
+        if self.normalize not in (None, "l2", "rms", "mean", "lamp"):
             raise ValueError(
-                f"Global(normalize={self.normalize!r}): use None, 'l2', 'mean' or 'lamp'"
+                f"Global(normalize={self.normalize!r}): use None, 'l2', 'rms', 'mean' or 'lamp'"
             )
         if self.minimum < 0:
             raise ValueError(f"Global(minimum={self.minimum}): must not be negative")
@@ -323,7 +328,8 @@ class Global:
         axes, tiny = tuple(range(lead, s.ndim)), 1e-30
         if self.normalize == "mean":
             return s / jnp.maximum(jnp.mean(jnp.abs(s), axis=axes, keepdims=True), tiny)
-        return s / jnp.maximum(jnp.sqrt(jnp.sum(s * s, axis=axes, keepdims=True)), tiny)
+        total = jnp.mean if self.normalize == "rms" else jnp.sum
+        return s / jnp.maximum(jnp.sqrt(total(s * s, axis=axes, keepdims=True)), tiny)
 
 
 def lamp_scores(scores: Array, *, lead: int = 0) -> Array:
@@ -366,6 +372,7 @@ NAMED: dict[str, Allocation] = {
     "erk": ErdosRenyi(),
     "global": Global(),
     "global_l2": Global(normalize="l2"),
+    "global_rms": Global(normalize="rms"),
     "global_mean": Global(normalize="mean"),
     "lamp": Global(normalize="lamp"),
 }

@@ -11,7 +11,7 @@ without data. Scores are trees like the parameters; the higher, the sooner a wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,65 @@ def grasp(loss: Loss, params, batches: Iterable[Any]):
 
     hg = _mean(lambda batch: curvature(g, batch), batches)
     return jax.tree.map(lambda w, h: w * h, params, hg)
+
+
+def fisher(
+    forward: Callable[[Any, Array], Array],
+    params,
+    batches: Iterable[Any],
+    *,
+    labels: Literal["given", "expected"] = "given",
+    power: int = 2,
+):
+    r"""The diagonal of the Fisher information, $\frac1n \sum_n (\partial \log p(y_n | x_n) / \partial w)^2$: of
+    single examples, whose squares add up; the square of a batch's gradient is another thing.
+
+    Args:
+      forward: `(params, x) -> logits [batch, classes]`, in evaluation mode, each example for itself.
+      params: the parameters.
+      batches: pairs `(x, y)`, labels as integers; with "expected" y is not read.
+      labels: "given": y of the data (the empirical Fisher information); "expected": the sum over all
+        classes, each with its probability under the model.
+      power: 2, or 1 for the mean of magnitudes.
+
+    Returns:
+      A tree like `params`.
+
+    (Sung, Nair & Raffel, Training neural networks with fixed sparse masks, 2021.)
+
+    >>> logits = lambda p, x: jnp.stack([0.0 * x[:, 0], x @ p["w"]], axis=1)  # a logistic regression
+    >>> x, y = jnp.array([[1.0, 2.0]]), jnp.array([1])
+    >>> fisher(logits, {"w": jnp.zeros(2)}, [(x, y)])["w"].tolist()  # (1/2 - y)^2 x^2
+    [0.25, 1.0]
+
+    Raises:
+      ValueError: no batch, another `labels` or `power`.
+    """
+    if labels not in ("given", "expected"):
+        raise ValueError(f"labels={labels!r}: use 'given' or 'expected'")
+    if power not in (1, 2):
+        raise ValueError(f"power={power}: use 2, or 1 for magnitudes")
+
+    def log_p(p, x, c):
+        return jax.nn.log_softmax(forward(p, x[None])[0].astype(jnp.float32))[c]
+
+    def one(total, example):
+        x, y = example
+        size = lambda c: jax.tree.map(lambda g: jnp.abs(g) ** power, jax.grad(log_p)(params, x, c))
+        if labels == "given":
+            return optax.tree.add(total, size(y)), None
+        chances = jax.nn.softmax(forward(params, x[None])[0].astype(jnp.float32))
+        each = jax.lax.map(
+            lambda c: optax.tree.scale(chances[c], size(c)), jnp.arange(chances.size)
+        )
+        return optax.tree.add(total, jax.tree.map(lambda s: jnp.sum(s, axis=0), each)), None
+
+    @jax.jit
+    def mean(batch):
+        total, _ = jax.lax.scan(one, optax.tree.zeros_like(params), batch)
+        return optax.tree.scale(1 / batch[0].shape[0], total)
+
+    return _mean(mean, batches)
 
 
 def flow(forward: Callable[[Any, Array], Array], params, x: Array):

@@ -2,6 +2,14 @@
 
 from jaxsparse._control import is_concrete, when
 from jaxsparse.engines._checks import check_inner, is_placeholder
+from jaxsparse.engines.anchored import (
+    Changes,
+    anchored,
+    changes,
+    restore,
+    restore_seeded,
+    save_seeded,
+)
 from jaxsparse.engines.drop_and_grow import drop_and_grow, random_start, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import all_kept, keep_best, keep_best_units, random_masks
@@ -24,6 +32,7 @@ from jaxsparse.engines.straight_through import (
 from jaxsparse.engines.units import Units, group_setup
 
 __all__ = [
+    "Changes",
     "GroupLasso",
     "L1",
     "Learner",
@@ -36,9 +45,11 @@ __all__ = [
     "View",
     "add_penalty",
     "all_kept",
+    "anchored",
     "apportion",
     "by_layer",
     "by_leaf",
+    "changes",
     "check_inner",
     "drop_and_grow",
     "followed_by",
@@ -57,7 +68,10 @@ __all__ = [
     "random_start",
     "refill",
     "refresh",
+    "restore",
+    "restore_seeded",
     "rewind",
+    "save_seeded",
     "scale_by_age",
     "score_learner",
     "soft_threshold_learner",

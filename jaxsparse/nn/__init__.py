@@ -5,7 +5,14 @@ from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import CondensedLinear, condense
 from jaxsparse.nn.consensus import ConsensusGate, consensus_loss
+from jaxsparse.nn.graph_network import GraphNetwork
 from jaxsparse.nn.nm_linear import NMLinear
+from jaxsparse.nn.sparse_activations import (
+    ClippedReLU,
+    ClippedSoftThreshold,
+    clipped_relu,
+    clipped_soft_threshold,
+)
 from jaxsparse.nn.sparse_ift import (
     SparseDoped,
     SparseFactorized,
@@ -28,10 +35,15 @@ __all__ = [
     "BlockSparseAttention",
     "top_blocks",
     "BlockSparseLinear",
+    "ClippedReLU",
+    "ClippedSoftThreshold",
     "Compacted",
     "CondensedLinear",
     "ConsensusGate",
+    "GraphNetwork",
     "NMLinear",
+    "clipped_relu",
+    "clipped_soft_threshold",
     "compact",
     "condense",
     "consensus_loss",

@@ -32,6 +32,7 @@ FLOORS = [
     "post_training",
     "initial",
     "initial_scores",
+    "tickets",
     "nn",
     "analysis",
     "sae",
