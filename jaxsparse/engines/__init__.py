@@ -13,7 +13,7 @@ from jaxsparse.engines.anchored import (
 from jaxsparse.engines.drop_and_grow import drop_and_grow, random_start, refill, swap
 from jaxsparse.engines.hold_masks import hold_masks
 from jaxsparse.engines.keep_best import all_kept, keep_best, keep_best_units, random_masks
-from jaxsparse.engines.learn_scores import keep_scored, score_learner
+from jaxsparse.engines.learn_scores import keep_scored, nan_moves, score_learner, unless_nan
 from jaxsparse.engines.penalties import L1, GroupLasso, Penalty, Sum, add_penalty, penalized
 from jaxsparse.engines.proximal import followed_by, project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
@@ -61,6 +61,7 @@ __all__ = [
     "is_concrete",
     "is_placeholder",
     "momentum",
+    "nan_moves",
     "penalized",
     "project_after",
     "proximal",
@@ -78,5 +79,6 @@ __all__ = [
     "straight_through",
     "swap",
     "threshold_of",
+    "unless_nan",
     "when",
 ]

@@ -13,7 +13,7 @@ weights are z:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax import Array
 from jaxsparse.choose import choose
 from jaxsparse.engines._checks import check_inner, sharded_as
 from jaxsparse.engines.setup import Setup
-from jaxsparse.engines.step import Step, views
+from jaxsparse.engines.step import Step, any_nan, views
 from jaxsparse.engines.straight_through import Learner, Projection
 from jaxsparse.leaves import SparseLeaves
 from jaxsparse.schedules import Schedule
@@ -105,6 +105,19 @@ def keep_scored(
             ties="hash",
             seed=setup.seed,
         )
-        return Projection(masks, aux=step.aux)
+        return Projection(unless_nan(step, scores, masks), aux=step.aux)
 
     return rule
+
+
+def unless_nan(step: Step, scores: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+    """The masks, or those so far where a score is NaN, which ranks nowhere."""
+    if any(v.m is None for v in step.views):
+        return list(masks)
+    bad = any_nan([], scores)
+    return [jnp.where(bad, v.m, m) for v, m in zip(step.views, masks)]
+
+
+def nan_moves(step: Step) -> list[Array]:
+    """What may move of weights that never do: where the gradient is NaN, so that it shows in them."""
+    return [jnp.isnan(v.g) for v in step.views]

@@ -12,6 +12,7 @@ from jaxsparse.methods.dense import dense
 from jaxsparse.methods.depgraph import depgraph
 from jaxsparse.methods.dsr import dsr
 from jaxsparse.methods.dst_ee import dst_ee
+from jaxsparse.methods.edge_popup import edge_popup, signed_constant
 from jaxsparse.methods.granet import granet
 from jaxsparse.methods.group_slimming import group_slimming
 from jaxsparse.methods.gsm import gsm
@@ -22,10 +23,12 @@ from jaxsparse.methods.iss_p import iss_p
 from jaxsparse.methods.itop import exploration_rate, itop, rigl_itop, set_itop
 from jaxsparse.methods.l0 import hard_concrete, l0
 from jaxsparse.methods.lamp import lamp
+from jaxsparse.methods.lottery_jackpots import lottery_jackpots
 from jaxsparse.methods.magnitude_ste import magnitude_ste
 from jaxsparse.methods.mask_sparsity import mask_sparsity
 from jaxsparse.methods.mdgf import mdgf
 from jaxsparse.methods.mest import mest, mest_soft
+from jaxsparse.methods.movement import movement, soft_movement
 from jaxsparse.methods.one_shot import one_shot
 from jaxsparse.methods.polarization import polarization
 from jaxsparse.methods.pq import gini_index, pq_index
@@ -42,6 +45,7 @@ from jaxsparse.methods.snfs import snfs
 from jaxsparse.methods.sr_ste import sr_ste
 from jaxsparse.methods.srigl import srigl
 from jaxsparse.methods.ssl import ssl
+from jaxsparse.methods.ssvi import ssvi
 from jaxsparse.methods.st3 import st3, st3_sigma
 from jaxsparse.methods.static import static
 from jaxsparse.methods.str import str_
@@ -64,6 +68,7 @@ __all__ = [
     "depgraph",
     "dsr",
     "dst_ee",
+    "edge_popup",
     "exploration_rate",
     "gini_index",
     "global_magnitude",
@@ -79,6 +84,7 @@ __all__ = [
     "itop",
     "l0",
     "lamp",
+    "lottery_jackpots",
     "magnitude",
     "magnitude_ste",
     "make",
@@ -86,6 +92,7 @@ __all__ = [
     "mdgf",
     "mest",
     "mest_soft",
+    "movement",
     "one_shot",
     "polarization",
     "pq_index",
@@ -98,12 +105,15 @@ __all__ = [
     "sdgf_stages",
     "set_",
     "set_itop",
+    "signed_constant",
     "slimming",
     "slope",
     "snfs",
+    "soft_movement",
     "sr_ste",
     "srigl",
     "ssl",
+    "ssvi",
     "st3",
     "st3_sigma",
     "static",

@@ -1,6 +1,7 @@
 """Flax NNX modules that compute sparsely."""
 
 from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
+from jaxsparse.nn.bayesian import BayesianLinear, VariationalDropoutLinear, dropout_kl
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import CondensedLinear, condense
@@ -31,6 +32,7 @@ from jaxsparse.nn.two_view import (
 )
 
 __all__ = [
+    "BayesianLinear",
     "BlockCache",
     "BlockSparseAttention",
     "top_blocks",
@@ -47,6 +49,7 @@ __all__ = [
     "compact",
     "condense",
     "consensus_loss",
+    "dropout_kl",
     "folded_decay",
     "Backward",
     "SLoPeLinear",
@@ -58,5 +61,6 @@ __all__ = [
     "TwoViewLinear",
     "refresh",
     "refresh_model",
+    "VariationalDropoutLinear",
     "two_view_matmul",
 ]

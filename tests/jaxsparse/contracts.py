@@ -112,6 +112,8 @@ def expected(name, t, sparsity=None):
         # At every step; the quantile interpolates between two magnitudes and is itself pruned.
         now = s * (1 - (1 - min(t / END, 1)) ** 3)
         return total if now == 0 else total - 1 - math.floor((total - 1) * now + 1e-6)
+    if name == "movement":  # on the cubic curve at every step
+        return _per_layer(s * (1 - (1 - min(t / END, 1)) ** 3))
     if not method.exact_budget or name == "app":
         return None
     if name in ("snfs", "dsr"):  # the budget moves between layers
