@@ -70,7 +70,8 @@ def movement(
       inner: the optimizer of the weights.
       sparsity: the final one, in [0, 1); may be left out with an N:M structure.
       total_steps: the length of the run, in steps.
-      scores: the optimizer of S; None: `optax.adam(0.01)`, the authors' learning rate.
+      scores: the optimizer of S; None: a second copy of `inner`. The authors take Adam at 0.01; from S = 0 on
+        the learning rate of Adam alone changes no ranking.
       begin_step: where the cubic ramp starts; after 10 % of the run by default.
       end_step: where it ends; 80 % of the run by default.
       structure: allowed patterns of zeros; the scores of a unit (a block) add up.
@@ -97,7 +98,7 @@ def movement(
         keep_scored(sparse, ramp=ramp),
         pull_back=_visible,
         moves=lambda step: step.masks,
-        learner=score_learner(scores or optax.adam(0.01)),
+        learner=score_learner(scores or inner),
     )
 
 
@@ -137,7 +138,8 @@ def soft_movement(
       total_steps: the length of the run, in steps.
       strength: $\lambda$ at the end; more is sparser.
       threshold: $\tau$ at the end, in (0, 1).
-      scores: the optimizer of S; None: `optax.adam(0.01)`.
+      scores: the optimizer of S; None: a second copy of `inner`. S has to cross $\sigma^{-1}(\tau)$ within the
+        run: the authors take Adam at 0.01, far above the learning rate of the weights.
       minimum: the fraction of each layer that is kept in any case, the highest scores.
       begin_step: where the ramps start; after 10 % of the run by default.
       end_step: where they end; 80 % of the run by default.
@@ -146,7 +148,7 @@ def soft_movement(
       pack_masks: store masks as one bit per weight.
 
     >>> import jaxsparse
-    >>> tx = jaxsparse.soft_movement(optax.adamw(3e-5), total_steps=10_000)
+    >>> tx = jaxsparse.soft_movement(optax.adamw(3e-5), total_steps=10_000, scores=optax.adam(0.01))
 
     Raises:
       ValueError: a step out of range, a negative strength, a threshold or minimum out of range.
@@ -159,7 +161,7 @@ def soft_movement(
     updates = _TIMING.updates(total_steps, begin_step, end_step)
     sparse = setup(asks_sparsity=False, targets=targets, seed=seed, pack_masks=pack_masks)
     ramp = schedules.cubic(updates.begin, updates.end)
-    optimizer = check_inner(scores or optax.adam(0.01))
+    optimizer = check_inner(scores or inner)
     plain = score_learner(optimizer)
 
     def update(step: Step, plan, extra):
