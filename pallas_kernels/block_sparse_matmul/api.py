@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels._dispatch import check_operands, choose, vary_alike
 from pallas_kernels._formats import Array, integer_places
-from pallas_kernels.block_sparse_matmul import gpu, reference, tpu, xla
+from pallas_kernels.block_sparse_matmul import cpu, gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_matmul.format import BlockSparse
 
 
@@ -39,6 +39,7 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "tpu": tpu,
     "gpu": gpu,
+    "cpu": cpu,
     "xla": xla,
     "reference": reference,
 }
@@ -77,9 +78,10 @@ def block_sparse_matmul(
       x: `[..., in]`.
       w: `[in, out]`, as `BlockSparse`. Operands of different dtypes are promoted as usual.
       implementation: "tpu" (Pallas: bfloat16 and float32, blocks of multiples of 128), "gpu"
-        (Pallas Triton, compute capability 8.0: float16 too, blocks of multiples of 16), "xla"
-        (anywhere; made for CPU), "reference" (builds the dense matrix); None takes the first of
-        them that supports the arguments.
+        (Pallas Triton, compute capability 8.0: float16 too, blocks of multiples of 16), "cpu" (C++:
+        float32, blocks of multiples of 16; see `pallas_kernels.cpu`), "xla" (anywhere; made for
+        CPU), "reference" (builds the dense matrix); None takes the first of them that supports the
+        arguments. XLA cannot partition "cpu", so None takes it where there is one device only.
       precision: of the products, as in `jax.lax.dot_general`. They are summed in float32. On a GPU
         float32 is multiplied as tf32 unless it is "highest".
       out_dtype: of y, by default the promoted dtype; `jnp.float32` keeps the sums of bfloat16
@@ -110,6 +112,8 @@ def block_sparse_matmul(
     out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
     x, w = jnp.asarray(x, dtype), w.astype(dtype)
     reasons = {name: module.why_not(x, w, interpret) for name, module in IMPLEMENTATIONS.items()}
+    if implementation is None:
+        reasons["cpu"] = reasons["cpu"] or cpu.why_not_unasked(w)
     name = choose(implementation, reasons)
     static = _Static(name, w.shape, w.block_shape, precision, out_dtype, interpret)
     if w.num_blocks == 0 or x.size == 0:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import cpu as kernels
 from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
 from pallas_kernels._formats import Array, integer_places
-from pallas_kernels.condensed_matmul import reference, xla
+from pallas_kernels.condensed_matmul import cpu, reference, xla
 from pallas_kernels.condensed_matmul.format import Condensed
 
 
@@ -23,14 +24,17 @@ def condensed_matmul(
 ) -> Array:
     """The product `y = x w` with an unstructured w, or one of constant fan-in.
 
-    What a user gets: on CPU the forward product is faster than dense from about 90 % sparsity (and
-    runs dense below); gradients are computed from dense products, exact but not faster. On TPU and
-    GPU it runs dense: what is saved there is memory.
+    What a user gets: on CPU with a C++ compiler the product and both gradients cost about twice what
+    the stored weights would in a dense product; without one the forward product in XLA is faster than
+    dense from about 90 % sparsity, and gradients cost what dense ones do. On TPU and GPU it runs
+    dense: what is saved there is memory.
 
     Args:
       x: `[..., in]`.
       w: `[in, out]`, as `Condensed`.
-      implementation: "xla" (made for CPU), "reference" (builds the dense matrix), or None.
+      implementation: "cpu" (C++, float32; see `pallas_kernels.cpu`), "xla" (made for CPU too),
+        "reference" (builds the dense matrix); None takes the first of them that supports the
+        arguments. XLA cannot partition "cpu", so None takes it where there is one device only.
       precision: of dense products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -48,9 +52,11 @@ def condensed_matmul(
         raise ValueError(f"w must be a Condensed, not {type(w).__name__}")
     x = check_operands(x, w)
     not_cpu = None if target_platform() == "cpu" else "its loops are made for CPU"
-    why_not_xla = not_cpu if implementation is None else None
-    name = choose(implementation, {"xla": why_not_xla, "reference": None})
     dtype = jnp.result_type(x.dtype, w.dtype)
+    reasons = {"cpu": kernels.why_not(dtype), "xla": None, "reference": None}
+    if implementation is None:
+        reasons.update(cpu=reasons["cpu"] or cpu.why_not_unasked(w), xla=not_cpu)
+    name = choose(implementation, reasons)
     for field, places in (("rows", w.rows), ("outputs", w.outputs)):
         integer_places(field, places)
     rows, w = jnp.reshape(x, (-1, w.shape[0])).astype(dtype), w.astype(dtype)
@@ -61,11 +67,14 @@ def condensed_matmul(
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 
+_MODULES = {"cpu": cpu, "xla": xla, "reference": reference}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static, x: Array, values: Array, pattern: Condensed) -> Array:
     name, precision = static
-    module = xla if name == "xla" else reference
-    return module.matmul(x, dataclasses.replace(pattern, values=values), precision=precision)
+    w = dataclasses.replace(pattern, values=values)
+    return _MODULES[name].matmul(x, w, precision=precision)
 
 
 def _forward(static, x, values, pattern):
@@ -74,10 +83,9 @@ def _forward(static, x, values, pattern):
 
 def _backward(static, residuals, dy):
     x, values, pattern = residuals
-    product = functools.partial(jnp.matmul, precision=static[1], preferred_element_type=jnp.float32)
-    dense = dataclasses.replace(pattern, values=values).to_dense()
-    dx = product(dy, dense.T).astype(x.dtype)
-    dvalues = product(x.T, dy)[pattern.rows, pattern.outputs[:, None]].astype(values.dtype)
+    name, precision = static
+    w = dataclasses.replace(pattern, values=values)
+    dx, dvalues = _MODULES[name].gradients(x, dy.astype(x.dtype), w, precision=precision)
     return dx, dvalues, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), pattern)
 
 
