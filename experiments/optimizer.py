@@ -67,7 +67,7 @@ def method_options(
         structure = inspect.signature(method.fn).parameters["structure"].default
     # N:M says how many zeros there are.
     fixed = jaxsparse.structures.resolve(structure).sparsity is not None
-    if stacked:
+    if stacked and "targets" in method.options:
         options["targets"] = _targets(options.get("targets"), stacked)
     known = {
         "sparsity": None if fixed else config.sparsity if sparsity is None else sparsity,
