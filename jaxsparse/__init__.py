@@ -24,6 +24,7 @@ from jaxsparse.structures.transposable import transposable_nm_mask
 
 if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import analysis as analysis
+    from jaxsparse import attention as attention
     from jaxsparse import channels as channels
     from jaxsparse import coding as coding
     from jaxsparse import nn as nn
@@ -62,7 +63,7 @@ def __getattr__(name: str):
     """Modules that are imported on first use, so that `import jaxsparse` stays light."""
     import importlib
 
-    if name in ("analysis", "channels", "coding", "nn", "sae", "testing", "tickets"):
+    if name in ("analysis", "attention", "channels", "coding", "nn", "sae", "testing", "tickets"):
         return importlib.import_module(f"jaxsparse.{name}")
     if name == "compact":
         return importlib.import_module("jaxsparse.nn").compact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxsparse.attention import Info, Pages, Predictor, State, append_page, pages
+from jaxsparse.attention.measure import inform
 from pallas_kernels import BlockMask, Grid, block_sparse_attention, block_sparse_decode
 
 MaskFn = Callable[[Array, Array], BlockMask]
@@ -25,12 +28,14 @@ class BlockCache:
       k, v: `[batch, kv_heads, capacity, head_dim]`.
       sums: float32 `[batch, kv_heads, blocks, head_dim]`: choosing blocks reads these, not k.
       lengths: int32 `[batch]`, how many positions are filled.
+      pages: bounds of the keys of each page, for a layer whose predictor decodes by them (`attention.quest`).
     """
 
     k: Array
     v: Array
     sums: Array
     lengths: Array
+    pages: Pages | None = None
 
 
 def top_blocks(num_blocks: int, *, block_q: int = 128, block_kv: int = 128) -> MaskFn:
@@ -79,7 +84,8 @@ class BlockSparseAttention(nnx.Module):
 
     Projections as in `flax.nnx.MultiHeadAttention`, with fewer heads for keys and values if
     asked for (GQA). The mask is given per call, or made from queries and keys by `mask`, e.g.
-    `top_blocks(16)` or `lambda q, k: BlockMask.local(q.shape[2], window=1024)`. In Linen models:
+    `top_blocks(16)` or `lambda q, k: BlockMask.local(q.shape[2], window=1024)`; or by a predictor of
+    `jaxsparse.attention`, `choose`. In Linen models:
     `flax.nnx.bridge.ToLinen(BlockSparseAttention, args=(...))`.
 
     Args:
@@ -88,6 +94,10 @@ class BlockSparseAttention(nnx.Module):
         and their size (default: in_features / num_heads).
       mask: function of q `[batch, num_heads, length, head_dim]` and k that returns a `BlockMask`;
         without one, calls must be given a mask.
+      choose: a predictor of `jaxsparse.attention`, in place of `mask`. It is given what the layer has: queries and keys
+        before positions, and the layer's input.
+      gate: parameters of a trained predictor, an `nnx.Module` (`attention.SeerGate`, `attention.LowRank`) that becomes a
+        part of the layer.
       position: function of q or k and the positions `[length]` or `[batch, 1, 1]` (rotary
         embedding, say), applied before the mask is made.
       softcap, implementation: as in `pallas_kernels.block_sparse_attention`.
@@ -110,6 +120,8 @@ class BlockSparseAttention(nnx.Module):
     num_kv_heads: int
     head_dim: int
     mask: MaskFn | None
+    choose: Predictor | None
+    gate: nnx.Module | None
     position: Callable[[Array, Array], Array] | None
     softcap: float | None
     implementation: str | None
@@ -126,6 +138,8 @@ class BlockSparseAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         mask: MaskFn | None = None,
+        choose: Predictor | None = None,
+        gate: nnx.Module | None = None,
         position: Callable[[Array, Array], Array] | None = None,
         softcap: float | None = None,
         implementation: str | None = None,
@@ -147,7 +161,12 @@ class BlockSparseAttention(nnx.Module):
                 )
             head_dim = in_features // num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        if mask is not None and choose is not None:
+            raise ValueError(
+                "mask and choose are both given; a layer chooses its blocks in one way"
+            )
         self.mask, self.position = mask, position
+        self.choose, self.gate = choose, gate
         self.softcap, self.implementation = softcap, implementation
 
         def project(heads: int) -> nnx.LinearGeneral:
@@ -173,11 +192,43 @@ class BlockSparseAttention(nnx.Module):
             rngs=rngs,
         )
 
+    @overload
     def __call__(
-        self, x: Array, mask: BlockMask | None = None, *, segment_ids: Array | None = None
-    ) -> Array:
-        """x `[batch, length, in_features]`; a mask given here takes the place of the layer's."""
-        return self._attend(*self._heads(x, jnp.arange(x.shape[1])), mask, segment_ids)
+        self, x: Array, mask: BlockMask | None = None, *, segment_ids: Array | None = None,
+        with_info: Literal[False] = ..., samples: int = ...,
+    ) -> Array: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, x: Array, mask: BlockMask | None = None, *, segment_ids: Array | None = None,
+        with_info: Literal[True], samples: int = ...,
+    ) -> tuple[Array, Info]: ...  # fmt: skip
+
+    def __call__(
+        self,
+        x: Array,
+        mask: BlockMask | None = None,
+        *,
+        segment_ids: Array | None = None,
+        with_info: bool = False,
+        samples: int = 64,
+    ) -> Array | tuple[Array, Info]:
+        """x `[batch, length, in_features]`; a mask given here takes the place of the layer's.
+
+        `with_info` also returns `jaxsparse.attention.Info`: density, recall and error bound of evenly spaced `samples` of
+        the queries against causal dense attention (or dense attention, if the predictor is not causal), and dropped
+        blocks.
+        """
+        q, k, v, state = self._heads(x, jnp.arange(x.shape[1]))
+        if not with_info:
+            return self._attend(q, k, v, state, mask, segment_ids)[0]
+        if segment_ids is not None or self.softcap is not None:
+            raise ValueError(
+                "with_info=True: recall knows no segment_ids and no softcap; leave one out"
+            )
+        out, lse, mask = self._attend(q, k, v, state, mask, segment_ids)
+        causal = self.choose is None or self.choose.layout.causal
+        return out, inform(q, k, v, mask, lse, causal=causal, samples=samples)
 
     def init_cache(
         self,
@@ -193,7 +244,18 @@ class BlockSparseAttention(nnx.Module):
         shape = (batch, self.num_kv_heads, capacity, self.head_dim)
         sums = jnp.zeros((*shape[:2], capacity // block_kv, self.head_dim), jnp.float32)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        return BlockCache(k, v, sums, jnp.zeros(batch, jnp.int32))
+        lengths = jnp.zeros(batch, jnp.int32)
+        return BlockCache(k, v, sums, lengths, self._pages(k, lengths))
+
+    def _pages(self, k: Array, lengths: Array) -> Pages | None:
+        page = None if self.choose is None else self.choose.page
+        if page is None:
+            return None
+        if k.shape[2] % page:
+            raise ValueError(
+                f"capacity={k.shape[2]} must be a multiple of the predictor's page={page}"
+            )
+        return pages(k, page, lengths)
 
     def prefill(
         self, x: Array, cache: BlockCache, mask: BlockMask | None = None
@@ -202,7 +264,7 @@ class BlockSparseAttention(nnx.Module):
         length, capacity = x.shape[1], cache.k.shape[2]
         if length > capacity:
             raise ValueError(f"x has {length} positions, more than the cache's capacity {capacity}")
-        q, k, v = self._heads(x, jnp.arange(length))
+        q, k, v, state = self._heads(x, jnp.arange(length))
         rest = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
         k_all, v_all = jnp.pad(k, rest), jnp.pad(v, rest)
         blocks = k_all.reshape(*cache.sums.shape[:3], -1, self.head_dim)
@@ -211,13 +273,15 @@ class BlockSparseAttention(nnx.Module):
             v_all.astype(cache.v.dtype),
             jnp.sum(blocks.astype(jnp.float32), 3),
             jnp.full_like(cache.lengths, length),
+            self._pages(k_all.astype(cache.k.dtype), jnp.full_like(cache.lengths, length)),
         )
-        return self._attend(q, k, v, mask, None), filled
+        return self._attend(q, k, v, state, mask, None)[0], filled
 
     def decode(
-        self, x: Array, cache: BlockCache, *, num_blocks: int, num_sinks: int = 1
+        self, x: Array, cache: BlockCache, *, num_blocks: int | None = None, num_sinks: int = 1
     ) -> tuple[Array, BlockCache]:
-        """One token `[batch, 1, in_features]`, attending to `num_blocks` blocks of the cache.
+        """One token `[batch, 1, in_features]`, attending to `num_blocks` blocks of the cache, or to those that the layer's
+        predictor chooses, if it decodes (`attention.quest`) and no number is given.
 
         Per head of the keys: the newest block, the first `num_sinks` ones and those whose mean
         key agrees best with the queries (the newest and the first count inside `num_blocks`).
@@ -227,6 +291,8 @@ class BlockSparseAttention(nnx.Module):
         if x.shape[1] != 1:
             raise ValueError(f"x has {x.shape[1]} positions; decode takes one, prefill many")
         blocks = cache.sums.shape[2]
+        if num_blocks is None:
+            return self._decode_by_choice(x, cache)
         if not 1 + num_sinks <= num_blocks <= blocks or num_sinks < 0:
             raise ValueError(
                 f"num_blocks={num_blocks} must lie in [1 + num_sinks, {blocks}], with num_sinks="
@@ -236,14 +302,9 @@ class BlockSparseAttention(nnx.Module):
             raise ValueError(f"decode has no softcap; the layer has softcap={self.softcap}")
         batch, _, capacity, _ = cache.k.shape
         block = capacity // blocks
-        q, k, v = self._heads(x, cache.lengths[:, None, None])
-        entry, at = jnp.arange(batch), cache.lengths
-
-        def put(old: Array, new: Array) -> Array:
-            return old.at[entry, :, at].set(new[:, :, 0].astype(old.dtype), mode="drop")
-
-        sums = cache.sums.at[entry, :, at // block].add(k[:, :, 0].astype(jnp.float32), mode="drop")
-        cache = BlockCache(put(cache.k, k), put(cache.v, v), sums, at + 1)
+        at = cache.lengths
+        q, cache = self._append(x, cache)
+        sums = cache.sums
 
         index = jnp.arange(blocks, dtype=at.dtype)[None]
         newest = (at // block)[:, None]
@@ -261,26 +322,67 @@ class BlockSparseAttention(nnx.Module):
         )
         return self.out(out[:, None]), cache
 
-    def _heads(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def _append(self, x: Array, cache: BlockCache) -> tuple[Array, BlockCache]:
+        """Queries of one token per sequence, and the cache with it."""
+        q, k, v, _ = self._heads(x, cache.lengths[:, None, None])
+        entry, at = jnp.arange(x.shape[0]), cache.lengths
+        block = cache.k.shape[2] // cache.sums.shape[2]
+
+        def put(old: Array, new: Array) -> Array:
+            return old.at[entry, :, at].set(new[:, :, 0].astype(old.dtype), mode="drop")
+
+        sums = cache.sums.at[entry, :, at // block].add(k[:, :, 0].astype(jnp.float32), mode="drop")
+        bounds = cache.pages
+        if bounds is not None:
+            stored = k.astype(cache.k.dtype)
+            bounds = append_page(bounds, stored, at, cache.k.shape[2] // bounds.low.shape[2])
+        return q, BlockCache(put(cache.k, k), put(cache.v, v), sums, at + 1, bounds)
+
+    def _decode_by_choice(self, x: Array, cache: BlockCache) -> tuple[Array, BlockCache]:
+        if self.choose is None or cache.pages is None:
+            raise ValueError(
+                "num_blocks=None: give a number, or a predictor that decodes (choose=attention.quest(...)) and a cache "
+                "of this layer's init_cache"
+            )
+        q, cache = self._append(x, cache)
+        state = State(params=cache.pages, lengths=cache.lengths)
+        mask = self.choose(q, cache.k, cache.v, state)
+        out = block_sparse_decode(
+            q[:, :, 0], cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask, cache.lengths
+        )
+        return self.out(out[:, None]), cache
+
+    def _heads(self, x: Array, positions: Array) -> tuple[Array, Array, Array, State]:
         q, k, v = (jnp.swapaxes(f(x), 1, 2) for f in (self.query, self.key, self.value))
+        state = State(params=self.gate, q=q, k=k, x=x)
         if self.position is not None:
             q, k = self.position(q, positions), self.position(k, positions)
-        return q, k, v
+        return q, k, v, state
 
     def _attend(
-        self, q: Array, k: Array, v: Array, mask: BlockMask | None, segment_ids: Array | None
-    ) -> Array:
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        state: State,
+        mask: BlockMask | None,
+        segment_ids: Array | None,
+    ) -> tuple[Array, Array, BlockMask]:
         if mask is None:
-            if self.mask is None:
+            if self.choose is not None:
+                mask = self.choose(q, k, v, state)
+            elif self.mask is not None:
+                mask = self.mask(q, k)
+            else:
                 raise ValueError("mask=None: give one here, or a function to the layer")
-            mask = self.mask(q, k)
-        out = block_sparse_attention(
+        out, lse = block_sparse_attention(
             q,
             k,
             v,
             mask,
             segment_ids=segment_ids,
             softcap=self.softcap,
+            return_lse=True,
             implementation=self.implementation,
         )
-        return self.out(jnp.swapaxes(out, 1, 2))
+        return self.out(jnp.swapaxes(out, 1, 2)), lse, mask

@@ -1,0 +1,299 @@
+r"""MInference and FlexPrefill: the pattern of a head from the attention of the last queries.
+
+The last queries' attention A `[sample, kv_len]` gives vertical scores $v_j = \sum_i A_{ij}$ and slash scores
+$s_o = \sum_i A_{i, i - o}$ by the distance o of query and key. The best n_v keys and n_s distances are kept, and blocks
+that contain any of their pairs are read.
+
+Here verticals and slashes come in `units`: `unit=1` ranks single keys and distances, as MInference does; a unit of a
+block ranks means over blocks of keys and of distances, which costs the kernel no more than it uses (FlexPrefill's
+block form, recalled from its code, not verified). Blocks are read whole either way: more recall than the published
+kernel, which reads verticals as columns, at more density.
+
+Sources: Jiang et al., MInference 1.0, 2024, and its code; Lai et al., FlexPrefill, 2025, as rewritten in Nawrot et al.,
+The Sparse Frontier, 2025. The last queries only are looked at: keys that matter to the middle of a text alone are missed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxsparse.attention import pool, select
+from jaxsparse.attention.layout import DEFAULT, Layout, Sizes, group
+from jaxsparse.attention.mass import block_mass, sample_scores
+from jaxsparse.attention.predictor import Predictor, State, blocks_of, pooled_cost
+from jaxsparse.selection import topk_mask
+from pallas_kernels import BlockMask, Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class AShape:
+    """The first keys and a window of the last ones, to the block."""
+
+    sinks: int = 100
+    window: int = 800
+
+
+@dataclasses.dataclass(frozen=True)
+class VerticalSlash:
+    """Keys and distances of the most attention; numbers of keys and of distances."""
+
+    vertical: int
+    slash: int
+    sample: int = 64
+    unit: int = 1
+    first: int = 30
+    near: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class TopBlocks:
+    """Blocks by pooled queries and keys, a share of the blocks of a row."""
+
+    share: float = 1 / 8
+
+
+Pattern = AShape | VerticalSlash | TopBlocks
+PUBLISHED: tuple[Pattern, ...] = (
+    AShape(100, 800),
+    VerticalSlash(30, 800),
+    VerticalSlash(100, 750),
+    VerticalSlash(500, 700),
+    VerticalSlash(3500, 100),
+    TopBlocks(1 / 8),
+)
+"""The candidates of the authors' offline search."""
+
+
+def candidates(density: float, kv_len: int, unit: int) -> tuple[Pattern, ...]:
+    """Patterns of about a density of the causal area at this length: verticals and slashes 1:3, 1:1 and 3:1, in whole
+    units, an A-shape, and blocks.
+
+    Where slashes and verticals of a row overlap, the density is less.
+    """
+    width = (1 - math.sqrt(1 - density)) * kv_len  # keys per late row
+    number = max(2, round(width / unit))
+    pairs = {max(1, round(number * share)) for share in (0.25, 0.5, 0.75)}
+    lines = [
+        VerticalSlash(n * unit, max(1, number - n) * unit, unit=unit, first=unit, near=unit)
+        for n in sorted(pairs)
+    ]
+    shape = AShape(unit, max(1, number - 1) * unit)
+    return (shape, *lines, TopBlocks(width / kv_len))
+
+
+def minference(
+    *,
+    density: float | None = None,
+    patterns: Sequence[Pattern] | None = None,
+    heads: Array | np.ndarray | Sequence[int] | None = None,
+    layout: Layout = DEFAULT,
+) -> Predictor:
+    """A pattern per head out of a few, filled in from the last queries; see the module.
+
+    Args:
+      density: patterns of about this density at the length at hand (`candidates`), in place of `patterns`.
+      patterns: the patterns; `PUBLISHED` are the authors'.
+      heads: int `[heads]`, traced or not: which pattern each query head has, from `search_patterns`. None: all have
+        the first vertical-slash pattern (the one in the middle, with `density`).
+      layout: blocks; forced blocks are kept besides.
+
+    Returns:
+      The predictor. Heads that share keys share the union of their blocks if the layout shares.
+
+    Raises:
+      ValueError: both or neither of density and patterns, or a number out of range.
+
+    >>> q = k = jax.random.normal(jax.random.key(0), (1, 2, 64, 8))
+    >>> mask = minference(density=0.5, layout=Layout(8, 8))(q, k)
+    >>> bool((mask.density < 0.5).all()), mask.codes.shape
+    (True, (1, 2, 8, 8))
+    """
+    _check_causal(layout)
+    if (density is None) == (patterns is None):
+        raise ValueError(f"density={density}, patterns={patterns}: give one of them")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density={density} must lie in (0, 1]")
+
+    def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
+        grid = layout.grid(q.shape[2], k.shape[2])
+        if patterns is None:
+            assert density is not None
+            found: Sequence[Pattern] = candidates(density, grid.kv_len, layout.block_kv)
+        else:
+            found = patterns
+        if heads is None:
+            lines = [p for p in found if isinstance(p, VerticalSlash)] or list(found)
+            keep = pattern_blocks(q, k, lines[len(lines) // 2 if patterns is None else 0], layout)
+        else:
+            each = jnp.stack([pattern_blocks(q, k, p, layout) for p in found], 2)
+            index = jnp.asarray(heads, jnp.int32).reshape(1, -1, 1, 1, 1)
+            keep = jnp.take_along_axis(each, index, axis=2)[:, :, 0]
+        return _finish(keep, k.shape[1], layout, grid)
+
+    cost = lambda sizes: _sample_cost(sizes, layout, 64) + pooled_cost(sizes, layout)
+    return Predictor("minference", run, layout, cost)
+
+
+def flexprefill(
+    *,
+    alpha: float = 0.65,
+    minimum: int = 512,
+    sample: int = 512,
+    unit: int = 1,
+    layout: Layout = DEFAULT,
+) -> Predictor:
+    """Vertical-slash patterns whose numbers are those that reach a mass, per head and without a search.
+
+    The numbers of keys and distances are each the smallest that make the mass `alpha` of their mean distribution, at
+    least `minimum`; the first 4 keys and the last 64 distances are kept in any case.
+
+    Args:
+      alpha: the mass, in (0, 1].
+      minimum: keys and distances that are kept at least.
+      sample: how many of the last queries are looked at.
+      unit: keys and distances are ranked in units of so many; see the module.
+      layout: blocks.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    _check_causal(layout)
+    if not 0 < alpha <= 1 or min(minimum, sample, unit) < 1:
+        raise ValueError(
+            f"alpha={alpha}, minimum={minimum}, sample={sample}, unit={unit}: alpha must lie in (0, 1], "
+            "the others be at least 1"
+        )
+
+    def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
+        grid = layout.grid(q.shape[2], k.shape[2])
+        vertical, slash = line_scores(q, k, sample)
+        number = min(sample, q.shape[2])
+        counts = [
+            jnp.maximum(select.mass_count(x / number, alpha, "reach"), minimum)
+            for x in (vertical, slash)
+        ]
+        counts = [-(-n // unit) for n in counts]
+        keep = _lines(vertical, slash, counts[0], counts[1], 4, 64, unit, layout, grid)
+        return _finish(keep, k.shape[1], layout, grid)
+
+    cost = lambda sizes: _sample_cost(sizes, layout, sample)
+    return Predictor("flexprefill", run, layout, cost)
+
+
+def search_patterns(
+    q: Array, k: Array, patterns: Sequence[Pattern], layout: Layout = DEFAULT, *, after: int = 2500
+) -> tuple[Array, Array]:
+    """The offline search: which pattern of each head keeps the most of its attention.
+
+    Args:
+      q, k: of one calibration prompt, `[1, heads, length, dim]`.
+      patterns: candidates; `PUBLISHED`, or `candidates(density, length, unit)` for equal densities.
+      layout: blocks.
+      after: recall is the mean over blocks of rows from here on (early rows see little); at most half of the length
+        is left out.
+
+    Returns:
+      int32 `[heads]`, for `minference(heads=...)`, and the recall of every pattern, float32 `[patterns, heads]`.
+    """
+    mass = block_mass(q, k, layout)
+    grid = layout.grid(q.shape[2], k.shape[2])
+    skip = min(after, q.shape[2] // 2) // layout.block_q
+    force = layout.forced(grid)
+    recall = jnp.stack([
+        jnp.where(pattern_blocks(q, k, p, layout) | force, mass, 0).sum(-1)[:, :, skip:].mean((0, 2))
+        for p in patterns
+    ])  # fmt: skip
+    return jnp.argmax(recall, 0).astype(jnp.int32), recall
+
+
+def line_scores(q: Array, k: Array, sample: int) -> tuple[Array, Array]:
+    r"""Vertical scores by key and slash scores by distance, float32 `[batch, heads, kv_len]` both.
+
+    Sums over the sample's queries. Each row of A is turned by its own position so that distances line up: no loop, and
+    no diagonal is cut off.
+    """
+    a = sample_scores(q, k, sample, causal=True)
+    number, length = a.shape[2:]
+    # Row i ends at key length - number + i, distance 0: reversed and shifted, column o is distance o.
+    flipped = jnp.flip(a, -1)
+    start = number - 1 - jnp.arange(number)
+    padded = jnp.pad(flipped, ((0, 0), (0, 0), (0, 0), (0, number)))
+    turned = jax.vmap(
+        lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, length, axis=-1), (2, 0), 2
+    )(padded, start)
+    return a.sum(2), turned.sum(2)
+
+
+def pattern_blocks(q: Array, k: Array, pattern: Pattern, layout: Layout) -> Array:
+    """The blocks that a pattern keeps, bool `[batch, heads, q_blocks, kv_blocks]`."""
+    grid = layout.grid(q.shape[2], k.shape[2])
+    if isinstance(pattern, AShape):
+        q0, q1, k0, k1 = layout.bounds(grid)
+        near = (k0 < pattern.sinks) | ((k0 <= q1) & (k1 > q0 - pattern.window))
+        return jnp.broadcast_to(near & layout.visible(grid), (*q.shape[:2], *near.shape))
+    if isinstance(pattern, TopBlocks):
+        mean_q, mean_k = pool.mean(q, layout.block_q), pool.mean(k, layout.block_kv)
+        mean_k = jnp.repeat(mean_k, q.shape[1] // k.shape[1], axis=1)
+        logits = jnp.einsum("bhid,bhjd->bhij", mean_q, mean_k, precision="highest")
+        rule = select.TopK(max(1, round(pattern.share * grid.kv_blocks)))
+        visible = layout.visible(grid)
+        return select.keep(logits, rule, visible, np.zeros_like(visible))
+    vertical, slash = line_scores(q, k, pattern.sample)
+    whole = lambda n: max(1, min(n, grid.kv_len) // pattern.unit)
+    return _lines(
+        vertical, slash, whole(pattern.vertical), whole(pattern.slash), pattern.first, pattern.near,
+        pattern.unit, layout, grid,
+    )  # fmt: skip
+
+
+def _lines(
+    vertical: Array, slash: Array, num_vertical: Array | int, num_slash: Array | int,
+    first: int, near: int, unit: int, layout: Layout, grid: Grid,
+) -> Array:  # fmt: skip
+    """Blocks that contain a pair of a chosen key or of a chosen distance."""
+
+    def best(scores: Array, number: Array | int, forced: int) -> Array:
+        means = pool.mean(scores[..., None], unit)[..., 0]
+        index = np.arange(means.shape[-1])
+        chosen = topk_mask(jnp.where(index * unit < forced, jnp.inf, means), number, axis=-1)
+        return jnp.repeat(chosen, unit, axis=-1)[..., : scores.shape[-1]]
+
+    q0, q1, k0, k1 = layout.bounds(grid)
+
+    def any_between(chosen: Array, low: np.ndarray, high: np.ndarray) -> Array:
+        """Whether one is chosen in [low, high]; the range is cut to what exists."""
+        n = chosen.shape[-1]
+        total = jnp.cumsum(jnp.pad(chosen, ((0, 0), (0, 0), (1, 0))), -1, dtype=jnp.int32)
+        return total[..., np.clip(high + 1, 0, n)] > total[..., np.clip(low, 0, n)]
+
+    columns = any_between(best(vertical, num_vertical, first), k0, k1)[:, :, None]
+    diagonals = any_between(best(slash, num_slash, near), q0 - k1, q1 - k0)
+    return (columns | diagonals) & layout.visible(grid)
+
+
+def _finish(keep: Array, kv_heads: int, layout: Layout, grid: Grid) -> BlockMask:
+    keep = keep | layout.forced(grid)
+    if layout.share:
+        keep = group(keep, kv_heads).any(2)
+    return layout.mask(keep, grid)
+
+
+def _check_causal(layout: Layout) -> None:
+    if not layout.causal:
+        raise ValueError(
+            "causal=False: patterns are read from the last queries of a causal model; give a causal Layout"
+        )
+
+
+def _sample_cost(sizes: Sizes, layout: Layout, sample: int) -> float:
+    nq, nk = blocks_of(sizes, layout)
+    rows = min(sample, sizes.q_len)
+    look = sizes.heads * rows * sizes.kv_len * (2 * sizes.dim + 8)
+    return look + sizes.heads * (64.0 * sizes.kv_len + 8.0 * nq * nk)
