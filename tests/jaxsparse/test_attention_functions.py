@@ -16,6 +16,7 @@ from jaxsparse.nn import BlockSparseAttention
 
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 LAYOUT = Layout(8, 8)
+HEAD = jnp.ones((2, 1, 40, 16))
 X = jax.random.normal(jax.random.key(1), (2, 40, 16))
 rotate = functools.partial(attention.rotary, base=100.0)
 
@@ -85,6 +86,7 @@ def test_a_layer_reports_density_recall_and_what_was_dropped():
     out, info = quick(lambda m, x: m(x, with_info=True, samples=40))(model, X)
     np.testing.assert_allclose(out, quick(lambda m, x: m(x))(model, X), atol=1e-6)
     q, k, v = heads(model, X)
+    assert model.choose is not None
     mask = quick(model.choose)(q, k)
     recall = (probabilities(q, k) * np.repeat(mask.to_dense(), 2, 1)).sum(-1)
     np.testing.assert_allclose(info.recall, recall.mean(-1), atol=1e-5)
@@ -101,7 +103,7 @@ def test_a_layer_gives_a_gate_what_it_reads_and_owns_its_parameters():
     q, k = (jnp.swapaxes(f(X), 1, 2) for f in (model.query, model.key))
     log_a = gate(q, k)  # before positions
     want = attention.by_scores(
-        "gate", lambda q, k, s: log_a, attention.select.density(0.7), LAYOUT, None
+        "gate", lambda q, k, s: log_a, attention.select.density(0.7), LAYOUT, lambda sizes: 0.0
     )
     q, k, v = heads(model, X)
     direct = attention.attend(q, k, v, want)
@@ -138,8 +140,8 @@ def test_decoding_by_pages_is_dense_at_a_full_budget_and_reads_the_best_pages_el
         (lambda: attention.dot_product_attention(X[:, :, None], X[:, :, None], X[:, :, None], choose=attention.dense()), "is_causal=False, but the predictor has Layout"),
         (lambda: attention.dot_product_attention(X[:, :9, None], X[:, :, None], X[:, :, None], choose=attention.dense(), is_causal=True), "is_causal with 9 queries and 40 keys"),
         (lambda: attention.dot_product_attention(X[:, :, None], X[:, :, None], X[:, :, None], choose=attention.dense(), is_causal=True, query_seq_lengths=jnp.array([1, 2])), "query_seq_lengths alone"),
-        (lambda: attention.attend(*[X[:, None]] * 3, attention.dense(), lengths=jnp.array([1.0])), "lengths has shape"),
-        (lambda: attention.attend(*[X[:, None]] * 3, attention.dense(), with_info=True, softcap=3.0), "with_info=True"),
+        (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), lengths=jnp.array([1.0])), "lengths has shape"),
+        (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), with_info=True, softcap=3.0), "with_info=True"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make, message):

@@ -1,5 +1,7 @@
 """The shared parts of choices: pooling, rules, forced blocks, budgets, exact measures."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,7 @@ def test_a_density_is_met_from_below_and_nearly(n, value, sinks, local):
 def test_a_density_under_a_causal_mask_has_the_closed_form():
     visible = np.tri(200, dtype=bool)
     rows = select.per_row(0.3, visible, np.zeros_like(visible))
+    assert rows is not None
     assert rows.max() == pytest.approx((1 - np.sqrt(1 - 0.3)) * 200, abs=1.5)
     # k blocks per row: the sparsity of the method card.
     rows = np.minimum(8, np.tri(64).sum(-1))
@@ -248,7 +251,7 @@ def test_recall_is_the_kept_probability_and_bounds_the_error():
         (lambda: select.top_k(0), "num_blocks=0 must be at least 1"),
         (lambda: select.density(1.5), r"density=1.5 must lie in \(0, 1\]"),
         (lambda: select.top_p(0.0), "p=0.0 must be positive"),
-        (lambda: select.top_p(0.5, rule="nucleus"), "rule='nucleus' must be 'reach' or 'stop_before'"),
+        (lambda: select.top_p(0.5, rule=cast(Any, "nucleus")), "rule='nucleus' must be 'reach' or 'stop_before'"),
         (lambda: select.threshold(-1.0), "threshold=-1.0 must not be negative"),
         (lambda: select.rule_of(0.1, select.top_k(2)), "give one of them"),
         (lambda: select.rule_of(None, None), "give one of them"),

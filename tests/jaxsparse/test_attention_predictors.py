@@ -1,6 +1,7 @@
 """Block predictors: the closed forms and goldens of each, and what all of them promise."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,10 @@ LOW = attention.LowRank(16, GROUPS, 3, rngs=nnx.Rngs(0))
 STATES = {"seer": State(params=GATE, q=Q, k=K), "dsv": State(params=LOW, x=X)}
 
 
-def make(name, share=None, **options):
-    layout = Layout(B, B, share=name != "nothing" if share is None else share)
-    lines = attention.VerticalSlash(N, 1, sample=16) if share is None else None
+def make(name):
+    layout = LAYOUT
+    lines: dict[str, Any] = {"patterns": [attention.VerticalSlash(N, 1, sample=16)]}
+    fill = lambda d: lines if d == 1 else {"density": d}
     every = {
         "oracle": lambda d: attention.oracle(density=d, layout=layout),
         "moba": lambda d: attention.moba(density=d, layout=layout),
@@ -47,9 +49,7 @@ def make(name, share=None, **options):
         "dsv": lambda d: attention.dsv(density=d, layout=layout),
         "mra": lambda d: attention.mra(density=d, layout=layout),
         "adaspa": lambda d: attention.adaspa(density=d, layout=layout),
-        "minference": lambda d: attention.minference(
-            **({"patterns": [lines]} if d == 1 else {"density": d}), layout=layout
-        ),
+        "minference": lambda d: attention.minference(**fill(d), layout=layout),
         "flexprefill": lambda d: attention.flexprefill(
             alpha=1.0 if d == 1 else 0.3, minimum=N if d == 1 else 8, sample=16, unit=B, layout=layout
         ),
@@ -189,11 +189,9 @@ def test_a_constant_in_all_keys_is_smoothed_away():
 
 
 def test_nothing_alike_is_dense_and_so_is_a_mass_above_one():
-    for options in (
-        dict(similarity=2.0, rule=select.top_p(0.1, rule="stop_before")),
-        dict(similarity=-1.0, rule=select.top_p(1.001, rule="stop_before")),
-    ):
-        mask = run(attention.sparge(layout=BARE, **options), Q, K, State())
+    for similarity, tau in ((2.0, 0.1), (-1.0, 1.001)):
+        rule = select.top_p(tau, rule="stop_before")
+        mask = run(attention.sparge(rule=rule, similarity=similarity, layout=BARE), Q, K, State())
         np.testing.assert_array_equal(kept(mask)[0, 0], np.tri(8))
 
 
@@ -233,7 +231,7 @@ def test_tuning_finds_the_sparsest_setting_below_the_error():
     peaky = jnp.repeat(normal(1, 2, 8, DIM, scale=2), B, 2)
     q = k = peaky
     v = normal(1, 2, N, DIM)
-    options = dict(similarities=(-1.0,), masses=(0.9,), layout=layout)
+    options: dict[str, Any] = dict(similarities=(-1.0,), masses=(0.9,), layout=layout)
     (a, b), (c, d) = attention.tune_sparge([(q, k, v)], error=0.3, **options)
     strict = attention.tune_sparge([(q, k, v)], error=1e-9, **options)
     assert (a, c) == (-1.0, -1.0) and max(b, d) < 1
@@ -486,4 +484,4 @@ def test_bad_input_is_named(make, message):
 
 def test_blocks_of_other_sizes_do_not_compose():
     with pytest.raises(ValueError, match="block_q=8 and block_q=16 cannot be composed"):
-        attention.moba(density=0.5, layout=LAYOUT)(Q, K) & BlockMask.causal(Grid(N, N, 16, 8))
+        _ = attention.moba(density=0.5, layout=LAYOUT)(Q, K) & BlockMask.causal(Grid(N, N, 16, 8))
