@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for editors
     from jaxsparse import testing as testing
     from jaxsparse import tickets as tickets
     from jaxsparse.nn import compact as compact
+    from jaxsparse.nn import stored as stored
 
 __all__ = [
     *_methods,
@@ -65,6 +66,6 @@ def __getattr__(name: str):
 
     if name in ("analysis", "attention", "channels", "coding", "nn", "sae", "testing", "tickets"):
         return importlib.import_module(f"jaxsparse.{name}")
-    if name == "compact":
-        return importlib.import_module("jaxsparse.nn").compact
+    if name in ("compact", "stored"):
+        return getattr(importlib.import_module("jaxsparse.nn"), name)
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -4,6 +4,7 @@ registered as pytrees, of floating-point values and integer places.
 Independent of `jaxsparse`: use them with any JAX code.
 """
 
+from pallas_kernels.block_scores.api import block_scores, score_blocks
 from pallas_kernels.block_sparse_attention import (
     BlockMask,
     Grid,
@@ -25,6 +26,7 @@ __all__ = [
     "Condensed",
     "Grid",
     "NMSparse",
+    "block_scores",
     "block_sparse_attention",
     "block_sparse_decode",
     "block_sparse_matmul",
@@ -32,4 +34,5 @@ __all__ = [
     "merge_attention",
     "nm_matmul",
     "ring_block_sparse_attention",
+    "score_blocks",
 ]

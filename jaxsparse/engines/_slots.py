@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsparse.leaves import SparseLeaves
+
+class Leaves(Protocol):
+    """The sparse leaves of a tree, such as `SparseLeaves`."""
+
+    def scatter(self, values: Sequence[Any], fill: Any = None) -> Any:
+        """A tree with `values` at the sparse leaves and `fill` elsewhere."""
+        ...
 
 
 def restart(
     inner: optax.GradientTransformation,
     state,
     live: Sequence[Array] | None,
-    plan: SparseLeaves,
+    plan: Leaves,
     params,
 ):
     """The inner optimizer's state with the slots of weights that are not `live` as at `init`; with

@@ -1,5 +1,6 @@
 """Flax NNX modules that compute sparsely."""
 
+from jaxsparse.nn._linear import Pattern, Scores, Trained
 from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
 from jaxsparse.nn.bayesian import BayesianLinear, VariationalDropoutLinear, dropout_kl
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
@@ -21,6 +22,7 @@ from jaxsparse.nn.sparse_ift import (
     SparseWide,
     folded_decay,
 )
+from jaxsparse.nn.stored import StoredState, check_stored, full_gradients, stored
 from jaxsparse.nn.two_view import (
     Backward,
     SLoPeLinear,
@@ -46,11 +48,18 @@ __all__ = [
     "NMLinear",
     "clipped_relu",
     "clipped_soft_threshold",
+    "Pattern",
+    "Scores",
+    "StoredState",
+    "Trained",
+    "check_stored",
     "compact",
     "condense",
     "consensus_loss",
     "dropout_kl",
     "folded_decay",
+    "full_gradients",
+    "stored",
     "Backward",
     "SLoPeLinear",
     "SparseDoped",

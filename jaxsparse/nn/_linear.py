@@ -15,6 +15,15 @@ class Pattern(nnx.Variable):
     """Where the stored weights belong: saved and moved with the model, not trained."""
 
 
+class Scores(nnx.Variable):
+    """What the blocks of a weight are worth, stored or not: a variable whose gradient counts, not its
+    value (see `pallas_kernels.score_blocks`)."""
+
+
+Trained = (nnx.Param, Pattern, Scores)
+"""The filter of all variables that `jaxsparse.stored` is given: of an `nnx.Optimizer`, of gradients."""
+
+
 class SparseLinear(nnx.Module):
     """`x [..., in]` to `x W + b [..., out]`, where W is a sparse format and stored in pieces.
 
@@ -52,6 +61,11 @@ class SparseLinear(nnx.Module):
         self.shape = weight.shape
         self.dtype, self.precision, self.implementation = dtype, precision, implementation
 
+    def _multiply(self, x: jax.Array, w: BlockSparse | NMSparse | Condensed) -> jax.Array:
+        return type(self).product(
+            x, w, implementation=self.implementation, precision=self.precision
+        )
+
     @property
     def weight(self) -> BlockSparse | NMSparse | Condensed:
         """W in its format."""
@@ -62,7 +76,7 @@ class SparseLinear(nnx.Module):
         w, bias = self.weight, None if self.bias is None else self.bias[...]
         if self.dtype is not None:
             x, w = jnp.asarray(x, self.dtype), w.astype(self.dtype)
-        y = type(self).product(x, w, implementation=self.implementation, precision=self.precision)
+        y = self._multiply(x, w)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxsparse.nn._linear import Pattern, SparseLinear, split_linear
-from pallas_kernels import BlockSparse, block_sparse_matmul
+from jaxsparse.nn._linear import Pattern, Scores, SparseLinear, split_linear
+from pallas_kernels import BlockSparse, block_sparse_matmul, score_blocks
 
 
 class BlockSparseLinear(SparseLinear):
@@ -14,13 +14,17 @@ class BlockSparseLinear(SparseLinear):
 
     The blocks are parameters (`nnx.Param`), their places are not (`Pattern`): an optimizer trains the
     blocks where they are, and averages or noise belong on the parameters alone.
-    To change them: `layer.set_weight(layer.weight.with_pattern(block_mask))`; nothing is compiled
+    To move them while they train, give the optimizer to `jaxsparse.stored`; by hand:
+    `layer.set_weight(layer.weight.with_pattern(block_mask))`. Nothing is compiled
     anew. For the products see `pallas_kernels.block_sparse_matmul`.
     Use it from Linen through `flax.nnx.bridge.to_linen`.
 
     Attributes:
       values: the stored blocks, `[num_blocks, bh, bw]`.
-      places: where they are, int32 (see `pallas_kernels.BlockSparse`).
+      places: where they are, int32 `[4, num_blocks]` (see `pallas_kernels.BlockSparse`).
+      scores: float32 `[block rows, block columns]`, not read; where `due`, its gradient is that of all
+        blocks of W, stored or not, as a norm for each (`pallas_kernels.score_blocks`).
+      due: int32 scalar, 1 in the steps whose gradients a rule is to read.
       block_shape: `(bh, bw)`.
 
     Args:
@@ -28,6 +32,7 @@ class BlockSparseLinear(SparseLinear):
       out_features: size of the last axis of y.
       block_shape: `(bh, bw)`; blocks at the edges may stick out of the matrix.
       density: share of the blocks that is stored, at random places.
+      balanced: store as many in every block column.
       weight: W, in place of a random one (then without `density` and `rngs`).
       use_bias: add a bias, zero at first.
       dtype: of the computation; default: that of x and the parameters, promoted.
@@ -48,6 +53,8 @@ class BlockSparseLinear(SparseLinear):
     product = staticmethod(block_sparse_matmul)
 
     places: Pattern
+    scores: Scores
+    due: Pattern
     block_shape: tuple[int, int]
 
     def __init__(
@@ -57,6 +64,7 @@ class BlockSparseLinear(SparseLinear):
         *,
         block_shape: tuple[int, int],
         density: float | None = None,
+        balanced: bool = False,
         weight: BlockSparse | None = None,
         use_bias: bool = True,
         dtype: jax.typing.DTypeLike | None = None,
@@ -71,8 +79,19 @@ class BlockSparseLinear(SparseLinear):
                 raise ValueError("density=None or rngs=None: give both, or a weight")
             key = rngs.params()
             weight = BlockSparse.random(
-                key, shape, block_shape, density=density, dtype=param_dtype, pad=True
+                key,
+                shape,
+                block_shape,
+                density=density,
+                balanced=balanced,
+                dtype=param_dtype,
+                pad=True,
             )
+            if weight.num_blocks == 0:
+                raise ValueError(
+                    f"density={density} stores none of the {weight.grid[0]} x {weight.grid[1]} blocks of "
+                    f"{block_shape}; ask for more, or for smaller blocks"
+                )
         elif density is not None:
             raise ValueError(f"density={density} and a weight are given; give one of them")
         _check_shapes(weight, shape, tuple(block_shape))
@@ -80,7 +99,8 @@ class BlockSparseLinear(SparseLinear):
         super().__init__(
             weight, bias, dtype=dtype, precision=precision, implementation=implementation
         )
-        self.places, self.block_shape = Pattern(weight.places), weight.block_shape
+        self.places, self.block_shape = Pattern(weight.in_any_order().places), weight.block_shape
+        self.scores, self.due = Scores(jnp.zeros(weight.grid, jnp.float32)), Pattern(jnp.int32(0))
 
     @classmethod
     def from_dense(
@@ -123,6 +143,12 @@ class BlockSparseLinear(SparseLinear):
             layer.bias[...] = bias
         return layer
 
+    def _multiply(self, x: jax.Array, w: BlockSparse) -> jax.Array:
+        y = super()._multiply(x, w)
+        return score_blocks(
+            x, y, self.scores[...], self.due[...], self.block_shape, precision=self.precision
+        )
+
     @property
     def weight(self) -> BlockSparse:
         """W as `BlockSparse`."""
@@ -135,7 +161,7 @@ class BlockSparseLinear(SparseLinear):
           ValueError: for another shape or block shape.
         """
         _check_shapes(w, self.shape, self.block_shape)
-        self.values[...], self.places[...] = w.values, w.places
+        self.values[...], self.places[...] = w.values, w.in_any_order().places
 
 
 def _check_shapes(w: BlockSparse, shape: tuple[int, int], block_shape: tuple[int, ...]) -> None:

@@ -1,9 +1,9 @@
 """`BlockSparse`: a matrix of which only some blocks are stored.
 
 The blocks are kept in the order of their block column, then block row, which is the order in
-which `x @ w` visits them. `order` lists them by block row, then block column: the order of
-`dy @ w.T`. It is a function of the pattern alone and is computed once, when the pattern is set
-(the transposed metadata of block-sparse libraries: Gale, Narayanan, Young, Zaharia,
+which `x @ w` visits them; or in any order, see `in_any_order`. `order` lists them by block row, then
+block column: the order of `dy @ w.T`. It is a function of the pattern alone and is computed once, when
+the pattern is set (the transposed metadata of block-sparse libraries: Gale, Narayanan, Young, Zaharia,
 MegaBlocks: Efficient Sparse Training with Mixture-of-Experts, 2023).
 
 Places are integers and values are what is trained (see `pallas_kernels._formats`).
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._formats import Array, concrete, integer_places
+from pallas_kernels.block_sparse_matmul.places import in_any_order, of_mask, rewire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,9 @@ class BlockSparse:
 
     Attributes:
       values: the stored blocks, `[num_blocks, bh, bw]`.
-      places: int32 `[3, num_blocks]`: block rows, block columns, transposed order. Read it as
-        `block_rows`, `block_cols`, `order`.
+      places: int32 `[3, num_blocks]`: block rows, block columns, transposed order; with a fourth row,
+        `column_order`, blocks are stored in any order. Read it as `block_rows`, `block_cols`, `order`,
+        `column_order`.
       shape: of the matrix. Blocks at its lower and right edge may stick out; what sticks out is
         ignored in a product.
       block_shape: `(bh, bw)`.
@@ -229,13 +231,18 @@ class BlockSparse:
 
     @property
     def block_cols(self) -> Array:
-        """int32 `[num_blocks]`, ascending."""
+        """int32 `[num_blocks]`, ascending unless blocks are stored in any order."""
         return self._places[..., 1, :]
 
     @property
     def order(self) -> Array:
         """int32 `[num_blocks]`: the stored blocks by block row, then block column."""
         return self._places[..., 2, :]
+
+    @property
+    def column_order(self) -> Array:
+        """int32 `[num_blocks]`: the stored blocks by block column, then block row."""
+        return in_any_order(self._places)[..., 3, :]
 
     @property
     def used(self) -> Array:
@@ -277,6 +284,12 @@ class BlockSparse:
         """The same matrix in another dtype (the pattern stays as it is)."""
         return dataclasses.replace(self, values=self.values.astype(dtype))
 
+    def in_any_order(self) -> "BlockSparse":
+        """The same matrix with places `[4, num_blocks]`, whose `with_pattern` moves no block: those that
+        stay keep their number, new ones take the numbers of those that go. So what is kept for each
+        block besides (an optimizer's slots) stays where it is."""
+        return dataclasses.replace(self, places=in_any_order(self._places))
+
     def with_pattern(self, block_mask: Array) -> "BlockSparse":
         """Store the blocks of another mask `[block rows, block columns]` in the same capacity.
 
@@ -291,10 +304,14 @@ class BlockSparse:
         if block_mask.shape != self.grid:
             raise ValueError(f"block_mask.shape={block_mask.shape} must be {self.grid}")
         n = self.num_blocks
+        places = _places_of_mask(block_mask, n)
+        if self.places.shape[0] == 4:
+            places, kept = rewire(self._places, block_mask)
+            values = jnp.where(kept[:, None, None], self.values, jnp.zeros((), self.dtype))
+            return dataclasses.replace(self, values=values, places=places)
         rows = jnp.where(self.used, self.block_rows, self.grid[0])
         index = jnp.arange(n, dtype=jnp.int32)
         where = jnp.full(self.grid, n, jnp.int32).at[rows, self.block_cols].set(index, mode="drop")
-        places = _places_of_mask(block_mask, n)
         new_rows, new_cols, _ = places
         source = where.at[new_rows, new_cols].get(mode="fill", fill_value=n)
         values = self.values.at[source].get(mode="fill", fill_value=0)
@@ -339,22 +356,7 @@ def _places_of_mask(block_mask: Array, num_blocks: int | None) -> Array:
             )
     elif num_blocks is None:
         raise ValueError("num_blocks=None must be a number where the pattern is not known (jit)")
-    return _place_blocks(block_mask, num_blocks)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _place_blocks(block_mask: Array, n: int) -> Array:
-    gr, gc = block_mask.shape
-    by_col = block_mask.T.reshape(-1)
-    place = jnp.where(by_col, jnp.cumsum(by_col) - 1, n)  # n: dropped
-    at = jnp.arange(gr * gc, dtype=jnp.int32)
-    cols = jnp.full(n, gc, jnp.int32).at[place].set(at // gr, mode="drop")
-    rows = jnp.full(n, gr, jnp.int32).at[place].set(at % gr, mode="drop")
-    by_row = block_mask.reshape(-1)
-    place_t = jnp.where(by_row, jnp.cumsum(by_row) - 1, n)
-    stored = place.reshape(gc, gr).T.reshape(-1).astype(jnp.int32)
-    order = jnp.arange(n, dtype=jnp.int32).at[place_t].set(stored, mode="drop")
-    return jnp.stack([rows, cols, order])
+    return of_mask(block_mask, num_blocks)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -377,6 +379,10 @@ def _to_dense(w: "BlockSparse") -> Array:
 @jax.jit
 def _transpose(w: "BlockSparse") -> "BlockSparse":
     (rows_n, cols_n), (bh, bw) = w.shape, w.block_shape
+    if w.places.shape[0] == 4:
+        rows, cols, order, by_col = w.places
+        places = jnp.stack([cols, rows, by_col, order])
+        return BlockSparse(w.values.swapaxes(1, 2), places, (cols_n, rows_n), (bw, bh))
     rows, cols, order = w.places
     back = jnp.zeros_like(order).at[order].set(jnp.arange(w.num_blocks, dtype=jnp.int32))
     places = jnp.stack([cols[order], rows[order], back])
@@ -406,7 +412,7 @@ def _to_blocks(dense: Array, grid: tuple[int, int], block_shape: tuple[int, int]
 
 def _inside(w: BlockSparse) -> Array:
     """bool, like the values: false where an edge block sticks out of the matrix."""
-    (bh, bw), (rows, cols, _) = w.block_shape, w.places
+    (bh, bw), rows, cols = w.block_shape, w.block_rows, w.block_cols
     r = rows[:, None, None] * bh + jnp.arange(bh).reshape(1, -1, 1)
     c = cols[:, None, None] * bw + jnp.arange(bw).reshape(1, 1, -1)
     return (r < w.shape[0]) & (c < w.shape[1])

@@ -185,11 +185,12 @@ def _lists(w: BlockSparse, p: _Product) -> tuple[Array, Array, Array | None]:
       and a slot of -1 no slot. Where columns may be split, the first slot of each and how many parts
       it has (0: it is not split), int32 `[columns, 2]`.
     """
-    rows, cols, order, used = w.block_rows, w.block_cols, w.order, w.used
+    rows, cols, used = w.block_rows, w.block_cols, w.used
+    order = w.order if p.transposed else w.column_order
     if p.transposed:
-        rows, cols, used = cols[order], rows[order], used[order]
-    else:
-        order = jnp.arange(w.num_blocks, dtype=jnp.int32)
+        rows, cols = cols, rows
+    if p.transposed or w.places.shape[0] == 4:  # else they are stored in this order
+        rows, cols, used = rows[order], cols[order], used[order]
     cols = jnp.where(used, cols, p.columns)
     of = jnp.arange(p.columns + 1, dtype=jnp.int32)
     starts = jnp.sum(cols[None, :] < of[:, None], 1, dtype=jnp.int32)

@@ -226,7 +226,7 @@ def matmul(
 
 
 def _scalars(w: BlockSparse, p: _Product, rows_of_blocks: int) -> Array:
-    """int32 `[3, chunks * group + 1]`: block rows, block columns, order, for the scalar memory.
+    """int32 `[3 or 4, chunks * group + 1]`: the places, for the scalar memory.
 
     One array, made by one operation: each one before the kernel costs more than a thousand cycles.
     Unused blocks (last in both orders), and what fills up the last chunk, add to a column beyond
@@ -238,8 +238,8 @@ def _scalars(w: BlockSparse, p: _Product, rows_of_blocks: int) -> Array:
     kind, at = (lax.broadcasted_iota(jnp.int32, plan.shape, a) for a in (0, 1))
     end = jnp.where(kind == of_j, p.columns, rows_of_blocks)
     inside = (plan >= 0) & (plan < end) & (at < w.num_blocks)
-    plan = jnp.where(kind == 2, jnp.where(plan < 0, at, plan), plan)
-    return jnp.where((kind == 2) | inside, plan, jnp.where(kind == of_j, p.columns, 0))
+    plan = jnp.where(kind >= 2, jnp.where(plan < 0, at, plan), plan)
+    return jnp.where((kind >= 2) | inside, plan, jnp.where(kind == of_j, p.columns, 0))
 
 
 def _matmul_kernel(
@@ -264,8 +264,12 @@ def _matmul_kernel(
     slot = lax.rem(i, 2)
     of_k, of_j = (1, 0) if p.transposed else (0, 1)
 
-    def stored(at):  # storage order is right for w; `order` leads through it for w^T
-        return plan_ref[2, at] if p.transposed else at
+    # The storage order is right for w if blocks are stored by column; else an order leads through it.
+    by = 2 if p.transposed else 3
+    ordered = by >= plan_ref.shape[0]
+
+    def stored(at):
+        return at if ordered else plan_ref[by, at]
 
     # Columns are ascending. Chunk c sees to the columns from its first block's to the one before
     # the next chunk's first block's. To write to a group of columns it must have been opened; when
@@ -300,7 +304,7 @@ def _matmul_kernel(
 
     def fetch_blocks(chunk, s):
         # chunks that lie in one piece
-        one = 0 if p.transposed else w_hbm.shape[0] // group
+        one = w_hbm.shape[0] // group if ordered else 0
         if one:
 
             @pl.when(chunk < one)

@@ -308,3 +308,26 @@ REFUSED = [
 def test_bad_input_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@given(matrices(), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_blocks_in_any_order_stay_where_they_are_stored(matrix, spare, random):
+    dense, block_shape, mask = matrix
+    flat = list(mask.ravel())
+    random.shuffle(flat)
+    other = np.array(flat).reshape(mask.shape)
+    n = int(mask.sum()) + spare
+    w = BlockSparse.from_block_mask(dense, mask, block_shape, num_blocks=n, pad=True).in_any_order()
+    new = w.with_pattern(other)
+    np.testing.assert_array_equal(new.block_mask, other)
+    both = np.kron(mask & other, np.ones(block_shape))[: dense.shape[0], : dense.shape[1]]
+    np.testing.assert_array_equal(new.to_dense(), dense * both)
+    stays = (mask & other)[np.asarray(w.block_rows)[: mask.sum()], w.block_cols[: mask.sum()]]
+    for a, b in ((w.block_rows, new.block_rows), (w.block_cols, new.block_cols)):
+        np.testing.assert_array_equal(np.asarray(a)[: mask.sum()][stays], b[: mask.sum()][stays])
+    for order, listed in ((new.order, other), (new.column_order, other.T)):
+        assert sorted(order.tolist()) == list(range(n))
+        places = zip(new.block_rows[order].tolist(), new.block_cols[order].tolist())
+        used = [(r, c) if listed is other else (c, r) for r, c in places][: int(other.sum())]
+        assert used == list(zip(*map(np.ndarray.tolist, np.nonzero(listed))))
+    np.testing.assert_array_equal(new.T.to_dense(), new.to_dense().T)

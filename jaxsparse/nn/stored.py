@@ -1,0 +1,378 @@
+"""`stored`: training in which parameters, gradients and slots are those of stored blocks only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from jaxsparse import allocations, schedules, scores, selection, structures
+from jaxsparse._control import is_concrete, when
+from jaxsparse.choose import check_sparsity, unit_budgets
+from jaxsparse.engines import Step, View, check_inner, drop_and_grow, is_placeholder
+from jaxsparse.engines._checks import compiled_once
+from jaxsparse.engines._slots import restart, stand_still
+from jaxsparse.engines.step import any_nan
+from jaxsparse.leaves import Leaf
+from jaxsparse.methods.pruning import start_of_ramp
+from jaxsparse.methods.timing import REWIRING, Timing
+from jaxsparse.nn._stored_tree import StoredTree, check_patterns, find
+from jaxsparse.schedules import Schedule, Updates
+from jaxsparse.typing import Scalar, ScalarOrSchedule, Seed, StepCount
+
+BlockRule = Callable[[Step], list[Array]]
+FAULTS = (
+    "",
+    "places were changed by something else than `stored`: an average, noise or decay outside of it; put "
+    "it inside, around the optimizer of the values",
+    "the rule asked for more blocks than a layer stores; give the layer a larger density",
+)
+
+
+class StoredState(NamedTuple):
+    """The state of `stored`.
+
+    Attributes:
+      count: int32 scalar, updates done.
+      places: the places of every matrix, as the last update left them.
+      fault: int32 scalar, 0, or the number of what went wrong; the values are NaN from then on.
+      inner: the state of the inner optimizer: slots of stored values and of dense leaves.
+    """
+
+    count: Array
+    places: Any
+    fault: Array
+    inner: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """A rule, when it runs, whether it reads scores, and whether it takes the place of the step."""
+
+    rule: BlockRule | None
+    at: Updates | None = None
+    scored: bool = False
+    replaces: bool = False
+    first: int = 0  # no update before this step
+
+
+def stored(
+    inner: optax.GradientTransformation,
+    *,
+    rule: Literal["rigl", "set", "magnitude", "static"] | BlockRule = "rigl",
+    total_steps: StepCount | None = None,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    drop_fraction: ScalarOrSchedule = 0.3,
+    sparsity: Scalar | None = None,
+    initial_sparsity: Scalar = 0.0,
+    groups: int = 1,
+    seed: Seed = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains layers that store blocks (`BlockSparseLinear`), and moves their pattern on a schedule:
+    parameters, gradients and all slots of the inner optimizer are those of the stored blocks.
+
+    The step and the result are those of the masked method of the same name with
+    `structure=Block(bh, bw)`, `sparsity` that of the layers and the same `seed`, to rounding: with
+    $|B|_1$ the sum of the magnitudes in a block, at each update "rigl" drops the part $f$ of the stored
+    blocks of smallest $|W_B|_1$ and grows as many of largest $|(x^T dy)_B|_1$; "set" grows at random;
+    "magnitude" only drops, along the cubic curve; "static" does nothing.
+
+    Places are integers in the tree of parameters. The inner optimizer never sees them: it is run on the
+    trained leaves alone, with `optax.MaskedNode` elsewhere, and `stored` returns integer updates, new
+    places minus old ones, which `optax.apply_updates` adds exactly. A block that stays keeps its number
+    in the arrays, and so its slots; a new one takes the number of one that goes, starts at 0, with slots
+    as at `init`. The norms of absent blocks come as the gradient of the layer's `scores`, computed in
+    panels in the backward pass of those steps only that the flag `due` of the layer announces, which
+    `stored` sets one step ahead (`pallas_kernels.score_blocks`).
+
+    What averages, decays or adds noise belongs inside, around the optimizer of the values. From the
+    outside it is refused: places that something else has changed raise `ValueError` outside of `jit`; in
+    a compiled step the values become NaN, and `check_stored` says why.
+
+    Args:
+      inner: the optimizer of the values and of all dense leaves.
+      rule: a name, or a function of a `Step` that returns the new mask of each grid of blocks, in which a
+        weight of a view stands for a block: `w` is its norm, 0 where it is absent, `g` that of its
+        gradient if the function is marked by `scores.declare(needs_gradient=True)`, else None.
+      total_steps: the length of the run, in steps; not needed by "static".
+      update_every: steps between two updates.
+      begin_step: the first update; after `update_every` steps by default ("magnitude": 0).
+      end_step: no update after it; 75 % of the run by default.
+      drop_fraction: of "rigl" and "set": the part that the first update replaces, which falls along a
+        cosine to 0 at `end_step`; or a schedule of it.
+      sparsity: of "magnitude": the share of the blocks of each matrix that is not stored in the end.
+        The arrays keep their size.
+      initial_sparsity: of "magnitude": that of the cubic curve's start.
+      groups: groups of neighbouring block columns that keep their numbers of blocks. With as many as
+        devices that share the blocks, each device drops and grows its own.
+      seed: of random growth and of ties, an integer.
+
+    Returns:
+      A transformation of trees of which each stored matrix is four siblings: `values`, `places`,
+      `scores`, `due`. Gradients of integers may be `float0`, zeros, or missing (see `full_gradients`).
+
+    Raises:
+      ValueError: an unknown rule, missing or contradictory arguments; at `init` parameters without
+        stored matrices, or with a pattern that is none; at `update` gradients that are missing.
+
+    With gradients averaged by `pmean` the score is the mean of the norms over the replicas, with those
+    of microbatches over these; the masked methods take the norm of the mean. Slots of another shape than
+    the values (factored moments) belong to no block and stay.
+
+    Sources: Evci et al., Rigging the lottery, 2020; Mocanu et al., Scalable training of artificial neural
+    networks with adaptive sparse connectivity, 2018; Zhu & Gupta, To prune, or not to prune, 2017. Stored
+    values instead of masks: Nikdan et al., SparseProp, 2023; Wesselink et al., Nerva, 2024.
+
+    >>> import jaxsparse
+    >>> from jaxsparse.nn import BlockSparseLinear, Trained
+    >>> layer = BlockSparseLinear(64, 64, block_shape=(16, 16), density=0.25, rngs=nnx.Rngs(0))
+    >>> tx = jaxsparse.stored(optax.adamw(1e-3), rule="rigl", total_steps=1000, update_every=100)
+    >>> optimizer = nnx.Optimizer(layer, tx, wrt=Trained)
+    >>> loss = lambda layer: (layer(jnp.ones((2, 64))) ** 2).mean()
+    >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, Trained), allow_int=True)(layer)
+    >>> _ = optimizer.update(layer, grads)
+    """
+    inner = check_inner(inner)
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups={groups!r}: give a number of groups of block columns, 1 or more")
+    times = dict(
+        total_steps=total_steps,
+        begin_step=begin_step,
+        end_step=end_step,
+        update_every=update_every,
+    )
+    recipe = _recipe(rule, times, drop_fraction, sparsity, initial_sparsity, seed)
+
+    def init_fn(params):
+        if is_placeholder(params):
+            return StoredState(jnp.int32(0), 0, jnp.int32(0), inner.init(params))
+        params = nnx.as_pure(params)
+        tree, leaves = find(params, groups), jax.tree.leaves(params)
+        check_patterns(tree, leaves, groups)
+        return StoredState(
+            count=jnp.zeros((), jnp.int32),
+            places=tuple(jnp.array(leaves[m.places], copy=True) for m in tree.matrices),
+            fault=jnp.zeros((), jnp.int32),
+            inner=inner.init(tree.visible(leaves)),
+        )
+
+    def step(grads, state, params, **extra):
+        tree, leaves = find(params, groups), jax.tree.leaves(params)
+        values = [leaves[m.values] for m in tree.matrices]
+        places = [leaves[m.places] for m in tree.matrices]
+        changed = [jnp.any(p != q) for p, q in zip(places, state.places)]
+        if (
+            recipe.scored and recipe.at is not None
+        ):  # the flags, too, are as the last update left them
+            told = recipe.at.fires(state.count) & (state.count >= recipe.first)
+            changed += [
+                (state.count > 0) & jnp.any((leaves[m.due] != 0) != told) for m in tree.matrices
+            ]
+        fault = jnp.where(jnp.any(jnp.stack(changed)), 1, state.fault)
+        kept = [jnp.ones((*m.lead, m.capacity), bool) for m in tree.matrices]
+        fires = jnp.zeros((), bool)
+        choose = recipe.rule
+        if choose is not None and recipe.at is not None:
+            worth = [grads[m.scores] for m in tree.matrices] if recipe.scored else None
+            fires = recipe.at.fires(state.count) & (state.count >= recipe.first)
+            if recipe.scored:  # computed where the layers were told that they are due
+                fires &= jnp.all(jnp.stack([jnp.all(leaves[m.due] != 0) for m in tree.matrices]))
+            sound = lambda yes, *xs: yes & ~any_nan(*xs)
+            fires = when(fires, sound, fires, worth or [], values)
+            run = lambda carry, *xs: _choose(choose, tree, carry, *xs)
+            carry = places, kept, fault
+            places, kept, fault = when(fires, run, carry, state.count, values, worth)
+
+        live = [(k & m.used(p))[..., None, None] for m, k, p in zip(tree.matrices, kept, places)]
+        whole = [jnp.broadcast_to(k, v.shape) for k, v in zip(live, values)]
+        visible = tree.visible(leaves)
+        before = restart(inner, state.inner, whole, tree, visible)
+        seen = list(grads)
+        for m, k in zip(tree.matrices, live):
+            seen[m.values] = jnp.where(k, seen[m.values], jnp.zeros((), seen[m.values].dtype))
+        deltas, slots = inner.update(tree.visible(seen), before, visible, **extra)
+        if recipe.replaces:
+            deltas, slots = stand_still(fires, inner, before, visible, deltas, slots)
+
+        found = tree.leaves_of(deltas)
+        out = [jnp.zeros_like(x) if d is None else d for x, d in zip(leaves, found)]
+        due = jnp.zeros((), bool)
+        if recipe.scored and recipe.at is not None:
+            count = state.count + 1
+            due = recipe.at.fires(count) & (count >= recipe.first)
+        for m, k, p, v in zip(tree.matrices, live, places, values):
+            move = jnp.where(k, out[m.values].astype(v.dtype), -v)
+            out[m.values] = jnp.where(fault != 0, jnp.full((), jnp.nan, v.dtype), move)
+            change = due.astype(leaves[m.due].dtype) - leaves[m.due]
+            for i, x in ((m.places, p - leaves[m.places]), (m.due, change)):
+                exact = grads[i] is None or max(m.capacity, *m.grid) >= 1 << 24
+                out[i] = x if exact else x.astype(grads[i].dtype)
+        new = StoredState(
+            jnp.asarray(optax.safe_increment(state.count)), tuple(places), fault, slots
+        )
+        return tree.treedef.unflatten(out), new
+
+    compiled = compiled_once(step)
+
+    def update_fn(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError(
+                "update needs the parameters: call tx.update(grads, opt_state, params)"
+            )
+        if not isinstance(state, StoredState):
+            raise ValueError(
+                f"opt_state: {type(state).__name__} is not the state that `stored(...).init` returns"
+            )
+        tree = find(params, groups)
+        _check_state(tree, state)
+        grads = tree.gradients(updates, jax.tree.leaves(params), recipe.scored)
+        out, new = compiled(grads, state, params, **extra)
+        if is_concrete(new.fault) and int(jnp.max(new.fault)):
+            raise ValueError(f"params: {FAULTS[int(jnp.max(new.fault))]}")
+        return out, new
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _recipe(rule: Any, times, drop_fraction, sparsity, initial_sparsity, seed) -> _Recipe:
+    if rule == "static":
+        return _Recipe(None)
+    if not callable(rule) and rule not in ("rigl", "set", "magnitude"):
+        raise ValueError(
+            f"rule={rule!r}: give 'rigl', 'set', 'magnitude', 'static', or a function of a Step"
+        )
+    if times["total_steps"] is None:
+        raise ValueError(f"total_steps=None: rule={rule!r} needs the length of the run, in steps")
+    if (sparsity is None) == (rule == "magnitude"):
+        raise ValueError(
+            f"sparsity={sparsity}: rule='magnitude' needs the sparsity that it ends at; others keep the "
+            "number of blocks that the layers store"
+        )
+    if rule == "magnitude":
+        sparsity = check_sparsity(sparsity)
+        at = Timing().updates(**times)
+        start = start_of_ramp(initial_sparsity, sparsity)
+        ramp = schedules.cubic(at.begin, at.end, initial=start)
+        return _Recipe(_keep_largest(sparsity, ramp), at)
+    at = REWIRING.updates(**times)
+    if callable(rule):
+        own: Any = rule
+        return _Recipe(own, at, scored=scores.needs_gradient(own), first=1)
+    fraction = schedules.drop_fraction(drop_fraction, at.end)
+    if rule == "set":
+        found = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)
+        return _Recipe(found, at, first=1)
+    found = drop_and_grow(scores.magnitude, scores.gradient, fraction, seed=seed)
+    return _Recipe(found, at, scored=True, replaces=True, first=1)
+
+
+def _keep_largest(sparsity: Any, ramp: Schedule) -> BlockRule:
+    """Of the stored blocks keep those of largest norm, as many as the masked method keeps."""
+
+    def rule(step: Step) -> list[Array]:
+        matrices = [
+            Leaf(x.index, x.path, _matrix_shape(x, block), x.lead, structures.Block(*block))
+            for x, block in zip(step.leaves, step.aux)
+        ]
+        fraction: Any = ramp(step.count)
+        budgets = unit_budgets(matrices, allocations.Uniform(), sparsity, fraction)
+        rows = zip(step.leaves, budgets)
+        kept = selection.topk_masks(
+            [v.leaf.pool(v.w) for v in step.views],
+            [n if leaf.slices == 1 else n // leaf.slices for leaf, n in rows],
+            where=[v.leaf.units(v.m) for v in step.views],
+            axis=[leaf.axes for leaf in step.leaves],
+        )
+        return [leaf.expand(k) for leaf, k in zip(step.leaves, kept)]
+
+    return rule
+
+
+def _matrix_shape(grid: Leaf, block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the matrices whose blocks the grid holds."""
+    gr, gc = grid.layer_shape
+    return (*grid.stack_shape, gr * block[0], gc * block[1])
+
+
+def _choose(rule: BlockRule, tree: StoredTree, carry, count: Array, values, worth):
+    """The pattern that the rule chooses: new places, which blocks stay, and whether there is a fault."""
+    places, _, fault = carry
+    views = []
+    for i, (m, v, p) in enumerate(zip(tree.matrices, values, places)):
+        norms = jnp.sum(jnp.abs(v), (-2, -1), dtype=jnp.promote_types(v.dtype, jnp.float32))
+        g = None if worth is None else worth[i]
+        views.append(View(m.leaf, m.spread(norms, p), g, m.mask(p)))
+    masks = rule(Step(count, views, aux=[m.block_shape for m in tree.matrices]))
+    found = [m.rewired(p, mask) for m, p, mask in zip(tree.matrices, places, masks)]
+    counts = [jnp.sum(mask, (-2, -1), dtype=jnp.int32) for mask in masks]
+    many = [jnp.any(n > m.capacity) for n, m in zip(counts, tree.matrices)]
+    fault = jnp.where(jnp.any(jnp.stack(many)), jnp.int32(2), fault)
+    return [p for p, _ in found], [k for _, k in found], fault
+
+
+def _check_state(tree: StoredTree, state: StoredState) -> None:
+    """Raises `ValueError` for the state of another model, or of other capacities."""
+    if len(state.places) != len(tree.matrices):
+        raise ValueError(
+            f"opt_state: the state of another model: it has {len(state.places)} stored matrices, the "
+            f"parameters {len(tree.matrices)}"
+        )
+    for m, places in zip(tree.matrices, state.places):
+        if (n := jnp.shape(places)[-1]) != m.capacity:
+            raise ValueError(
+                f"opt_state: {m.path!r} has room for {m.capacity} blocks, its state for {n}; restore "
+                "both from one checkpoint"
+            )
+
+
+def check_stored(opt_state) -> None:
+    """Checks that a run with `stored` is sound.
+
+    Args:
+      opt_state: the optimizer state, or the `nnx.Optimizer`, however deeply the state is wrapped.
+
+    Raises:
+      ValueError: it holds no state of `stored`; or something went wrong, and what.
+
+    >>> from jaxsparse.nn import BlockSparseLinear, Trained
+    >>> layer = BlockSparseLinear(8, 8, block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
+    >>> check_stored(stored(optax.sgd(0.1), rule="static").init(nnx.state(layer, Trained)))
+    """
+    found = stored_states(opt_state)
+    if not found:
+        raise ValueError(
+            "opt_state holds no state of `stored`; pass what stored(...).init returned"
+        )
+    for state in found:
+        if fault := int(jnp.max(state.fault)):
+            raise ValueError(f"params: {FAULTS[fault]}")
+
+
+def stored_states(opt_state) -> list[StoredState]:
+    """Every `StoredState` inside an optimizer state."""
+    tree = nnx.as_pure(getattr(opt_state, "opt_state", opt_state))
+    is_one = lambda x: isinstance(x, StoredState)
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_one) if is_one(x)]
+
+
+def full_gradients(grads):
+    """Gradients with float32 zeros in place of `float0`, the gradients of integers: for what calculates
+    with whole trees before `stored` sees them (`optax.MultiSteps`, clipping, sums over devices).
+
+    >>> grads = jax.grad(lambda p: p["a"], allow_int=True)({"a": 1.0, "n": jnp.int32(3)})
+    >>> float(full_gradients(grads)["n"])
+    0.0
+    """
+
+    def one(g):
+        return jnp.zeros(g.shape, jnp.float32) if g.dtype == jax.dtypes.float0 else g
+
+    return jax.tree.map(one, grads)

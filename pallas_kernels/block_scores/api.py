@@ -1,0 +1,146 @@
+"""`block_scores`: norms of the blocks of `x^T dy`; `score_blocks`: the same as the gradient of a probe."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels._dispatch import choose, vary_alike
+from pallas_kernels._formats import Array
+from pallas_kernels.block_scores import reference, tpu, xla
+
+IMPLEMENTATIONS: dict[str, Any] = {"tpu": tpu, "xla": xla, "reference": reference}
+"""By name, the best first."""
+
+
+def block_scores(
+    x: Array,
+    dy: Array,
+    block_shape: tuple[int, int],
+    *,
+    implementation: str | None = None,
+    precision: lax.PrecisionLike = None,
+    interpret: bool = False,
+) -> Array:
+    r"""The norm $\sum_{ij \in B} |x^T dy|_{ij}$ of every block $B$ of the gradient of a weight
+    `[in, out]`, whose blocks may not be stored: what RigL grows by.
+
+    The gradient is computed panel by panel and never held: the operations are those of one dense
+    product, the memory that of x, dy, the scores and one panel.
+
+    Args:
+      x: `[..., in]`, what the weight is multiplied by.
+      dy: `[..., out]`, the gradient of the product. Operands of different dtypes are promoted.
+      block_shape: `(bh, bw)`; blocks may stick out at the lower and right edges.
+      implementation: "tpu" (Pallas: bfloat16 and float32, blocks of multiples of 128 up to 1024),
+        "xla" (anywhere), "reference" (builds the gradient); None takes the first of them that
+        supports the arguments.
+      precision: of the product, as in `jax.lax.dot_general`; it is summed in float32.
+      interpret: run the TPU kernel in the interpreter, for tests on a machine without one.
+
+    Returns:
+      `[block rows, block columns]`, float32.
+
+    Raises:
+      ValueError: if the shapes do not match, a dtype is not floating point, or the named
+        implementation does not support the arguments.
+
+    The criterion is that of Evci et al., Rigging the lottery (2020), summed over a block.
+
+    >>> x, dy = jnp.array([[1.0, 0.0, 2.0, 0.0]]), jnp.array([[1.0, -3.0]])
+    >>> block_scores(x, dy, (2, 1)).tolist()
+    [[1.0, 3.0], [2.0, 6.0]]
+    """
+    x, dy = jnp.asarray(x), jnp.asarray(dy)
+    for name, a in (("x", x), ("dy", dy)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
+    if x.ndim < 1 or x.ndim != dy.ndim or x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(
+            f"x.shape={x.shape} and dy.shape={dy.shape} must be equal but for the last axis"
+        )
+    if len(block_shape) != 2 or min(block_shape) < 1:
+        raise ValueError(f"block_shape={tuple(block_shape)} must be two positive integers")
+    bh, bw = block_shape
+    dtype = jnp.result_type(x.dtype, dy.dtype)
+    x, dy = (jnp.reshape(a, (-1, a.shape[-1])).astype(dtype) for a in (x, dy))
+    reasons = {
+        name: module.why_not(x, dy, (bh, bw), interpret) for name, module in IMPLEMENTATIONS.items()
+    }
+    name = choose(implementation, reasons)
+    if x.size == 0 or dy.size == 0:
+        return jnp.zeros((-(-x.shape[1] // bh), -(-dy.shape[1] // bw)), jnp.float32)
+    options: dict[str, Any] = {"interpret": True} if interpret else {}
+    x, dy = vary_alike(x, dy)
+    return IMPLEMENTATIONS[name].scores(x, dy, (bh, bw), precision=precision, **options)
+
+
+def score_blocks(
+    x: Array,
+    y: Array,
+    probe: Array,
+    due: Array,
+    block_shape: tuple[int, int],
+    *,
+    precision: lax.PrecisionLike = None,
+) -> Array:
+    """y, unchanged; but the gradient of `probe` is the `block_scores` of the weight that made y of x.
+
+    They are computed in the backward pass, and only where `due` is not 0; else the gradient is 0 and
+    costs nothing.
+
+    Args:
+      x: `[..., in]`.
+      y: `[..., out]`, a product of x with a weight `[in, out]`.
+      probe: float32 `[block rows, block columns]`; its values are not read.
+      due: int32 scalar.
+      block_shape: `(bh, bw)`.
+      precision: of the product `x^T dy`.
+
+    Raises:
+      ValueError: a probe of another shape than the grid of blocks, a `due` that is no integer scalar.
+
+    >>> probe = jnp.zeros((2, 2))
+    >>> x, w = jnp.array([[1.0, 0.0, 2.0, 0.0]]), jnp.ones((4, 2))
+    >>> loss = lambda probe, due: score_blocks(x, x @ w, probe, due, (2, 1)).sum()
+    >>> [jax.grad(loss)(probe, jnp.int32(due)).tolist() for due in (0, 1)]
+    [[[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [2.0, 2.0]]]
+    """
+    grid = -(-x.shape[-1] // block_shape[0]), -(-y.shape[-1] // block_shape[1])
+    if probe.shape != grid:
+        raise ValueError(f"probe.shape={probe.shape} must be {grid}, one number for each block")
+    if due.shape != () or not jnp.issubdtype(due.dtype, jnp.integer):
+        raise ValueError(f"due has shape {due.shape}, dtype {due.dtype}: give an integer scalar")
+    static = tuple(block_shape), precision
+    x = lax.stop_gradient(jnp.asarray(x))
+    return _scored(static, *vary_alike(x, jnp.asarray(y), probe, due))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(static, x: Array, y: Array, probe: Array, due: Array) -> Array:
+    del static, x, probe, due
+    return y
+
+
+def _forward(static, x, y, probe, due):
+    return _scored(static, x, y, probe, due), (x, probe, due)
+
+
+def _backward(static, residuals, dy):
+    (block_shape, precision), (x, probe, due) = static, residuals
+    found = lax.cond(
+        due != 0,
+        lambda x, dy: vary_alike(
+            block_scores(x, dy.astype(x.dtype), block_shape, precision=precision), like=(x, dy)
+        ).astype(probe.dtype),
+        lambda x, dy: vary_alike(jnp.zeros(probe.shape, probe.dtype), like=(x, dy)),
+        x,
+        dy,
+    )
+    return jnp.zeros_like(x), dy, found, np.zeros(due.shape, jax.dtypes.float0)
+
+
+_scored.defvjp(_forward, _backward)
