@@ -1,4 +1,4 @@
-// Products with a matrix [in, out] of which blocks [height, width] are stored, sorted by column.
+// Products with a matrix [in, out] of which blocks [height, width] are stored.
 //
 // Operands are cut into slabs, [blocks, batch, side], so that a block meets contiguous memory. The sums
 // of a few batch rows and up to 64 columns stay in registers over all blocks of a block column.
@@ -13,7 +13,7 @@ namespace kernels {
 struct Blocks {
   const float* values;   // [count, height, width]
   const int32_t* rows;   // [count], block row; outside of the grid: not used
-  const int32_t* columns;  // [count], ascending
+  const int32_t* columns;  // [count], block column, in any order
   const int32_t* order;  // [count], the blocks sorted by row, then column
   int64_t in, out, count, height, width;
   int64_t grid_rows() const { return (in + height - 1) / height; }
