@@ -22,6 +22,7 @@ from jaxsparse.nn.sparse_ift import (
     SparseWide,
     folded_decay,
 )
+from jaxsparse.nn.store import store
 from jaxsparse.nn.stored import StoredState, check_stored, full_gradients, stored
 from jaxsparse.nn.two_view import (
     Backward,
@@ -59,6 +60,7 @@ __all__ = [
     "dropout_kl",
     "folded_decay",
     "full_gradients",
+    "store",
     "stored",
     "Backward",
     "SLoPeLinear",

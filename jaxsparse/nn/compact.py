@@ -111,7 +111,7 @@ def compact(
             continue
         layer, why = _sparse_layer(module, mask, blocks, platform)
         if layer is not None:
-            new = _replace(new, path, layer)
+            new = replace_module(new, path, layer)
         report.append(
             Compacted(label, type(layer or module).__name__, layer is not None, why, density)
         )
@@ -172,7 +172,7 @@ def _names(path) -> tuple[str, ...]:
     return tuple(names[:-1] if names and names[-1] in ("value", "raw_value") else names)
 
 
-def _replace(model: nnx.Module, path, layer: nnx.Module) -> nnx.Module:
+def replace_module(model: nnx.Module, path, layer: nnx.Module) -> nnx.Module:
     """The model with the module at `path` replaced, in place unless it is the model itself."""
     if not path:
         return layer

@@ -61,6 +61,16 @@ class _Recipe:
     replaces: bool = False
     first: int = 0  # no update before this step
 
+    def fires(self, count) -> Array:
+        """Whether the pattern moves at this step (bool scalar)."""
+        if self.rule is None or self.at is None:
+            return jnp.zeros((), bool)
+        return self.at.fires(count) & (jnp.asarray(count) >= self.first)
+
+    def due(self, count) -> Array:
+        """Whether the layers have to compute scores at this step (bool scalar)."""
+        return self.fires(count) if self.scored else jnp.zeros((), bool)
+
 
 def stored(
     inner: optax.GradientTransformation,
@@ -143,13 +153,17 @@ def stored(
     inner = check_inner(inner)
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups={groups!r}: give a number of groups of block columns, 1 or more")
-    times = dict(
+    recipe = recipe_of(
+        rule,
         total_steps=total_steps,
+        update_every=update_every,
         begin_step=begin_step,
         end_step=end_step,
-        update_every=update_every,
+        drop_fraction=drop_fraction,
+        sparsity=sparsity,
+        initial_sparsity=initial_sparsity,
+        seed=seed,
     )
-    recipe = _recipe(rule, times, drop_fraction, sparsity, initial_sparsity, seed)
 
     def init_fn(params):
         if is_placeholder(params):
@@ -169,20 +183,15 @@ def stored(
         values = [leaves[m.values] for m in tree.matrices]
         places = [leaves[m.places] for m in tree.matrices]
         changed = [jnp.any(p != q) for p, q in zip(places, state.places)]
-        if (
-            recipe.scored and recipe.at is not None
-        ):  # the flags, too, are as the last update left them
-            told = recipe.at.fires(state.count) & (state.count >= recipe.first)
-            changed += [
-                (state.count > 0) & jnp.any((leaves[m.due] != 0) != told) for m in tree.matrices
-            ]
+        if recipe.scored:  # the flags, too, are as the last update left them
+            told = recipe.due(state.count)
+            flags = [jnp.any((leaves[m.due] != 0) != told) for m in tree.matrices]
+            changed += [(state.count > 0) & flag for flag in flags]
         fault = jnp.where(jnp.any(jnp.stack(changed)), 1, state.fault)
         kept = [jnp.ones((*m.lead, m.capacity), bool) for m in tree.matrices]
-        fires = jnp.zeros((), bool)
-        choose = recipe.rule
-        if choose is not None and recipe.at is not None:
+        fires = recipe.fires(state.count)
+        if (choose := recipe.rule) is not None:
             worth = [grads[m.scores] for m in tree.matrices] if recipe.scored else None
-            fires = recipe.at.fires(state.count) & (state.count >= recipe.first)
             if recipe.scored:  # computed where the layers were told that they are due
                 fires &= jnp.all(jnp.stack([jnp.all(leaves[m.due] != 0) for m in tree.matrices]))
             sound = lambda yes, *xs: yes & ~any_nan(*xs)
@@ -204,10 +213,7 @@ def stored(
 
         found = tree.leaves_of(deltas)
         out = [jnp.zeros_like(x) if d is None else d for x, d in zip(leaves, found)]
-        due = jnp.zeros((), bool)
-        if recipe.scored and recipe.at is not None:
-            count = state.count + 1
-            due = recipe.at.fires(count) & (count >= recipe.first)
+        due = recipe.due(state.count + 1)
         for m, k, p, v in zip(tree.matrices, live, places, values):
             move = jnp.where(k, out[m.values].astype(v.dtype), -v)
             out[m.values] = jnp.where(fault != 0, jnp.full((), jnp.nan, v.dtype), move)
@@ -242,27 +248,40 @@ def stored(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _recipe(rule: Any, times, drop_fraction, sparsity, initial_sparsity, seed) -> _Recipe:
+def recipe_of(
+    rule: Any,
+    *,
+    total_steps: StepCount | None = None,
+    update_every: StepCount = 100,
+    begin_step: StepCount | None = None,
+    end_step: StepCount | None = None,
+    drop_fraction: ScalarOrSchedule = 0.3,
+    sparsity: Scalar | None = None,
+    initial_sparsity: Scalar = 0.0,
+    seed: Seed = 0,
+) -> _Recipe:
+    """The recipe that the arguments of `stored` stand for, checked."""
     if rule == "static":
         return _Recipe(None)
     if not callable(rule) and rule not in ("rigl", "set", "magnitude"):
         raise ValueError(
             f"rule={rule!r}: give 'rigl', 'set', 'magnitude', 'static', or a function of a Step"
         )
-    if times["total_steps"] is None:
+    if total_steps is None:
         raise ValueError(f"total_steps=None: rule={rule!r} needs the length of the run, in steps")
     if (sparsity is None) == (rule == "magnitude"):
         raise ValueError(
             f"sparsity={sparsity}: rule='magnitude' needs the sparsity that it ends at; others keep the "
             "number of blocks that the layers store"
         )
+    times = total_steps, begin_step, end_step, update_every
     if rule == "magnitude":
         sparsity = check_sparsity(sparsity)
-        at = Timing().updates(**times)
+        at = Timing().updates(*times)
         start = start_of_ramp(initial_sparsity, sparsity)
         ramp = schedules.cubic(at.begin, at.end, initial=start)
         return _Recipe(_keep_largest(sparsity, ramp), at)
-    at = REWIRING.updates(**times)
+    at = REWIRING.updates(*times)
     if callable(rule):
         own: Any = rule
         return _Recipe(own, at, scored=scores.needs_gradient(own), first=1)

@@ -1,0 +1,99 @@
+"""`store`: a masked run that goes on as stored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxsparse
+from jaxsparse.nn import BlockSparseLinear, Trained, store
+from pallas_kernels import BlockSparse
+
+X = jax.random.normal(jax.random.key(0), (16, 16))
+Y = jnp.sin(X @ jax.random.normal(jax.random.key(1), (16, 16)))
+INNER = optax.adamw(optax.cosine_decay_schedule(1e-2, 60), weight_decay=0.01)
+OPTIONS = dict(total_steps=60, update_every=10, seed=2, drop_fraction=0.5)
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(16, 32, rngs=rngs), nnx.Linear(32, 16, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.layers[1](nnx.relu(self.layers[0](x)))
+
+
+def loss(model):
+    return ((model(X) - Y) ** 2).mean()
+
+
+@nnx.jit
+def step(model, optimizer):
+    wrt = optimizer.wrt
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, wrt), allow_int=True)(model)
+    optimizer.update(model, grads)
+
+
+@pytest.mark.parametrize("stop", [20, 23])  # at a step that moves blocks, and between two
+def test_a_masked_run_goes_on_as_stored_along_the_same_trajectory(stop):
+    model = Model()
+    tx = jaxsparse.rigl(INNER, 0.5, structure="block:4x4", allocation="uniform", **OPTIONS)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(stop):
+        step(model, optimizer)
+    sparse, stored_tx, state = store(
+        model, optimizer, INNER, block_shape=(4, 4), rule="rigl", **OPTIONS
+    )
+    other = nnx.Optimizer(sparse, stored_tx, wrt=Trained)
+    nnx.update(other.opt_state, nnx.state(state))
+    start = jaxsparse.get_masks(optimizer)
+    for _ in range(15):
+        step(model, optimizer)
+        step(sparse, other)
+    masks = jaxsparse.get_masks(optimizer)
+    for i in range(2):
+        layer = sparse.layers[i]
+        assert isinstance(layer, BlockSparseLinear)
+        np.testing.assert_allclose(layer.weight.to_dense(), model.layers[i].kernel[...], atol=1e-5)
+        mask = np.asarray(masks["layers"][i]["kernel"])
+        np.testing.assert_array_equal(np.kron(layer.weight.block_mask, np.ones((4, 4))), mask)
+        assert (mask != np.asarray(start["layers"][i]["kernel"])).any()
+
+
+def test_slots_are_those_of_the_stored_blocks():
+    model = Model()
+    tx = jaxsparse.static(optax.adam(1e-2), 0.5, structure="block:4x4")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        step(model, optimizer)
+    sparse, _, state = store(model, optimizer, optax.adam(1e-2), block_shape=(4, 4), rule="static")
+    mu = optax.tree.get(state, "mu")["layers"][0]
+    places = sparse.layers[0].places[...]
+    dense = BlockSparse(mu["values"], places, (16, 32), (4, 4)).to_dense()
+    want = nnx.as_pure(optax.tree.get(nnx.as_pure(optimizer.opt_state), "mu"))["layers"][0]
+    np.testing.assert_array_equal(dense, want["kernel"])
+    np.testing.assert_array_equal(mu["bias"], want["bias"])
+    assert int(state.count) == 3
+
+
+def test_what_cannot_be_stored_is_named():
+    model = Model()
+    tx = jaxsparse.static(INNER, 0.5, structure="block:4x4")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with pytest.raises(
+        ValueError, match=r"block_shape=\(8, 8\): the mask of 'layers/0/kernel' is no"
+    ):
+        store(model, optimizer, INNER, block_shape=(8, 8), rule="static")
+    with pytest.raises(ValueError, match=r"block_shape=\(5, 4\) does not tile"):
+        store(model, optimizer, INNER, block_shape=(5, 4), rule="static")
+    with pytest.raises(ValueError, match="states of 0 methods"):
+        store(model, INNER.init({"w": X}), INNER, block_shape=(4, 4), rule="static")
+    conv = nnx.Conv(4, 4, (1,), rngs=nnx.Rngs(0))
+    state = jaxsparse.static(INNER, 0.5).init(nnx.state(conv, nnx.Param))
+    with pytest.raises(
+        ValueError, match="'kernel' has a mask and is not the kernel of an nnx.Linear"
+    ):
+        store(conv, state, INNER, block_shape=(1, 1), rule="static")
