@@ -67,6 +67,10 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         f"alpha {alpha}, s {s}": {"options.alpha": alpha, "options.threshold_init": s}
         for alpha, s in ((0.5, -5.0), (0.5, -2.0), (0.1, -2.0))
     },
+    # Scores share the optimizer of the weights here, whose learning rate is low for them.
+    "soft_movement": {
+        f"strength {s}": {"options.strength": s, "options.threshold": 0.4} for s in (30.0, 300.0)
+    },
     "sap": {f"a round of {n} steps": {"options.update_every": n} for n in (100, 300)},
 }
 

@@ -2,11 +2,13 @@
 
 `flops` counts operations and the bytes that they move, `memory` the bytes that are kept; `plots` draws
 the course of a training, `figures` the network itself (both with matplotlib, imported when a figure is
-made). `summary` is the table of `jaxsparse.summarize`, `dynamics` compares masks, `essential` finds how much of a trained network can go at once,
+made). `summary` is the table of `jaxsparse.summarize`, `dynamics` compares masks, `connectivity`
+looks along the line between two networks, `essential` finds how much of a trained network can go at once,
 `scaling_law` fits loss to sparsity, size and data (with scipy, imported when a law is fitted).
 """
 
 from jaxsparse.analysis import (
+    connectivity,
     dynamics,
     essential,
     figures,
@@ -18,6 +20,7 @@ from jaxsparse.analysis import (
 )
 
 __all__ = [
+    "connectivity",
     "dynamics",
     "essential",
     "figures",

@@ -2,6 +2,7 @@
 initial variances, averages of siblings, edges of graphs. Pure functions; the runs over whole trainings
 (lottery tickets, soups) are in `experiments.tickets`."""
 
+from jaxsparse.tickets.averages import Soup, average, greedy_soup
 from jaxsparse.tickets.fixed_weights import fish_mask, interleaved_masks, three_valued
 from jaxsparse.tickets.graphs import Layered, edge_scores, keep_edges, layered, small_world
 from jaxsparse.tickets.masks import (
@@ -25,10 +26,13 @@ from jaxsparse.tickets.signal import (
 __all__ = [
     "Layered",
     "Sampled",
+    "Soup",
     "Variances",
+    "average",
     "critical_variances",
     "edge_scores",
     "fish_mask",
+    "greedy_soup",
     "initializers",
     "interleaved_masks",
     "keep",
