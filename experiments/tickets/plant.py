@@ -101,8 +101,10 @@ def plant(layers: Layers, width: int, *, seed: int = 0) -> Planted:
     Returns:
       The network, and the truth.
 
-    This differs from the authors' code in that a neuron that none is like takes the length of the one that it
-    replaces, where theirs divides one weight by another, which may be near 0.
+    This differs from the authors' code in: a neuron that none is like takes the length of the one that it
+    replaces, where theirs divides one weight by another, which may be near 0; and among neurons that are equally
+    like it (any, where a single weight is planted) the one of largest c is taken, or scales would shrink layer by
+    layer.
 
     Raises:
       ValueError: a width below the target's.
@@ -151,7 +153,8 @@ def _closest(t: np.ndarray, v: np.ndarray, choices: np.ndarray) -> tuple[int, fl
     fits = (np.sign(among) == np.sign(t)[:, None]).all(axis=0) & (c > 0)
     if not fits.any():
         return int(choices[0]), float(np.linalg.norm(among[:, 0]) / np.linalg.norm(t))
-    best = int(np.argmin(np.where(fits, distance, np.inf)))
+    near = fits & (distance <= distance[fits].min() + 1e-9)
+    best = int(np.argmax(np.where(near, c, -np.inf)))  # of equally good ones the longest
     return int(choices[best]), float(c[best])
 
 

@@ -152,14 +152,16 @@ class Problem:
 
         return lax.scan(step, stats, jnp.arange(batches))[0]
 
-    def loss(self, params: Any, batch: tuple[Array, Array], stats: Any = None) -> Array:
-        """The mean loss of a batch `(x, y)` in evaluation mode, as scores before training take it."""
+    def loss(
+        self, params: Any, batch: tuple[Array, Array], stats: Any = None, temperature: float = 1.0
+    ) -> Array:
+        """The mean loss of a batch `(x, y)` in evaluation mode, as scores before training take it; logits are
+        divided by `temperature`."""
         logits, _ = self.task.apply(
             params, stats if stats is not None else {}, batch[0], train=False
         )
-        return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[1])
-        )
+        logits = logits.astype(jnp.float32) / temperature
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
 
 
 def make_problem(

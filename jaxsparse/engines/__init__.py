@@ -19,6 +19,7 @@ from jaxsparse.engines.proximal import followed_by, project_after, proximal
 from jaxsparse.engines.redistribute import apportion, by_layer, by_leaf
 from jaxsparse.engines.rewind import rewind
 from jaxsparse.engines.scale_by_age import scale_by_age
+from jaxsparse.engines.selective_decay import selective_decay
 from jaxsparse.engines.setup import Setup
 from jaxsparse.engines.step import Step, View, momentum
 from jaxsparse.engines.straight_through import (
@@ -75,6 +76,7 @@ __all__ = [
     "save_seeded",
     "scale_by_age",
     "score_learner",
+    "selective_decay",
     "soft_threshold_learner",
     "straight_through",
     "swap",

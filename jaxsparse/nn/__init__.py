@@ -3,10 +3,17 @@
 from jaxsparse.nn._linear import Pattern, Scores, Trained
 from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
 from jaxsparse.nn.bayesian import BayesianLinear, VariationalDropoutLinear, dropout_kl
+from jaxsparse.nn.bit_planes import BitPlaneLinear, csq_loss, csq_temperature, split_bits
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import CondensedLinear, condense
 from jaxsparse.nn.consensus import ConsensusGate, consensus_loss
+from jaxsparse.nn.gates import (
+    HardConcreteGate,
+    enumerated_gradient,
+    score_function_gradient,
+    straight_through_gradient,
+)
 from jaxsparse.nn.graph_network import GraphNetwork
 from jaxsparse.nn.nm_linear import NMLinear
 from jaxsparse.nn.sparse_activations import (
@@ -36,6 +43,7 @@ from jaxsparse.nn.two_view import (
 
 __all__ = [
     "BayesianLinear",
+    "BitPlaneLinear",
     "BlockCache",
     "BlockSparseAttention",
     "top_blocks",
@@ -46,6 +54,7 @@ __all__ = [
     "CondensedLinear",
     "ConsensusGate",
     "GraphNetwork",
+    "HardConcreteGate",
     "NMLinear",
     "clipped_relu",
     "clipped_soft_threshold",
@@ -57,7 +66,10 @@ __all__ = [
     "compact",
     "condense",
     "consensus_loss",
+    "csq_loss",
+    "csq_temperature",
     "dropout_kl",
+    "enumerated_gradient",
     "folded_decay",
     "full_gradients",
     "store",
@@ -73,5 +85,8 @@ __all__ = [
     "refresh",
     "refresh_model",
     "VariationalDropoutLinear",
+    "score_function_gradient",
+    "split_bits",
+    "straight_through_gradient",
     "two_view_matmul",
 ]

@@ -9,10 +9,18 @@ from jaxsparse.tickets.masks import (
     Sampled,
     keep,
     prune_round,
+    prune_within,
     sample_spectrum,
     shuffle_within_layers,
     sketch,
     spectral_error,
+)
+from jaxsparse.tickets.nested import (
+    Prefixes,
+    from_prefixes,
+    nested_masks,
+    subnet_gradient,
+    to_prefixes,
 )
 from jaxsparse.tickets.signal import (
     Variances,
@@ -25,6 +33,7 @@ from jaxsparse.tickets.signal import (
 
 __all__ = [
     "Layered",
+    "Prefixes",
     "Sampled",
     "Soup",
     "Variances",
@@ -32,13 +41,16 @@ __all__ = [
     "critical_variances",
     "edge_scores",
     "fish_mask",
+    "from_prefixes",
     "greedy_soup",
     "initializers",
     "interleaved_masks",
     "keep",
     "keep_edges",
     "layered",
+    "nested_masks",
     "prune_round",
+    "prune_within",
     "rescale_energy",
     "sample_spectrum",
     "shuffle_within_layers",
@@ -46,6 +58,8 @@ __all__ = [
     "small_world",
     "spectral_error",
     "stability",
+    "subnet_gradient",
     "three_valued",
+    "to_prefixes",
     "variance_map",
 ]

@@ -7,10 +7,12 @@ tx = jaxsparse.static(optax.adamw(1e-3), masks=synflow(forward, params, x, 0.9))
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxsparse import allocations, masking, selection
@@ -284,6 +286,64 @@ def prune_round(
     return treedef.unflatten(found)
 
 
+def prune_within(
+    evaluate: Callable[[Any], Any],
+    params: Any,
+    masks: Any,
+    *,
+    tolerance: float,
+    steps: int = 12,
+) -> Any:
+    r"""The masks that the largest threshold T on |w| leaves for which the metric falls by no more than a tolerance;
+    found by bisection over the sorted magnitudes, for a metric that falls as T rises.
+
+    Args:
+      evaluate: from parameters to a number, higher is better, on validation data.
+      params: trained parameters.
+      masks: those that are held; what they prune stays pruned.
+      tolerance: what may be lost, in units of the metric.
+      steps: of the bisection; each evaluates once.
+
+    Returns:
+      Masks that are subsets of the old ones. If they are the same, no more weights can go.
+
+    (The cut of Bonetta, Ribero & Cancelliere, Regularization-based pruning of irrelevant weights, 2023.)
+
+    >>> w = {"kernel": jnp.array([[0.1, 0.2, 3.0, 4.0]])}
+    >>> ones = {"kernel": jnp.ones((1, 4), bool)}
+    >>> prune_within(lambda p: p["kernel"].sum(), w, ones, tolerance=0.35)["kernel"].tolist()
+    [[False, False, True, True]]
+
+    Raises:
+      ValueError: a negative tolerance, fewer steps than one.
+    """
+    if not tolerance >= 0 or steps < 1:
+        raise ValueError(f"tolerance={tolerance}, steps={steps}: need at least 0 and 1")
+    held = masking.at_leaves(masks, params)
+    flat, treedef = jax.tree.flatten(params)
+    at = [i for i, m in enumerate(held) if m is not None]
+    sizes = [np.abs(np.asarray(flat[i], np.float64)) for i in at]
+    old = [np.asarray(masking.unpack(held[i])) for i in at]
+    order = np.sort(np.concatenate([s[m] for s, m in zip(sizes, old)]))
+    goal = float(evaluate(masking.apply(params, masks))) - tolerance
+
+    def cut(number: int) -> Any:
+        found: list[Any] = [None] * len(flat)
+        threshold = order[number] if number < order.size else np.inf
+        for i, s, m in zip(at, sizes, old):
+            found[i] = jnp.asarray(m & (s >= threshold))
+        return treedef.unflatten(found)
+
+    low, high = 0, order.size  # so many go: low is fine, high is not known to be
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        if middle in (low, high + 1):
+            break
+        fine = float(evaluate(masking.apply(params, cut(middle)))) >= goal
+        low, high = (middle, high) if fine else (low, middle - 1)
+    return cut(low)
+
+
 def shuffle_within_layers(masks: Any, seed: Seed = 0) -> Any:
     """Masks of the same number of weights in every layer, at random places: the sanity check of scores
     (Frankle et al., Pruning neural networks at initialization: why are we missing the mark?, 2021).
@@ -303,6 +363,7 @@ __all__ = [
     "Sampled",
     "keep",
     "prune_round",
+    "prune_within",
     "sample_spectrum",
     "shuffle_within_layers",
     "sketch",
