@@ -56,14 +56,18 @@ class Attention(nnx.Module):
         self.value = linear(config.width, config.groups * self.size)
         self.out = linear(config.width, config.width)
 
-    def __call__(self, x_BTD):
+    def mix(self, x_BTD):
+        """The heads side by side, [B, T, H K]: what `out` reads."""
         split = lambda y: y.reshape(*y.shape[:2], -1, self.size)
         turn = functools.partial(rotate, base=self.config.rope_base, kind=self.config.rope)
         q_BTHK, k_BTGK = turn(split(self.query(x_BTD))), turn(split(self.key(x_BTD)))
         y_BTHK = jax.nn.dot_product_attention(
             q_BTHK, k_BTGK, split(self.value(x_BTD)), is_causal=True
         )
-        return self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1))
+        return y_BTHK.reshape(*x_BTD.shape[:2], -1)
+
+    def __call__(self, x_BTD):
+        return self.out(self.mix(x_BTD))
 
 
 class Block(nnx.Module):

@@ -66,6 +66,8 @@ RULES: dict[str, Rule] = {
     "sort": index.along("dimension"),
     "split": shape.split,
     "squeeze": shape.squeeze,
+    "stack": shape.stack,
     "top_k": index.top_k,
     "transpose": shape.transpose,
+    "unstack": shape.unstack,
 }

@@ -75,6 +75,23 @@ def concatenate(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]
     return [tuple(axes)]
 
 
+def stack(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
+    """Operands of one shape along a new axis, whose positions are numbered by the operands."""
+    axes = list(inputs[0].axes)
+    for value in inputs[1:]:
+        for d, label in enumerate(value.axes):
+            t.labels.unify(axes[d], label, t.because(eqn))
+    joined = t.labels.atom(len(inputs))
+    t.labels.pin(joined, t.because(eqn))
+    return [(*axes[: eqn.params["axis"]], joined, *axes[eqn.params["axis"] :])]
+
+
+def unstack(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
+    axis, axes = eqn.params["axis"], inputs[0].axes
+    t.pin((axes[axis],), t.because(eqn))
+    return [(*axes[:axis], *axes[axis + 1 :])] * len(eqn.outvars)
+
+
 def split(t: Trace, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Axes]:
     axis, sizes = eqn.params["axis"], [int(n) for n in eqn.params["sizes"]]
     found, start = [], 0

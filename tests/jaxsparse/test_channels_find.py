@@ -207,6 +207,19 @@ def test_a_concatenation_of_an_array_with_itself_takes_both_places():
     assert positions(groups["a:1"], "out", 0, 1) == [1, 4]
 
 
+def test_arrays_that_are_stacked_lose_the_same_channels_and_none_of_their_own():
+    def net(p, x):
+        h = jnp.stack([x @ p["a"], x @ p["b"]], 1)  # [batch, 2, channels]
+        first, second = jnp.unstack(jax.nn.relu(h), axis=1)
+        return jnp.concatenate([(h.sum(1) + first) @ p["out"], second @ p["out"]], -1)
+
+    params = {"a": jnp.ones((5, 4)), "b": jnp.ones((5, 4)), "out": jnp.ones((4, 2))}
+    groups = channels.find(net, params, VECTORS)
+    assert groups.widths == {"a:1": 4}
+    assert places(groups["a:1"], "out") == {"a:1", "b:1"}
+    assert places(groups["a:1"], "in") == {"out:0"}
+
+
 def test_slices_after_a_concatenation_find_their_parts_again():
     model, x = MODELS["densenet"]()
     groups = channels.find(model, x)
