@@ -8,6 +8,8 @@ from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import CondensedLinear, condense
 from jaxsparse.nn.consensus import ConsensusGate, consensus_loss
+from jaxsparse.nn.delta import DeltaActivation
+from jaxsparse.nn.fire_together import FiringGate, firing_loss, strong_filters
 from jaxsparse.nn.gates import (
     HardConcreteGate,
     enumerated_gradient,
@@ -16,6 +18,8 @@ from jaxsparse.nn.gates import (
 )
 from jaxsparse.nn.graph_network import GraphNetwork
 from jaxsparse.nn.nm_linear import NMLinear
+from jaxsparse.nn.pixelfly import PixelflyLinear
+from jaxsparse.nn.searched_activations import CANDIDATES, ScaledActivation
 from jaxsparse.nn.sparse_activations import (
     ClippedReLU,
     ClippedSoftThreshold,
@@ -29,6 +33,7 @@ from jaxsparse.nn.sparse_ift import (
     SparseWide,
     folded_decay,
 )
+from jaxsparse.nn.spatial_mask import Positions, SpatialSparsity, conv_at
 from jaxsparse.nn.store import store
 from jaxsparse.nn.stored import StoredState, check_stored, full_gradients, stored
 from jaxsparse.nn.two_view import (
@@ -40,6 +45,7 @@ from jaxsparse.nn.two_view import (
     refresh_model,
     two_view_matmul,
 )
+from jaxsparse.nn.unit_choice import UnitChoice
 
 __all__ = [
     "BayesianLinear",
@@ -89,4 +95,15 @@ __all__ = [
     "split_bits",
     "straight_through_gradient",
     "two_view_matmul",
+    "CANDIDATES",
+    "DeltaActivation",
+    "FiringGate",
+    "PixelflyLinear",
+    "Positions",
+    "ScaledActivation",
+    "SpatialSparsity",
+    "UnitChoice",
+    "conv_at",
+    "firing_loss",
+    "strong_filters",
 ]
