@@ -14,6 +14,7 @@ exact measures (`block_mass`, `recall`, `error_bound`).
 
 from jaxsparse.attention import budgets, pool, select
 from jaxsparse.attention.adaspa import AdaSpa, AdaSpaState, adaspa
+from jaxsparse.attention.cache import Cache, rebalance
 from jaxsparse.attention.dsv import LowRank, dsv, dsv_loss, head_sparsity, pays
 from jaxsparse.attention.functions import as_fn, attend, dot_product_attention
 from jaxsparse.attention.layout import Layout, Sizes
@@ -39,6 +40,16 @@ from jaxsparse.attention.minference import (
 from jaxsparse.attention.moba import moba
 from jaxsparse.attention.mra import mra, mra_attention
 from jaxsparse.attention.nsa import Compressor, mean_blocks, nsa, nsa_attention
+from jaxsparse.attention.policies import (
+    Policy,
+    ada_snapkv,
+    dynamickv,
+    h2o,
+    keep_all,
+    snapkv,
+    streaming_llm,
+    zipvl,
+)
 from jaxsparse.attention.predictor import Predictor, State, by_scores, dense_cost
 from jaxsparse.attention.quest import Pages, append_page, pages, quest
 from jaxsparse.attention.seer import SeerGate, rotary, seer, seer_loss, seer_target
@@ -50,18 +61,21 @@ __all__ = [
     "AShape",
     "AdaSpa",
     "AdaSpaState",
+    "Cache",
     "Compressor",
     "Info",
     "Layout",
     "LowRank",
     "PUBLISHED",
     "Pages",
+    "Policy",
     "Predictor",
     "SeerGate",
     "Sizes",
     "State",
     "TopBlocks",
     "VerticalSlash",
+    "ada_snapkv",
     "adaspa",
     "append_page",
     "as_fn",
@@ -77,9 +91,12 @@ __all__ = [
     "dot_product_attention",
     "dsv",
     "dsv_loss",
+    "dynamickv",
     "error_bound",
     "flexprefill",
+    "h2o",
     "head_sparsity",
+    "keep_all",
     "mean_blocks",
     "minference",
     "moba",
@@ -92,19 +109,23 @@ __all__ = [
     "pays",
     "pool",
     "quest",
+    "rebalance",
     "recall",
-    "rotary",
     "relative_error",
+    "rotary",
     "search_patterns",
     "seer",
     "seer_loss",
     "seer_target",
     "select",
+    "snapkv",
     "sparge",
     "static",
     "streaming",
+    "streaming_llm",
     "threshold",
     "top_k",
     "top_p",
     "tune_sparge",
+    "zipvl",
 ]
