@@ -246,6 +246,7 @@ class Cache:
         there = index < lengths[:, None]
         text = self.lengths[:, None] + index  # [batch, n]
         q_position = text[:, None]
+        k, v = (jnp.where(there[:, None, :, None], x, 0) for x in (k, v))  # padding may be NaN
         if position is not None and not policy.reassign:
             k, q = position(k, q_position), position(q, q_position)
         fields = cache._insert(k, v, jnp.where(there, text, -1), n)

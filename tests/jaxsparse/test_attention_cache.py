@@ -258,9 +258,6 @@ def test_dynamickv_gives_layers_what_the_ranking_over_all_says():
     scores = np.stack([np.asarray(c.scores[0, :, :12]) for c in first])
     cut = np.sort(scores.ravel())[::-1][6 * 2 * 3 - 1]
     by_layer = (scores >= cut).sum((1, 2))
-    assert (
-        np.argsort(by_layer) == np.argsort(counts[:, 0] - 0.1 * by_layer.max() * 0)
-    ).all() or True
     assert counts[by_layer.argmax(), 0] == counts.max() and counts.max() <= 14 and counts.min() >= 2
     for i, cache in enumerate(caches):
         for g in range(GROUPS):
