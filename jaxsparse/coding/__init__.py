@@ -14,11 +14,35 @@ a bound of its norm.
 from jaxsparse.coding.audio import declip, inpaint
 from jaxsparse.coding.bayes import Posterior, sbl, sbl_cost
 from jaxsparse.coding.completion import complete
+from jaxsparse.coding.coverage import cover_greedily, cover_stream, coverage
 from jaxsparse.coding.dictionary import Learned, ksvd, masked_loss, refit_atoms
+from jaxsparse.coding.factors import (
+    Factors,
+    factorize,
+    keep,
+    keep_in_columns,
+    keep_in_rows,
+    keep_in_rows_or_columns,
+    keep_support,
+    palm,
+)
 from jaxsparse.coding.greedy import gradient_pursuit, omp
 from jaxsparse.coding.kronecker import KroneckerPosterior, kronecker_sbl
+from jaxsparse.coding.low_rank import (
+    GrowingSVD,
+    Separated,
+    separate,
+    singular_soft,
+    total_variation,
+    truncated_svd,
+)
+from jaxsparse.coding.maintained import Maintained, maintain, reweigh
+from jaxsparse.coding.movies import Movie, red_psm, spline_matrix
 from jaxsparse.coding.operators import Dense, Operator, dense, norm_bound
+from jaxsparse.coding.predictive import Encoder, psd_codes, psd_init, psd_loss, unit_atoms
 from jaxsparse.coding.proximal import admm, duality_gap, fista, iht, ista, lasso_objective
+from jaxsparse.coding.segments import change_points, hausdorff, mean_cost
+from jaxsparse.coding.signatures import signature, signature_features
 from jaxsparse.coding.thresholds import (
     fused,
     group_soft,
@@ -28,6 +52,7 @@ from jaxsparse.coding.thresholds import (
     soft,
     soft_nonnegative,
 )
+from jaxsparse.coding.transport import Transport, sinkhorn, sinkhorn_newton, transport_plan
 from jaxsparse.coding.unrolled import (
     Alista,
     Coupled,
@@ -48,45 +73,82 @@ __all__ = [
     "Alista",
     "Coupled",
     "Dense",
+    "Encoder",
+    "Factors",
+    "GrowingSVD",
     "Hyper",
     "KroneckerPosterior",
     "Learned",
     "Lista",
+    "Maintained",
+    "Movie",
     "Operator",
     "Posterior",
+    "Separated",
+    "Transport",
     "admm",
     "alista",
     "alista_init",
     "analytic_weights",
+    "change_points",
     "complete",
     "coupled_init",
+    "cover_greedily",
+    "cover_stream",
+    "coverage",
     "declip",
     "dense",
     "duality_gap",
+    "factorize",
     "fista",
     "fused",
     "gradient_pursuit",
     "group_soft",
     "hard",
+    "hausdorff",
     "hyperlista",
     "iht",
     "inpaint",
     "ista",
+    "keep",
+    "keep_in_columns",
+    "keep_in_rows",
+    "keep_in_rows_or_columns",
     "keep_largest",
+    "keep_support",
     "kronecker_sbl",
     "ksvd",
     "lasso_objective",
     "lista",
     "lista_cpss",
     "lista_init",
+    "maintain",
     "masked_loss",
+    "mean_cost",
     "nmse",
     "norm_bound",
     "omp",
+    "palm",
+    "psd_codes",
+    "psd_init",
+    "psd_loss",
+    "red_psm",
     "refit_atoms",
+    "reweigh",
     "sbl",
     "sbl_cost",
     "select_soft",
+    "separate",
+    "signature",
+    "signature_features",
+    "singular_soft",
+    "sinkhorn",
+    "sinkhorn_newton",
     "soft",
     "soft_nonnegative",
+    "spline_matrix",
+    "total_variation",
+    "transport_plan",
+    "truncated_svd",
+    "unit_atoms",
 ]

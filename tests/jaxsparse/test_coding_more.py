@@ -1,0 +1,382 @@
+"""Transport, factors, predicted codes, signatures, change points, coverage, low rank, movies: the checks of
+their cards, against oracles in NumPy and SciPy."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.interpolate
+import scipy.linalg
+import scipy.optimize
+
+from jaxsparse import coding
+from pallas_kernels import Condensed, condensed_matmul
+
+
+@pytest.fixture
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+# ---- transport ------------------------------------------------------------------------------------
+
+
+def test_sparse_newton_needs_a_fraction_of_the_sweeps(double):
+    n, eta = 60, 200.0
+    rng = np.random.default_rng(0)
+    cost, uniform = jnp.asarray(rng.random((n, n))), jnp.full(n, 1 / n)
+    newton = jax.jit(lambda c: coding.sinkhorn_newton(c, uniform, uniform, eta, tolerance=1e-10))
+    sweeps = jax.jit(
+        lambda c: coding.sinkhorn(c, uniform, uniform, eta, steps=60_000, tolerance=1e-10)
+    )
+    found, slow = newton(cost), sweeps(cost)
+    assert float(found.error) <= 1e-10 and int(found.steps) <= 120
+    assert int(slow.steps) > 10 * int(found.steps)
+    plan = np.asarray(coding.transport_plan(found, cost, eta))
+    np.testing.assert_allclose(plan.sum(0), 1 / n, atol=1e-10)
+    np.testing.assert_allclose(plan, coding.transport_plan(slow, cost, eta), atol=1e-8)
+    full = coding.sinkhorn_newton(cost, uniform, uniform, eta, density=1.0, tolerance=1e-10)
+    assert int(full.steps) <= 20 + 12
+
+
+def test_a_cold_plan_is_the_best_assignment(double):
+    rng = np.random.default_rng(1)
+    cost, ones = rng.random((8, 8)), jnp.ones(8)
+    found = coding.sinkhorn_newton(jnp.asarray(cost), ones, ones, 500.0, tolerance=1e-9)
+    _, best = scipy.optimize.linear_sum_assignment(cost)
+    plan = np.asarray(coding.transport_plan(found, jnp.asarray(cost), 500.0))
+    assert plan.argmax(1).tolist() == best.tolist()
+
+
+# ---- products of sparse factors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [3, 4])
+def test_a_hadamard_matrix_is_its_butterflies(double, levels):
+    n = 2**levels
+    h = jnp.asarray(scipy.linalg.hadamard(n), jnp.float64)
+    own = [coding.keep_in_rows_or_columns(2)] * (levels - 1)
+    rest = [coding.keep_in_rows_or_columns(n // 2**i) for i in range(1, levels)]
+    found = coding.factorize(h, own, rest)
+    assert np.linalg.norm(found.dense - h) / np.linalg.norm(h) < 1e-12
+    assert [int((s != 0).sum()) for s in found.factors] == [2 * n] * levels
+    assert all(abs(np.linalg.norm(s) - 1) < 1e-12 for s in found.factors)
+    residual = np.asarray(h - found.dense)
+    assert abs((residual * np.asarray(found.dense)).sum()) < 1e-9
+    x, y = jnp.ones((2, n), jnp.float32), jnp.ones((2, n), jnp.float32)
+    for s in found.factors:  # the factors run as stored
+        y = condensed_matmul(y, Condensed.from_dense(s.astype(jnp.float32)))
+    np.testing.assert_allclose(found.scale * y, x @ h, atol=1e-3)
+
+
+def test_for_a_fixed_scale_the_error_never_grows(double):
+    rng = np.random.default_rng(0)
+    a = jnp.asarray(rng.normal(size=(9, 12)))
+    start = coding.Factors(
+        jnp.asarray(3.0), (jnp.eye(9), jnp.asarray(rng.normal(size=(9, 12))) / 10)
+    )
+    sets = [coding.keep(30), coding.keep_in_columns(3)]
+    start = start._replace(factors=tuple(p(s) for p, s in zip(sets, start.factors)))
+    errors = []
+    for _ in range(12):
+        errors.append(float(jnp.linalg.norm(start.dense - a)))
+        start = coding.palm(a, start, sets, steps=1)._replace(scale=jnp.asarray(3.0))
+    assert all(after <= before + 1e-9 for before, after in zip(errors, errors[1:]))
+    for p, s in zip(sets, start.factors):
+        np.testing.assert_allclose(p(s), s, atol=1e-12)
+
+
+# ---- predicted codes ------------------------------------------------------------------------------
+
+
+def test_codes_of_an_orthonormal_dictionary_are_in_closed_form(double):
+    rng = np.random.default_rng(0)
+    b, y = np.linalg.qr(rng.normal(size=(6, 6)))[0], rng.normal(size=(4, 6))
+    f = rng.normal(size=(4, 6))
+    solve = lambda alpha: coding.psd_codes(
+        *map(jnp.asarray, (b, y, f)), 0.6, alpha=alpha, steps=600
+    )
+    v = y @ b + 0.7 * f
+    want = np.sign(v) * np.maximum(np.abs(v) - 0.3, 0) / 1.7
+    np.testing.assert_allclose(solve(0.7), want, atol=1e-9)
+    np.testing.assert_allclose(solve(1e6), f, atol=1e-5)
+    lasso = coding.fista(
+        jnp.asarray(b), jnp.asarray(y), 0.3, steps=300
+    )  # half the loss, half the strength
+    np.testing.assert_allclose(solve(0.0), lasso, atol=1e-9)
+
+
+def test_a_trained_encoder_is_a_warm_start():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(8, 12))
+    true /= np.linalg.norm(true, axis=0)
+    codes = rng.normal(size=(300, 12)) * (rng.random((300, 12)) < 0.15)
+    y = jnp.asarray(codes @ true.T, jnp.float32)
+    start = coding.unit_atoms(jnp.asarray(rng.normal(size=(8, 12)), jnp.float32))
+    parameters = start, coding.psd_init(start)
+    tx = optax.adam(3e-3)
+
+    @jax.jit
+    def train(parameters):
+        def step(carry, _):
+            (d, e), state = carry
+            loss = lambda p: coding.psd_loss(p, y, 0.1, steps=30)
+            updates, state = tx.update(jax.grad(loss)((d, e)), state, (d, e))
+            d, e = optax.apply_updates((d, e), updates)
+            return ((coding.unit_atoms(d), e), state), None
+
+        return jax.lax.scan(step, (parameters, tx.init(parameters)), length=150)[0][0]
+
+    d, encoder = train(parameters)
+    np.testing.assert_allclose(jnp.linalg.norm(d, axis=0), 1, atol=1e-5)
+    best = coding.psd_codes(d, y, jnp.zeros((300, 12)), 0.1, alpha=0.0, steps=500)
+    gap = lambda z: float(jnp.linalg.norm(z - best))
+    few = lambda z: coding.psd_codes(d, y, z, 0.1, alpha=0.0, steps=3)
+    assert gap(encoder(y)) < 0.6 * gap(jnp.zeros_like(best))
+    assert gap(few(encoder(y))) < gap(few(jnp.zeros_like(best)))
+
+
+def test_no_gradient_reaches_the_encoder_through_the_codes():
+    d = jnp.eye(2)
+    encoder = coding.Encoder(jnp.eye(2), jnp.zeros(2), jnp.ones(2))
+    y = jnp.array([[1.0, -2.0]])
+    gradient = jax.grad(lambda e: coding.psd_loss((d, e), y, 0.2))(encoder)
+    z = coding.psd_codes(d, y, encoder(y), 0.2)
+    want = jax.grad(lambda e: ((z - e(y)) ** 2).sum())(encoder)
+    for a, b in zip(gradient, want):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+# ---- signatures -----------------------------------------------------------------------------------
+
+
+def test_signatures_of_lines_their_shuffles_and_points_in_between(double):
+    v = np.array([0.3, -1.0, 2.0])
+    line = coding.signature(jnp.asarray(np.outer([0.0, 0.2, 1.0], v)), 3)
+    for k, level in enumerate(line, 1):
+        want = v if k == 1 else np.multiply.outer(v, v) if k == 2 else np.einsum("i,j,k", v, v, v)
+        np.testing.assert_allclose(level, want / math.factorial(k), atol=1e-12)
+    path = np.random.default_rng(0).normal(size=(7, 2))
+    first, second, _ = coding.signature(jnp.asarray(path), 3)
+    np.testing.assert_allclose(second + second.T, np.multiply.outer(first, first), atol=1e-12)
+    fine = np.insert(path, 3, 0.3 * path[2] + 0.7 * path[3], axis=0)
+    for a, b in zip(coding.signature(jnp.asarray(path), 3), coding.signature(jnp.asarray(fine), 3)):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_the_lasso_on_signatures_finds_what_drives_a_system(double):
+    """y is 2 times the integral of x1 d x2: one entry of level 2."""
+    rng = np.random.default_rng(0)
+    paths = np.cumsum(rng.normal(size=(80, 12, 3)), 1)
+    paths[:, :, 0] = np.linspace(0, 1, 12)
+    paths -= paths[:, :1]
+    features = jax.jit(jax.vmap(lambda p: coding.signature_features(p, 2)))(jnp.asarray(paths))
+    x = np.asarray(features)
+    variation = np.linalg.norm(np.diff(paths, axis=1), axis=2).sum(1)
+    middle = (paths[:, 1:, 1] + paths[:, :-1, 1]) / 2
+    y = 2 * (middle * np.diff(paths[:, :, 2], axis=1)).sum(1) / variation**2
+    scale = x.std(0) + 1e-12
+    w = coding.fista(jnp.asarray(x / scale), jnp.asarray(y), 0.01, steps=3000)
+    place = 3 + 1 * 3 + 2
+    assert int(np.abs(w).argmax()) == place
+    assert abs(float(w[place]) / scale[place] - 2) < 0.2
+    assert (np.abs(np.delete(np.asarray(w), place)) < 0.1 * abs(float(w[place]))).all()
+
+
+# ---- change points --------------------------------------------------------------------------------
+
+
+def shifts(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(600, 40))
+    x[200:400, :5] += 1
+    x[400:, :5] += 3
+    return x
+
+
+@pytest.mark.parametrize("grid", [20, 30])
+def test_changes_off_the_grid_are_refined(grid):
+    cost = coding.mean_cost(shifts(), 0.1)
+    found = coding.change_points(cost, 600, 200.0, grid=grid)
+    assert coding.hausdorff(found, [200, 400]) <= 3
+    assert coding.change_points(cost, 600, np.inf, grid=grid) == []
+
+
+def test_the_finest_grid_is_brute_force():
+    x = np.random.default_rng(3).normal(size=(12, 2)) + np.repeat([[0.0], [3.0], [-1.0]], 4, 0)
+    cost = coding.mean_cost(x)
+    splits = [s for r in range(12) for s in itertools.combinations(range(1, 12), r)]
+    total = lambda s: sum(cost(a, b) + 4.0 for a, b in zip((0, *s), (*s, 12)))
+    found = coding.change_points(cost, 12, 4.0, grid=11, buffer=12)  # nothing is moved
+    assert tuple(found) == min(splits, key=total)
+    mean = x[2:7].mean(0)
+    assert cost(2, 7) == pytest.approx(((x[2:7] - mean) ** 2).sum())
+
+
+# ---- coverage -------------------------------------------------------------------------------------
+
+
+def test_greedy_and_one_pass_keep_their_bounds_in_any_order():
+    rng = np.random.default_rng(0)
+    run = jax.jit(lambda s: (coding.cover_greedily(s, 3), coding.cover_stream(s, 3, epsilon=0.05)))
+    for _ in range(12):
+        s = rng.random((12, 9)) ** 4
+        best = max(s[list(c)].max(0).sum() for c in itertools.combinations(range(12), 3))
+        greedy, taken = run(jnp.asarray(s, jnp.float32))
+        assert s[np.asarray(greedy)].max(0).sum() >= (1 - 1 / math.e) * best
+        assert len(set(greedy.tolist())) == 3 and int(taken.sum()) <= 3
+        assert float(coding.coverage(jnp.asarray(s), taken)) >= (0.5 - 0.05) * best
+
+
+# ---- low rank -------------------------------------------------------------------------------------
+
+
+def test_singular_values_shrink_and_steps_shrink(double):
+    a = np.random.default_rng(0).normal(size=(6, 4))
+    after = np.linalg.svd(coding.singular_soft(jnp.asarray(a), 0.8), compute_uv=False)
+    want = np.maximum(np.linalg.svd(a, compute_uv=False) - 0.8, 0)
+    np.testing.assert_allclose(after, want, atol=1e-10)
+    step = jnp.asarray(
+        np.repeat([0.0, 4.0], [5, 3])
+    )  # levels move by t / length towards each other
+    found = coding.total_variation(step, 0.6, steps=2000)
+    np.testing.assert_allclose(found, np.repeat([0.6 / 5, 4 - 0.6 / 3], [5, 3]), atol=1e-6)
+
+
+def test_a_still_scene_and_a_moving_square_are_separated(double):
+    rng = np.random.default_rng(0)
+    still = np.outer(np.ones(40), rng.random(80))
+    moving = np.zeros((40, 80))
+    for t in range(40):
+        moving[t, (2 * t) % 76 : (2 * t) % 76 + 4] = 3.0
+    found = jax.jit(coding.separate)(jnp.asarray(still + moving))
+    assert np.linalg.norm(found.low_rank - still) < 1e-2 * np.linalg.norm(still)
+    assert np.linalg.matrix_rank(np.asarray(found.low_rank), tol=1e-2) == 1
+    np.testing.assert_allclose(found.low_rank + found.sparse, still + moving, atol=1e-4)
+
+
+def test_a_decomposition_grows_like_that_of_the_whole_matrix(double):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(60, 8)) @ rng.normal(size=(8, 50))
+    svd = coding.truncated_svd(jnp.asarray(a), 8)
+    whole = a
+    for _ in range(3):
+        columns = np.sort(rng.permutation(50)[:6])
+        values = rng.normal(size=(5, 6))
+        values[4] = values[3]  # a row that depends on another
+        e = np.zeros((5, 50))
+        e[:, columns] = values
+        svd = svd.add_rows(jnp.asarray(columns), jnp.asarray(values))
+        u, s, vt = np.linalg.svd(np.concatenate([whole, e]), full_matrices=False)
+        whole = u[:, :8] * s[:8] @ vt[:8]
+        np.testing.assert_allclose(svd.values, s[:8], rtol=1e-12)
+        np.testing.assert_allclose((svd.u * svd.values) @ svd.v.T, whole, atol=1e-10)
+        for q in (svd.u, svd.v):
+            np.testing.assert_allclose(q.T @ q, np.eye(8), atol=1e-12)
+    rows, values = np.array([3, 40]), rng.normal(size=(2, 2))
+    wide = svd.add_columns(jnp.asarray(rows), jnp.asarray(values))
+    new = np.zeros((75, 2))
+    new[rows] = values.T
+    u, s, vt = np.linalg.svd(np.concatenate([whole, new], 1), full_matrices=False)
+    np.testing.assert_allclose(
+        (wide.u * wide.values) @ wide.v.T, u[:, :8] * s[:8] @ vt[:8], atol=1e-10
+    )
+    assert float(wide.refresh().condition) == pytest.approx(1)
+    np.testing.assert_allclose(wide.refresh().u, wide.u, atol=1e-12)
+
+
+def test_a_maintained_projection_is_that_of_weights_within_the_factor(double):
+    rng = np.random.default_rng(0)
+    a, w = rng.normal(size=(6, 20)), rng.random(20) + 0.5
+    state = coding.maintain(jnp.asarray(a), jnp.asarray(w))
+    true = w.copy()
+    for _ in range(4):
+        true = true * np.exp(0.3 * rng.normal(size=20))
+        state = coding.reweigh(state, jnp.asarray(true), factor=0.2)
+        assert (np.abs(true / np.asarray(state.weights) - 1) <= 0.2).all()
+        used = np.asarray(state.weights)
+        np.testing.assert_allclose(state.inverse, np.linalg.inv(a * used @ a.T), atol=1e-12)
+    p = np.asarray(state.project(jnp.eye(20)))
+    np.testing.assert_allclose(p @ p, p, atol=1e-12)
+    assert np.trace(p) == pytest.approx(6)
+    exact = coding.reweigh(state, jnp.asarray(true), factor=0.0)
+    np.testing.assert_allclose(exact.inverse, np.linalg.inv(a * true @ a.T), atol=1e-12)
+    few = coding.reweigh(state, jnp.asarray(true * 2), factor=0.0, most=3)
+    assert int((few.weights == true * 2).sum()) == 3
+
+
+# ---- movies ---------------------------------------------------------------------------------------
+
+
+def test_splines_are_natural_cubic_ones():
+    y = np.random.default_rng(0).normal(size=6)
+    spline = scipy.interpolate.CubicSpline(np.arange(6), y, bc_type="natural")
+    found = coding.spline_matrix(6, 31) @ y
+    np.testing.assert_allclose(found, spline(np.linspace(0, 5, 31)), atol=1e-12)
+
+
+def test_a_movie_of_low_rank_is_recovered_and_tied_to_its_copy():
+    rng = np.random.default_rng(0)
+    images = rng.random((2, 30))
+    curves = coding.spline_matrix(4, 16) @ rng.random((4, 2))
+    movie = jnp.asarray(curves @ images, jnp.float32)
+    see = coding.Operator(lambda x: x, lambda r: r, 1.0, 480, 480)
+    options = dict(frames=16, rank=2, knots=4, learning_rate=0.03, steps=60)
+    run = lambda **o: coding.red_psm(see, movie.ravel(), lambda f: f, **(options | o))
+    found = jax.jit(run)()
+    assert float(jnp.linalg.norm(found.movie - movie) / jnp.linalg.norm(movie)) < 0.02
+    assert float(jnp.abs(found.movie - found.denoised).max()) < 0.1
+    once = run(steps=1, strength=0.0)
+    np.testing.assert_allclose(once.denoised, once.movie, atol=1e-5)  # no denoising, no dual yet
+
+
+# ---- bad input ------------------------------------------------------------------------------------
+
+ONES = jnp.ones(3)
+REFUSED = [
+    (lambda: coding.sinkhorn(jnp.ones((2, 3)), ONES, ONES, 1.0), r"rows \(3,\), columns \(3,\)"),
+    (
+        lambda: coding.sinkhorn(jnp.ones((3, 3)), ONES, 2 * ONES, 1.0),
+        "rows sum to 3 and columns to 6",
+    ),
+    (lambda: coding.sinkhorn(jnp.ones((3, 3)), ONES, ONES, 0.0), "eta=0.0: use a positive"),
+    (
+        lambda: coding.sinkhorn_newton(jnp.ones((3, 3)), ONES, ONES, 1.0, density=2.0),
+        "density=2.0: use a share",
+    ),
+    (lambda: coding.keep(0), "k=0: use 1 to"),
+    (
+        lambda: coding.factorize(jnp.eye(4), [coding.keep(2)], []),
+        "factors, residuals and sizes: 1, 0 and 1",
+    ),
+    (
+        lambda: coding.palm(jnp.eye(2), coding.Factors(jnp.ones(()), (jnp.eye(2),)), []),
+        "0 of them for 1 factors",
+    ),
+    (
+        lambda: coding.psd_codes(jnp.eye(2), jnp.ones((3, 2)), jnp.ones((2, 2)), 0.1),
+        r"predicted has shape \(2, 2\): must be \(3, 2\)",
+    ),
+    (lambda: coding.signature(jnp.ones((1, 2)), 2), r"path has shape \(1, 2\)"),
+    (lambda: coding.signature(jnp.ones((4, 2)), 0), "order=0"),
+    (lambda: coding.change_points(coding.mean_cost(ONES), 3, 1.0, grid=3), "grid=3: use 1 to 2"),
+    (lambda: coding.cover_greedily(-jnp.eye(3), 2), "similarity="),
+    (lambda: coding.truncated_svd(jnp.eye(3), 4), "rank=4"),
+    (
+        lambda: coding.truncated_svd(jnp.eye(3), 2).add_rows(jnp.arange(2), jnp.ones((1, 3))),
+        r"values have shape \(1, 3\) for \(2,\) columns",
+    ),
+    (lambda: coding.maintain(jnp.eye(3), -ONES), "weights="),
+    (lambda: coding.separate(ONES), r"matrix has shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize("call, message", REFUSED, ids=[m[:30] for _, m in REFUSED])
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
