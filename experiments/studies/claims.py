@@ -128,9 +128,7 @@ def collapse(seeds: Sequence[int], steps: int) -> Rows:
 
 def rewind(seeds: Sequence[int], steps: int) -> Rows:
     """Tickets rewound to step k beat those rewound to 0 where runs from step k are linearly connected."""
-    problem = make_problem(
-        "mnist1d", "cnn", steps=steps, optimizer="sgd", learning_rate=0.05, warmup_steps=0
-    )
+    problem = make_problem(steps=steps, optimizer="sgd", learning_rate=0.1, warmup_steps=0)
     found, keys = [], jnp.asarray(seeds)
 
     for k in (0, steps // 100, steps // 20, steps // 5):
@@ -144,11 +142,11 @@ def rewind(seeds: Sequence[int], steps: int) -> Rows:
             return ends[0].params, ends[1].params
 
         dense = _barriers(problem, *pair(early, keys))
-        run = rounds(problem, levels=10, seeds=seeds, rewind_to=k)
+        run = rounds(problem, levels=15, seeds=seeds, rewind_to=k)
         masks = problem.masks(run.final)
         sparse = _barriers(problem, *pair(jax.vmap(problem.with_masks)(early, masks), keys))
         row: dict[str, Any] = {"k": k, "barrier, dense": percent(dense)}
-        for level in (0, 5, 10):
+        for level in (0, 5, 10, 15):
             now = run.levels[level]
             row[f"{now.density:.0%} left"] = percent(now.accuracy)
         row["barrier, ticket"] = percent(sparse)
@@ -360,7 +358,7 @@ def random_search_(seeds: Sequence[int], steps: int) -> Rows:
 CLAIMS: dict[str, tuple[Callable[[Sequence[int], int], Rows], int, int]] = {
     "shuffle": (shuffle, 5, 1500),
     "collapse": (collapse, 5, 0),
-    "rewind": (rewind, 3, 1500),
+    "rewind": (rewind, 5, 1000),
     "edge_popup": (edge_popup, 3, 1500),
     "planted": (planted, 5, 2000),
     "soup": (soup, 5, 1000),

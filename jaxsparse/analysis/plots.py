@@ -107,6 +107,25 @@ def density_bars(densities: Mapping[str, float], *, title: str = "Density per la
     return figure
 
 
+def signed_bars(
+    values: Mapping[str, float], marked: Sequence[bool], *, title: str, xlabel: str
+) -> Figure:
+    """A bar per name, to the left or right of 0, in the order given; those that are `marked` are filled."""
+    names = list(values)
+    figure, axes = _figure(height=max(2.2, 0.9 + 0.26 * len(names)))
+    colors = [_COLORS[1] if values[n] < 0 else _COLORS[0] for n in names]
+    faces = [c if m else "white" for c, m in zip(colors, marked, strict=True)]
+    bars = axes.barh(range(len(names)), [values[n] for n in names], color=faces, edgecolor=colors)
+    axes.bar_label(bars, [f"{values[n]:+.1f}" for n in names], padding=3, fontsize=8, color=_INK)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set(title=title, xlabel=xlabel)
+    axes.margins(x=0.15)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
 def sparsity(
     steps: Sequence[float], total: Sequence[float], layers: Mapping[str, Sequence[float]]
 ) -> Figure:
