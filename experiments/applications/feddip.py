@@ -234,7 +234,9 @@ def main(argv: list[str] | None = None) -> None:
                 run, loss, mlp(jax.random.key(seed)), data, sizes, chosen=args.chosen, seed=seed
             )
             accuracies.append(
-                float(np.mean(np.asarray(logits(end.params, test.x)).argmax(1) == test.y))
+                float(
+                    np.mean(np.asarray(logits(end.params, jnp.asarray(test.x))).argmax(1) == test.y)
+                )
             )
         x = 100 * np.array(accuracies)
         table.append(
