@@ -12,7 +12,7 @@ Predictors share their parts: pooling (`pool`), rules that say how many blocks a
 exact measures (`block_mass`, `recall`, `error_bound`).
 """
 
-from jaxsparse.attention import budgets, pool, select
+from jaxsparse.attention import budgets, pool, select, tokens
 from jaxsparse.attention.adaspa import AdaSpa, AdaSpaState, adaspa
 from jaxsparse.attention.cache import Cache, rebalance
 from jaxsparse.attention.dsv import LowRank, dsv, dsv_loss, head_sparsity, pays
@@ -124,6 +124,7 @@ __all__ = [
     "streaming",
     "streaming_llm",
     "threshold",
+    "tokens",
     "top_k",
     "top_p",
     "tune_sparge",

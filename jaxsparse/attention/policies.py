@@ -91,7 +91,7 @@ class StreamingLLM(Policy):
         recent = jnp.maximum(0, number - self.sinks)
         rank = jnp.cumsum(entries.filled, -1) - 1  # places: the oldest are the first
         size = entries.filled.sum(-1, keepdims=True)
-        return entries.filled & ((rank < self.sinks) | (rank >= size - recent))
+        return entries.filled & ((rank < jnp.minimum(self.sinks, number)) | (rank >= size - recent))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -417,3 +417,13 @@ def test_what_finds_no_room_is_counted_under_jit_and_an_error_outside():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_call_as_long_as_the_budget_leaves_nothing_else():
+    cache = make(attention.streaming_llm(8, sinks=3))
+    for _ in range(2):
+        _, cache = prefill(cache, *prompt(8))
+    assert (
+        cache.positions[0, 0].tolist() == list(range(8, 16))
+        and not np.asarray(cache.overflow).any()
+    )

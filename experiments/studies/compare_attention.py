@@ -1,0 +1,443 @@
+"""Block predictors and cache policies side by side, on the attention of SmolLM2 over prose.
+
+    python -m experiments.studies.compare_attention --workdir=runs/compare_attention --out=docs/results
+
+Every predictor chooses blocks of 32 by 32 at several budgets: recall and relative error against dense attention, on
+the dense model's own queries and keys of every third layer; its cost in operations; and the perplexity of the whole model
+when every layer attends through its choice. Every cache policy keeps a prompt within several budgets: the perplexity of
+what follows it. What is trained or searched (SeerAttention's gates, DSV's projections, MInference's patterns) is so on the
+calibration half of the text. Writes `results.json` after every run (a run that is there already is not made again), and
+`attention.md` with plots into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from experiments.benchmarks.timing import machine
+from experiments.models import smollm2
+from jaxsparse import attention
+from jaxsparse.attention import Layout, State, measure
+from pallas_kernels import block_sparse_attention
+
+BLOCK = 32
+LAYOUT = Layout(BLOCK, BLOCK)
+BUDGETS = (0.1, 0.2, 0.4)
+PREDICTORS = ("oracle", "streaming", "minference", "flexprefill", "moba", "sparge", "nsa", "mra", "seer", "dsv", "adaspa")  # fmt: skip
+POLICIES = ("streaming_llm", "h2o", "snapkv", "ada_snapkv", "dynamickv", "zipvl")
+ALPHAS = {0.1: 0.3, 0.2: 0.6, 0.4: 0.9}  # FlexPrefill has no budget but a mass
+RANK = 16
+Params = dict[str, Any]
+
+
+def make(name: str, budget: float, length: int, params: Params) -> attention.Predictor:
+    """A predictor of about a density of the causal area."""
+    if name == "streaming":
+        width = int((1 - (1 - budget) ** 0.5) * length) // BLOCK * BLOCK
+        return attention.streaming(sinks=4, window=max(BLOCK, width - BLOCK), layout=LAYOUT)
+    if name == "flexprefill":
+        return attention.flexprefill(
+            alpha=ALPHAS.get(budget, budget), minimum=BLOCK, sample=64, unit=BLOCK, layout=LAYOUT
+        )
+    if name == "minference":
+        heads = params["patterns"][str(budget)] if params else None
+        return attention.minference(density=budget, heads=heads, layout=LAYOUT)
+    return getattr(attention, name)(density=budget, layout=LAYOUT)
+
+
+def state_of(name: str, params: Params, x: Array, q: Array, k: Array) -> State:
+    """What the layer would give the predictor."""
+    found = {"seer": params.get("gate"), "dsv": params.get("low_rank")}.get(name)
+    module = None if found is None else nnx.merge(*found)
+    return State(params=module, q=q, k=k, x=x)
+
+
+# ------------------------------------------------------------------ the model, layer by layer
+
+
+class Heads(NamedTuple):
+    """What attention sees of a layer: x is its input, q and k are rotated, raw are not."""
+
+    x: Array
+    q: Array
+    k: Array
+    v: Array
+    raw_q: Array
+    raw_k: Array
+
+
+def heads_of(layer: smollm2.Block, x_BTD: Array, position: Any = None) -> Heads:
+    a = layer.attention
+    x = layer.norm1(x_BTD)
+    split = lambda y: y.reshape(*y.shape[:2], -1, a.size)
+    turn = functools.partial(smollm2.rotate, base=a.config.rope_base, kind=a.config.rope)
+    q, k, v = split(a.query(x)), split(a.key(x)), split(a.value(x))
+    swap = lambda y: jnp.swapaxes(y, 1, 2)
+    return Heads(x, swap(turn(q)), swap(turn(k)), swap(v), swap(q), swap(k))
+
+
+def finish(layer: smollm2.Block, x_BTD: Array, out_BHTK: Array) -> Array:
+    """The rest of a layer after attention."""
+    y = jnp.swapaxes(out_BHTK, 1, 2).reshape(*x_BTD.shape[:2], -1)
+    x_BTD = x_BTD + layer.attention.out(y)
+    h = layer.norm2(x_BTD)
+    return x_BTD + layer.down(jax.nn.silu(layer.gate(h)) * layer.up(h))
+
+
+def dense(h: Heads) -> Array:
+    swap = lambda y: jnp.swapaxes(y, 1, 2)
+    out = jax.nn.dot_product_attention(swap(h.q), swap(h.k), swap(h.v), is_causal=True)
+    return swap(out)
+
+
+class Model:
+    """SmolLM2 cut into its layers, which share one graph: functions of a layer compile once."""
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = smollm2.load()
+        parts = [nnx.split(layer) for layer in self.model.layers]
+        self.graph, self.states = parts[0][0], [state for _, state in parts]
+
+    def embed(self, tokens: Array) -> Array:
+        return self.model.embed(tokens)
+
+    @functools.cached_property
+    def _loss(self) -> Any:
+        @jax.jit
+        def loss(state: Any, x: Array, tokens: Array) -> Array:
+            norm, embed = nnx.merge(graph, state)
+            p = jax.nn.log_softmax(embed.attend(norm(x[:, :-1])))
+            return -jnp.take_along_axis(p, tokens[:, 1:, None], axis=-1)[..., 0]
+
+        graph, state = nnx.split((self.model.norm, self.model.embed))
+        return functools.partial(loss, state)
+
+    def nats(self, x: Array, tokens: Array, after: int = 0) -> float:
+        """Mean negative log-likelihood of the tokens after a place."""
+        return float(jnp.mean(self._loss(x, tokens)[:, after:]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_layer(graph: Any, state: Any, x: Array) -> Array:
+    layer = nnx.merge(graph, state)
+    return finish(layer, x, dense(heads_of(layer, x)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def sparse_layer(
+    graph: Any, name: str, budget: float, state: Any, params: Params, x: Array
+) -> Array:
+    layer = nnx.merge(graph, state)
+    h = heads_of(layer, x)
+    choose = make(name, budget, x.shape[1], params)
+    mask = choose(h.q, h.k, h.v, state_of(name, params, h.x, h.raw_q, h.raw_k))
+    return finish(layer, x, block_sparse_attention(h.q, h.k, h.v, mask))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def measure_layer(
+    graph: Any, name: str, budget: float, state: Any, params: Params, x: Array
+) -> tuple[Array, Array, Array]:
+    """Recall, relative error and density, the mean over heads."""
+    h = heads_of(nnx.merge(graph, state), x)
+    choose = make(name, budget, x.shape[1], params)
+    mask = choose(h.q, h.k, h.v, state_of(name, params, h.x, h.raw_q, h.raw_k))
+    out, lse = block_sparse_attention(h.q, h.k, h.v, mask, return_lse=True)
+    r = measure.recall(h.q, h.k, lse, samples=256)
+    return r.mean(), measure.relative_error(out, dense(h)).mean(), measure.density(mask).mean()
+
+
+# ------------------------------------------------------------------ what is trained or searched
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def train(graph: Any, state: Any, kind: str, steps: int, h: Heads) -> Any:
+    """A gate or projections of one layer, on its own attention to a calibration text."""
+    tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    target = attention.seer_target(h.q, h.k, LAYOUT)
+
+    def loss(state: Any) -> Array:
+        module = nnx.merge(graph, state)
+        if kind == "gate":
+            return attention.seer_loss(module(h.raw_q, h.raw_k), target)
+        return attention.dsv_loss(module, h.x, h.q, h.k, rows=128, causal=True)
+
+    def step(carry: Any, _: None) -> Any:
+        state, slots = carry
+        value, grads = jax.value_and_grad(loss)(state)
+        updates, slots = tx.update(grads, slots)
+        return (optax.apply_updates(state, updates), slots), value
+
+    (state, _), values = jax.lax.scan(step, (state, tx.init(state)), None, steps)
+    return state, values[-1]
+
+
+def prepare(model: Model, tokens: Array, budgets: tuple[float, ...], steps: int) -> list[Params]:
+    """Per layer: a trained gate, trained projections, and the best pattern of each head at each budget."""
+    x, found = model.embed(tokens), []
+    look = jax.jit(lambda state, x: heads_of(nnx.merge(model.graph, state), x))
+    search = {
+        b: jax.jit(lambda h, b=b: attention.search_patterns(
+            h.q[:1], h.k[:1], attention.candidates(b, tokens.shape[1], BLOCK), LAYOUT)[0])
+        for b in budgets
+    }  # fmt: skip
+    for i, state in enumerate(model.states):
+        h = look(state, x)
+        params: Params = {"patterns": {str(b): search[b](h) for b in budgets}}
+        gate = attention.SeerGate(h.q.shape[1], h.k.shape[1], h.q.shape[3], layout=LAYOUT,
+                                  rope_base=1e5, rngs=nnx.Rngs(i))  # fmt: skip
+        low = attention.LowRank(x.shape[-1], h.k.shape[1], RANK, rngs=nnx.Rngs(i))
+        for name, kind, module in (("gate", "gate", gate), ("low_rank", "low", low)):
+            graph, start = nnx.split(module)
+            params[name] = (graph, train(graph, start, kind, steps, h)[0])
+        found.append(params)
+        x = dense_layer(model.graph, state, x)
+    return found
+
+
+def only(name: str, params: Params) -> Params:
+    """What one predictor needs, so that it is not traced for the others. A graph is static."""
+    part = {"seer": "gate", "dsv": "low_rank", "minference": "patterns"}.get(name)
+    return {} if part is None else {part: params[part]}
+
+
+# ------------------------------------------------------------------ runs
+
+
+def run_predictor(
+    model: Model, name: str, budget: float, tokens: Array, trained: list[Params], every: int, perplexity: bool
+) -> dict[str, Any]:  # fmt: skip
+    start, x, y = time.perf_counter(), model.embed(tokens), model.embed(tokens)
+    rows = []
+    for i, state in enumerate(model.states):
+        params = only(name, trained[i])
+        args = (model.graph, name, budget, state, params)
+        if i % every == 0:
+            rows.append([float(v) for v in measure_layer(*args, x)])
+        if i + every - i % every < len(model.states):  # the last measured layer needs no more
+            x = dense_layer(model.graph, state, x)
+        if perplexity:
+            y = sparse_layer(*args, y)
+    recall, error, density = np.mean(rows, 0)
+    config = model.model.config
+    length = tokens.shape[1]
+    sizes = attention.Sizes(
+        length, length, config.heads, config.groups, config.width // config.heads
+    )
+    cost = make(name, budget, length, trained[0]).cost(sizes) / attention.dense_cost(sizes)
+    row = dict(name=name, budget=budget, length=length, recall=float(recall), error=float(error),
+               density=float(density), cost=cost, by_layer=[r[0] for r in rows],
+               seconds=time.perf_counter() - start)  # fmt: skip
+    if perplexity:
+        row["perplexity"] = float(np.exp(model.nats(y, tokens)))
+    return row
+
+
+def policy_of(name: str, budget: int) -> attention.Policy:
+    if name == "keep_all":
+        return attention.keep_all(budget)
+    if name == "streaming_llm":
+        return attention.streaming_llm(budget)
+    if name == "h2o":
+        return attention.h2o(budget // 2, budget // 2)
+    if name in ("snapkv", "ada_snapkv"):
+        return getattr(attention, name)(budget, window=32, kernel=7, sinks=4)
+    if name == "dynamickv":
+        return attention.dynamickv(budget, window=16, r_max=3.0)
+    return attention.zipvl(budget, tau=0.99, probes=128, recent=32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def cached_layer(graph: Any, state: Any, x: Array, cache: attention.Cache, prompt: bool) -> Any:
+    layer = nnx.merge(graph, state)
+    a, h = layer.attention, heads_of(layer, x)
+    turn = functools.partial(rotate_pairs, base=a.config.rope_base)
+    call = cache.prefill if prompt else cache.decode
+    out, cache = call(h.raw_q, h.raw_k, h.v, position=turn)
+    return finish(layer, x, out), cache
+
+
+def rotate_pairs(x: Array, positions: Array, base: float) -> Array:
+    """SmolLM2's rotary positions, of neighbouring entries, at given positions."""
+    half = x.shape[-1] // 2
+    angle = positions[..., None] * base ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = x[..., ::2], x[..., 1::2]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
+
+
+def run_policy(
+    model: Model, name: str, budget: int, tokens: Array, prompt: int, step: int
+) -> dict[str, Any]:
+    """Perplexity of what follows a prompt whose cache a policy keeps within a budget; the continuation comes in calls of
+    a few tokens, all of which see each other."""
+    start, config = time.perf_counter(), model.model.config
+    total = tokens.shape[1]
+    policy = policy_of(name, budget)
+    room = policy.budget if policy.evicts == "step" else policy.budget + total - prompt
+    room = room * 2 if name == "ada_snapkv" else room
+    caches = [
+        attention.Cache.create(policy=policy, batch=tokens.shape[0], kv_heads=config.groups,
+                               head_dim=config.width // config.heads, capacity=room)
+        for _ in model.states
+    ]  # fmt: skip
+    first = policy.budget // 2 if policy.first else prompt
+    calls = [*range(0, prompt, first), *range(prompt, total, step), total]
+    outputs = []
+    for begin, end in zip(calls[:-1], calls[1:]):
+        x = model.embed(tokens[:, begin:end])
+        for i, state in enumerate(model.states):
+            x, caches[i] = cached_layer(model.graph, state, x, caches[i], begin < prompt)
+        if end == prompt and name == "dynamickv":
+            caches = attention.rebalance(caches)
+        outputs.append(x)
+    x = jnp.concatenate(outputs, 1)
+    entries = float(np.mean([float(c.counts.mean()) for c in caches]))
+    left = sum(int(c.overflow.sum()) for c in caches)
+    return dict(name=name, budget=budget, prompt=prompt, length=total, entries=entries, overflow=left,
+                perplexity=float(np.exp(model.nats(x, tokens, prompt - 1))),
+                seconds=time.perf_counter() - start)  # fmt: skip
+
+
+# ------------------------------------------------------------------ the page
+
+
+def table(rows: list[dict[str, Any]], value: str, form: str = "{:.3f}") -> str:
+    """One value of every name over budgets, in Markdown."""
+    budgets = sorted({row["budget"] for row in rows})
+    by = {(row["name"], row["budget"]): row for row in rows}
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    lines = [
+        "| | " + " | ".join(f"{b:g}" for b in budgets) + " |",
+        "| :--- |" + " ---: |" * len(budgets),
+    ]
+    for name in names:
+        cells = [
+            form.format(by[name, b][value]) if value in by.get((name, b), {}) else ""
+            for b in budgets
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(out: pathlib.Path, results: dict[str, Any]) -> None:
+    """The tables and plots."""
+    from jaxsparse.analysis import plots
+
+    tables = out / "attention_tables.md"
+    parts = []
+    for length in sorted({row["length"] for row in results["predictors"]}):
+        rows = [row for row in results["predictors"] if row["length"] == length]
+        parts.append(f"## {length} tokens\n")
+        for value, form, title in (
+            ("recall", "{:.3f}", "Recall, by budget"),
+            ("error", "{:.3f}", "Relative error"),
+            ("density", "{:.3f}", "Density that was read"),
+            ("perplexity", "{:.2f}", "Perplexity, all layers through the choice"),
+        ):
+            some = [row for row in rows if value in row]
+            if some:
+                parts.append(f"{title}:\n\n{table(some, value, form)}\n")
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_name.setdefault(row["name"], []).append(row)
+        curves = {
+            name: ([r["density"] for r in some], [r["recall"] for r in some])
+            for name, some in by_name.items()
+        }
+        figure = plots.curves(
+            curves,
+            title=f"Recall, {length} tokens",
+            xlabel="density that was read",
+            ylabel="recall",
+        )
+        figure.savefig(out / f"attention_recall_{length}.png", dpi=150, bbox_inches="tight")
+    costs = {row["name"]: row["cost"] for row in results["predictors"]}
+    parts.append("Cost of the choice over dense causal attention, in operations: " + ", ".join(
+        f"{name} {cost:.3f}" for name, cost in costs.items()) + ".\n")  # fmt: skip
+    if results["policies"]:
+        parts.append("## Cache policies\n")
+        parts.append("Perplexity of the continuation, by entries per head:\n")
+        parts.append(table(results["policies"], "perplexity", "{:.2f}") + "\n")
+        parts.append(
+            "Entries per head at the end, the continuation included where nothing is evicted while decoding:\n"
+        )
+        parts.append(table(results["policies"], "entries", "{:.0f}") + "\n")
+    dense_line = f"Dense: perplexity {results['dense']:.2f}; of the continuation {results['dense_tail']:.2f}. "
+    tables.write_text(
+        "# Attention, the tables\n\n"
+        + dense_line
+        + f"Made on {results['machine']}.\n\n"
+        + "\n".join(parts)
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, help="folder for tables and plots")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--prompt", type=int, default=1536)
+    parser.add_argument("--every", type=int, default=3, help="of so many layers one is measured")
+    parser.add_argument("--steps", type=int, default=60, help="of training gates and projections")
+    parser.add_argument("--predictors", default=",".join(PREDICTORS))
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--entries", default="128,256,512")
+    parser.add_argument("--no-perplexity", action="store_true")
+    options = parser.parse_args(arguments)
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    path = options.workdir / "results.json"
+    empty: dict[str, Any] = dict(predictors=[], policies=[])
+    results = json.loads(path.read_text()) if path.exists() else empty
+    results["machine"] = machine()
+    names = [n for n in options.predictors.split(",") if n]
+    policies = [n for n in options.policies.split(",") if n]
+    budgets = tuple(float(b) for b in options.budgets.split(","))
+
+    model = Model()
+    (tokens,) = smollm2.batches(model.tokenizer, "evaluation", 1, options.length)
+    (calibration,) = smollm2.batches(model.tokenizer, "calibration", 1, options.length)
+    if "dense" not in results:
+        x = model.embed(tokens)
+        for state in model.states:
+            x = dense_layer(model.graph, state, x)
+        results["dense"] = float(np.exp(model.nats(x, tokens)))
+        results["dense_tail"] = float(np.exp(model.nats(x, tokens, options.prompt - 1)))
+
+    def save(kind: str, row: dict[str, Any]) -> None:
+        results[kind].append(row)
+        path.write_text(json.dumps(results, indent=1))
+        print({k: v for k, v in row.items() if k != "by_layer"}, flush=True)
+
+    for name in policies:
+        for n in (int(e) for e in options.entries.split(",")):
+            if not any((r["name"], r["budget"]) == (name, n) for r in results["policies"]):
+                save("policies", run_policy(model, name, n, tokens, options.prompt, step=32))
+    key = lambda r: (r["name"], r["budget"], r["length"])
+    done = {key(r) for r in results["predictors"]}
+    missing = [(n, b) for n in names for b in budgets if (n, b, options.length) not in done]
+    trained: list[Params] = [{} for _ in model.states]
+    if any(n in ("seer", "dsv", "minference") for n, _ in missing):
+        trained = prepare(model, calibration, budgets, options.steps)
+    for name, budget in missing:
+        save("predictors", run_predictor(model, name, budget, tokens, trained, options.every,
+                                         not options.no_perplexity))  # fmt: skip
+    if options.out is not None:
+        write(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
