@@ -158,8 +158,13 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     return sae.unit_norm_decoder(tx) if config.unit_norm else tx
 
 
-def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
+def train(config: Any, workdir: str | pathlib.Path, data: Data | None = None) -> dict[str, float]:
     """Runs the experiment to its end, from the last checkpoint in `workdir` if there is one.
+
+    Args:
+      config: the fields of experiments/configs/sae_planted.py.
+      workdir: the folder of the run.
+      data: what `load(config)` gives, where several runs share it.
 
     Returns:
       The measures of `sae.evaluate` on held-out rows; `recovery` (the mean over true atoms of the largest
@@ -173,7 +178,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     check(config)
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    data = load(config)
+    data = load(config) if data is None else data
     if len(data.rows) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size}: there are {len(data.rows)} rows")
     scale = sae.input_scale(jnp.asarray(data.rows[:8192])) if config.scale else 1.0

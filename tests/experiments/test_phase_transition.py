@@ -23,5 +23,7 @@ def test_easy_codes_are_found_and_hopeless_ones_are_not(tmp_path):
         assert (np.asarray(run(1)) == 1).all()
         assert (np.asarray(run(11)) < 1).all()
     result = dict(delta=[0.3, 0.6], rho=[0.2, 0.8])
-    study.plot(result | dict(found=dict.fromkeys(study.SOLVERS, [[1.0, 0.0]] * 2)), tmp_path / "a.png")
+    study.plot(
+        result | dict(found=dict.fromkeys(study.SOLVERS, [[1.0, 0.0]] * 2)), tmp_path / "a.png"
+    )
     assert (tmp_path / "a.png").stat().st_size > 1000

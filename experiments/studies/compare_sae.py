@@ -1,0 +1,182 @@
+"""All families of sparse autoencoders on the same activations: what is recovered at how many active latents.
+
+  python -m experiments.studies.compare_sae --data=planted [--seeds=3] [--out=docs/results]
+  python -m experiments.studies.compare_sae --data=smollm2 [--seeds=3] [--steps=1000]
+
+*planted*: rows of a known dictionary with noise; the measure is the mean over true atoms of the largest cosine with
+a learned one. *smollm2*: the residual stream of SmolLM2-135M; the measure is the share of the loss that is recovered
+when the reconstruction takes the place of the activations, 1 for the activations themselves and 0 for zeros. Every
+family has some settings of its sparsity, the same number of steps, the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+from experiments import train_sae
+from experiments.configs import sae_planted, sae_smollm2
+from experiments.models import smollm2
+
+# Options by family: what sets the number of active latents, from few to many.
+SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "planted": {
+        "TopK": [{"k": k} for k in (2, 3, 5)],
+        "BatchTopK": [{"k": k} for k in (2, 3, 5)],
+        "MatryoshkaTopK": [{"ks": (1, k), "k": k} for k in (2, 3, 5)],
+        "MutualChoice": [{"k": k} for k in (2, 3, 5)],
+        "FeatureChoice": [{"k": k} for k in (2, 3, 5)],
+        "ReLU": [{"l1": x} for x in (0.4, 0.2, 0.1)],
+        "Gated": [{"l1": x} for x in (0.4, 0.2, 0.1)],
+        "JumpReLU": [{"target_l0": float(k), "l0": 0.3} for k in (2, 3, 5)],
+    },
+    "smollm2": {
+        "TopK": [{"k": k} for k in (16, 32, 64)],
+        "BatchTopK": [{"k": k} for k in (16, 32, 64)],
+        "MatryoshkaTopK": [{"ks": (k // 2, k), "k": k} for k in (16, 32, 64)],
+        "MutualChoice": [{"k": k} for k in (16, 32, 64)],
+        "FeatureChoice": [{"k": k} for k in (16, 32, 64)],
+        "ReLU": [{"l1": x} for x in (8.0, 4.0, 2.0)],
+        "Gated": [{"l1": x} for x in (8.0, 4.0, 2.0)],
+        "JumpReLU": [{"target_l0": float(k), "l0": 3.0} for k in (16, 32, 64)],
+    },
+}
+MEASURE = {"planted": "recovery", "smollm2": "loss_recovered"}
+
+
+def configuration(
+    data: str, family: str, options: dict[str, Any], seed: int, steps: int | None
+) -> Any:
+    """The config of one run."""
+    config: Any = (sae_planted if data == "planted" else sae_smollm2).get_config()
+    config.steps = steps or config.steps
+    if family in ("BatchTopK", "MutualChoice", "FeatureChoice"):
+        options = options | {"threshold_from": config.steps // 2}
+    with config.unlocked():
+        config.options = config_dict.ConfigDict(options, convert_dict=False)
+    config.family, config.seed = family, seed
+    config.noise = 0.05
+    config.sparsity_warmup = config.steps // 4
+    config.log_every = config.checkpoint_every = config.steps
+    config.keep_checkpoints = 1
+    config.dead_after = 20 * config.batch_size
+    return config
+
+
+def study(
+    data: str, families: list[str], seeds: int, steps: int | None, whole: bool
+) -> list[dict[str, Any]]:
+    """Measures of every run; with `whole` reconstructions are put into the whole language model."""
+    rows: list[dict[str, Any]] = []
+    loaded: dict[int, train_sae.Data] = {}
+    for family in families:
+        for options in SETTINGS[data][family]:
+            for seed in range(seeds):
+                config = configuration(data, family, options, seed, steps)
+                # One network and its activations for all; of planted rows a draw for each seed.
+                key = seed if data == "planted" else 0
+                if key not in loaded:
+                    loaded[key] = train_sae.load(config)
+                    if whole and data == "smollm2":
+                        network = smollm2.load()[0]
+                        loaded[key] = dataclasses.replace(loaded[key], network=network)
+                with tempfile.TemporaryDirectory() as scratch:
+                    found = train_sae.train(config, scratch, loaded[key])
+                row = dict(family=family, options=options, seed=seed) | found
+                rows.append(row)
+                print(
+                    f"{family} {options} {seed}: L0 {found['l0']:.1f}, {found[MEASURE[data]]:.3f}",
+                    flush=True,
+                )
+    return rows
+
+
+def means(rows: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
+    """Over the seeds of each family and setting: L0, the measure with its deviation, variance explained, dead."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['family']} {row['options']}", []).append(row)
+    found = []
+    for group in groups.values():
+        values = [row[MEASURE[data]] for row in group]
+        mean = lambda name, group=group: float(np.mean([row[name] for row in group]))
+        found.append(
+            dict(
+                family=group[0]["family"],
+                options=group[0]["options"],
+                l0=mean("l0"),
+                measure=float(np.mean(values)),
+                deviation=float(np.std(values)),
+                explained=mean("explained_variance"),
+                dead=mean("dead"),
+            )
+        )
+    return found
+
+
+def table(found: list[dict[str, Any]], data: str) -> str:
+    """Markdown."""
+    what = {"planted": "mean best cosine", "smollm2": "loss recovered"}[data]
+    lines = [
+        f"| family | setting | L0 | {what} | variance explained | dead |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        setting = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        lines.append(
+            f"| {row['family']} | {setting} | {row['l0']:.1f} | {row['measure']:.3f} ± {row['deviation']:.3f} "
+            f"| {row['explained']:.3f} | {row['dead']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(found: list[dict[str, Any]], data: str, path: pathlib.Path) -> None:
+    """The measure over L0, one line for each family."""
+    from jaxsparse.analysis import plots
+
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in sorted(found, key=lambda row: row["l0"]):
+        xs, ys = lines.setdefault(row["family"], ([], []))
+        xs.append(row["l0"])
+        ys.append(row["measure"])
+    names = {"planted": "mean best cosine of true atoms", "smollm2": "loss recovered"}
+    figure = plots.curves(
+        lines,
+        title=f"Sparse autoencoders, {data}",
+        xlabel="active latents per token",
+        ylabel=names[data],
+    )
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", choices=tuple(SETTINGS), default="planted")
+    parser.add_argument("--families", help="by commas; all of them by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument(
+        "--whole", action="store_true", help="smollm2: the loss is that of all 30 blocks"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
+    args = parser.parse_args(argv)
+    families = args.families.split(",") if args.families else list(SETTINGS[args.data])
+    if unknown := sorted(set(families) - set(SETTINGS[args.data])):
+        parser.error(f"--families={','.join(unknown)}: use {', '.join(SETTINGS[args.data])}")
+    rows = study(args.data, families, args.seeds, args.steps, args.whole)
+    found = means(rows, args.data)
+    (args.out / f"sae_{args.data}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / f"sae_{args.data}.md").write_text(table(found, args.data) + "\n")
+    plot(found, args.data, args.out / f"sae_{args.data}.png")
+    print(table(found, args.data))
+
+
+if __name__ == "__main__":
+    main()
