@@ -16,10 +16,10 @@ The Sparse Frontier, 2025. The last queries only are looked at: keys that matter
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -110,6 +110,7 @@ def minference(
     Raises:
       ValueError: both or neither of density and patterns, or a number out of range.
 
+    >>> import jax
     >>> q = k = jax.random.normal(jax.random.key(0), (1, 2, 64, 8))
     >>> mask = minference(density=0.5, layout=Layout(8, 8))(q, k)
     >>> bool((mask.density < 0.5).all()), mask.codes.shape
@@ -216,19 +217,31 @@ def search_patterns(
 def line_scores(q: Array, k: Array, sample: int) -> tuple[Array, Array]:
     r"""Vertical scores by key and slash scores by distance, float32 `[batch, heads, kv_len]` both.
 
-    Sums over the sample's queries. Each row of A is turned by its own position so that distances line up: no loop, and
-    no diagonal is cut off.
+    Sums over the sample's queries. No diagonal is cut off.
     """
     a = sample_scores(q, k, sample, causal=True)
-    number, length = a.shape[2:]
-    # Row i ends at key length - number + i, distance 0: reversed and shifted, column o is distance o.
-    flipped = jnp.flip(a, -1)
-    start = number - 1 - jnp.arange(number)
-    padded = jnp.pad(flipped, ((0, 0), (0, 0), (0, 0), (0, number)))
-    turned = jax.vmap(
-        lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, length, axis=-1), (2, 0), 2
-    )(padded, start)
-    return a.sum(2), turned.sum(2)
+    return a.sum(2), diagonals(a)
+
+
+def diagonals(a: Array) -> Array:
+    """Sums of `[..., n, length]` over pairs of one distance, `[..., length]`: row i ends at length - n + i, distance 0.
+
+    Rows are shifted by their place and added, eight times eight of them at a time and then the sums: slices at static
+    places, where a skewed copy would be laid out anew.
+
+    >>> diagonals(jnp.array([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]])).tolist()
+    [7.0, 5.0, 3.0]
+    """
+    n, length = a.shape[-2:]
+    width = min(64, n)
+    rows = -(-n // width) * width
+    pad = [(0, 0)] * (a.ndim - 2)
+    wide = jnp.pad(a, [*pad, (rows - n, 0), (rows, rows)])  # rows in front see nothing
+    wide = wide.reshape(*a.shape[:-2], rows // width, width, length + 2 * rows)
+    size = length + 2 * rows - width
+    some = functools.reduce(jnp.add, (wide[..., r, r : r + size] for r in range(width)))
+    shifted = (some[..., c, c * width + 1 : c * width + 1 + length] for c in range(rows // width))
+    return jnp.flip(functools.reduce(jnp.add, shifted), -1)
 
 
 def pattern_blocks(q: Array, k: Array, pattern: Pattern, layout: Layout) -> Array:

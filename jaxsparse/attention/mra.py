@@ -87,12 +87,11 @@ def mra_attention(
     fine = block_sparse_attention(q, k, v, mask, segment_ids=segments, return_lse=True)
 
     _, there = pool.cut(k, layout.block_kv, lengths)
-    number_of = there.sum(-2)[..., 0][:, :, None]  # [batch, kv_heads, 1, kv_blocks]
+    number_of = jnp.sum(there, -2)[..., 0]  # [batch or 1, 1, 1, kv_blocks]
+    number_of = number_of.reshape(-1, 1, 1, grid.kv_blocks)
     mean_k, mean_v = pool.mean(k, layout.block_kv, lengths), pool.mean(v, layout.block_kv, lengths)
     keep = jnp.repeat(keep, sizes.heads // keep.shape[1], axis=1)
-    coarse = (
-        ~keep & layout.visible(grid) & jnp.repeat(number_of > 0, sizes.heads // sizes.kv_heads, 1)
-    )
+    coarse = ~keep & layout.visible(grid) & (number_of > 0)
     rows = q.astype(jnp.float32)
     if layout.causal:
         coarse = jnp.repeat(coarse, layout.block_q, axis=2)[:, :, : sizes.q_len]

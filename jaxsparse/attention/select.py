@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsparse.selection import topk_mask
+from pallas_kernels.block_sparse_attention.lists import best
 
 
 class Rule(Protocol):
@@ -212,7 +212,7 @@ def keep(logits: Array, rule: Rule, visible: np.ndarray, forced: np.ndarray) -> 
     logits = jnp.where(visible & ~jnp.isnan(logits), logits, -jnp.inf)
     counts = jnp.broadcast_to(rule.counts(logits, visible, forced), logits.shape[:-1])
     ranked = jnp.where(forced, jnp.inf, logits)
-    return topk_mask(ranked, counts, axis=-1, where=ranked > -jnp.inf)
+    return best(ranked, counts)
 
 
 def masses(logits: Array, visible: np.ndarray) -> Array:

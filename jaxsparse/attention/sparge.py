@@ -70,19 +70,17 @@ def sparge_scores(
     """Logits of blocks, -inf for blocks of keys that cannot be predicted, and the blocks that are kept for that; float32
     and bool `[batch, heads, q_blocks, kv_blocks]`."""
     heads, kv_heads = q.shape[1], k.shape[1]
-    k = k.astype(jnp.float32)
-    if lengths is None:
-        k = k - k.mean(2, keepdims=True)
-    else:
-        there = (jnp.arange(k.shape[2]) < lengths[:, None])[:, None, :, None]
-        centre = jnp.where(there, k, 0).sum(2, keepdims=True)
-        k = k - centre / jnp.maximum(lengths, 1).reshape(-1, 1, 1, 1)
     repeat = lambda x: jnp.repeat(x, heads // kv_heads, axis=1)
     mean_q, mean_k = pool.mean(q, layout.block_q, lengths), pool.mean(k, layout.block_kv, lengths)
-    logits = jnp.einsum("bhid,bhjd->bhij", mean_q, repeat(mean_k), precision="highest")
+    # Smoothed keys are never made: the mean of k - c is that of k, less c.
+    centre = pool.mean(k, k.shape[2], lengths)
+    logits = jnp.einsum("bhid,bhjd->bhij", mean_q, repeat(mean_k - centre), precision="highest")
     logits = logits / q.shape[-1] ** 0.5
+    if similarity < 0:  # every block can be predicted
+        return logits, jnp.zeros(logits.shape, bool)
     alike_q = pool.self_similarity(q, layout.block_q, lengths) > similarity
-    alike_k = repeat(pool.self_similarity(k, layout.block_kv, lengths) > similarity)[:, :, None]
+    alike_k = pool.self_similarity(k, layout.block_kv, lengths, centre) > similarity
+    alike_k = repeat(alike_k)[:, :, None]
     kept = ~alike_q[..., None] | ~alike_k
     return jnp.where(alike_k, logits, -jnp.inf), kept
 

@@ -270,3 +270,9 @@ def test_recall_is_the_kept_probability_and_bounds_the_error():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_means_of_16_bit_numbers_are_sums_in_32():
+    x = jnp.ones((1, 2, 512, 4), jnp.bfloat16).at[:, :, ::2].set(1.0078125)
+    assert pool.mean(x, 512).dtype == jnp.float32
+    np.testing.assert_allclose(pool.mean(x, 512), 1.00390625, rtol=1e-6)
