@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxsparse
+from experiments.studies import catalogue_besides
 from jaxsparse.analysis.memory import training_memory
 
 _PARAMS = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
@@ -102,7 +103,8 @@ def row(method: jaxsparse.Method) -> str:
 
 def table() -> str:
     """The whole page."""
-    return HEAD + "\n".join(row(m) for _, m in sorted(jaxsparse.METHODS.items())) + "\n"
+    rows = "\n".join(row(m) for _, m in sorted(jaxsparse.METHODS.items())) + "\n"
+    return HEAD + rows + catalogue_besides.section()
 
 
 def main(argv: list[str] | None = None) -> None:

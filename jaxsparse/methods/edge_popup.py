@@ -3,6 +3,7 @@ r"""Edge-Popup: the weights stay random, and a score of each decides which of th
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def edge_popup(
     sparsity: Scalar | None = None,
     *,
     scores: optax.GradientTransformation | None = None,
+    first_scores: Literal["random", "weights"] = "random",
     structure: StructureLike = None,
     allocation: AllocationLike = "uniform",
     targets: Targets = None,
@@ -45,10 +47,12 @@ def edge_popup(
       sparsity: the fraction of zeros in [0, 1); half of the weights is the authors' best.
       scores: the optimizer of S; None: a second copy of `inner`. The authors take SGD with momentum 0.9,
         learning rate 0.1 and cosine decay.
+      first_scores: "random": uniform up to $1/\sqrt{n_{in}}$; "weights": in proportion to the weights, which begins
+        at the largest magnitudes (HYDRA's start, for trained weights).
       structure: allowed patterns of zeros: a structure, its text ("2:4"), a mapping by path, None: any.
       allocation: the budgets of layers: "uniform", "er", "erk", "global", "lamp", a mapping by path.
       targets: which leaves are sparse, by path; None: all kernels. See `jaxsparse.targets`.
-      seed: of the first scores, uniform up to $1/\sqrt{n_{in}}$, and of ties, an integer.
+      seed: of random first scores and of ties, an integer.
       pack_masks: store masks as one bit per weight.
 
     This differs from the authors' code in: 1. dense leaves train, where theirs has none; 2. `sparsity` is the
@@ -58,13 +62,18 @@ def edge_popup(
     >>> tx = jaxsparse.edge_popup(optax.sgd(0.1, momentum=0.9), 0.5)
 
     Raises:
-      ValueError: a sparsity out of range.
+      ValueError: a sparsity out of range, unknown first scores.
     """
+    if first_scores not in ("random", "weights"):
+        raise ValueError(f"first_scores={first_scores!r}: use 'random' or 'weights'")
     sparse = setup(sparsity, structure, allocation, targets, seed, pack_masks)
 
     def start(view: View) -> Array:
         shape = view.leaf.layer_shape
         bound = 1 / math.sqrt(max(math.prod(shape[:-1]), 1))
+        if first_scores == "weights":
+            w = view.w.astype(jnp.float32)
+            return w * bound / jnp.maximum(jnp.max(jnp.abs(w)), jnp.finfo(jnp.float32).tiny)
         key = jax.random.key(view.leaf.salt(seed))
         return jax.random.uniform(key, view.w.shape, jnp.float32, -bound, bound)
 

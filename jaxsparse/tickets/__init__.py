@@ -6,14 +6,11 @@ from jaxsparse.tickets.averages import Soup, average, greedy_soup
 from jaxsparse.tickets.fixed_weights import fish_mask, interleaved_masks, three_valued
 from jaxsparse.tickets.graphs import Layered, edge_scores, keep_edges, layered, small_world
 from jaxsparse.tickets.masks import (
-    Sampled,
     keep,
     prune_round,
     prune_within,
-    sample_spectrum,
     shuffle_within_layers,
     sketch,
-    spectral_error,
 )
 from jaxsparse.tickets.nested import (
     Prefixes,
@@ -30,6 +27,7 @@ from jaxsparse.tickets.signal import (
     stability,
     variance_map,
 )
+from jaxsparse.tickets.spectrum import Sampled, sample_spectrum, spectral_error
 
 __all__ = [
     "Layered",

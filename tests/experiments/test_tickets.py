@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tickets import averages, evolution, plant, random_search
+from experiments.tickets import averages, dass, evolution, plant, random_search
 from experiments.tickets.problem import make_problem
 from experiments.tickets.rounds import by_magnitude, load_tree, rounds, save_tree
 from jaxsparse import masking
@@ -217,3 +217,51 @@ def test_the_best_of_r_beats_a_fresh_draw_with_chance_r_by_r_plus_1():
     best, fresh, kept = map(np.asarray, trial(jnp.arange(600)))
     assert (kept == 6).all()
     assert abs((best < fresh).mean() - 0.9) < 0.05
+
+
+# -- Search among sparse operations
+
+
+def operations(d):
+    linear = dass.Operation(
+        lambda key: {"kernel": jax.random.normal(key, (d, d)) / d**0.5},
+        lambda w, x: x @ w["kernel"],
+    )
+    noise = dass.Operation(
+        lambda key: {}, lambda w, x: jnp.roll(x, 1, axis=0)
+    )  # other examples' inputs
+    return {"others": noise, "linear": linear}
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.25])
+def test_the_useful_operation_is_chosen_through_the_masked_network(kept):
+    w = np.where(RNG.random((8, 8)) < 0.2, RNG.normal(size=(8, 8)), 0)
+    x = RNG.normal(size=(256, 8)).astype("f4")
+    data = jnp.asarray(x), jnp.asarray(x @ w, jnp.float32)
+    half = lambda a: jax.tree.map(lambda v: v[a::2], data)
+    loss = lambda y, target: jnp.mean((y - target) ** 2)
+    found = dass.search(
+        operations(8), loss, half(0), half(1), edges=1, kept=kept, steps=150, key=jax.random.key(0)
+    )
+    assert found.chosen == ("linear",)
+    scores = found.state.scores[0]["linear"]["kernel"]
+    held = dass.sparse_weight(found.state.weights[0]["linear"]["kernel"], scores, kept)
+    assert int((held != 0).sum()) == int(64 * kept)
+    share = float(jax.nn.softmax(found.state.alpha[0])[1])
+    assert share > 0.7
+    with pytest.raises(ValueError, match="kept=0"):
+        dass.search(
+            operations(8), loss, data, data, edges=1, kept=0, steps=1, key=jax.random.key(0)
+        )
+
+
+def test_hydra_ends_at_its_sparsity_and_below_the_loss_of_a_magnitude_cut():
+    w = RNG.normal(size=(10, 4)).astype("f4")
+    x = RNG.normal(size=(512, 10)).astype("f4") * np.linspace(0.1, 2, 10, dtype="f4")
+    batches = lambda i: (jnp.asarray(x), jnp.asarray(x @ w))
+    loss = lambda p, b: jnp.mean((b[0] @ p["kernel"] - b[1]) ** 2)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (10, 4)) * 0.1}
+    end = dass.hydra(loss, params, batches, 0.5, steps=(200, 100, 200), learning_rate=0.02)
+    assert int((end["kernel"] != 0).sum()) == 20
+    cut = np.where(np.abs(w) >= np.sort(np.abs(w).ravel())[20], w, 0)
+    assert float(loss(end, batches(0))) < float(loss({"kernel": jnp.asarray(cut)}, batches(0)))

@@ -126,6 +126,16 @@ def test_edge_popup_follows_the_gradient_of_a_soft_choice_and_weights_are_0_or_a
     assert run(frozen, {"kernel": w, "bias": jnp.ones(2)}, 2)[-1][0]["bias"].tolist() == [1, 1]
 
 
+def test_scores_that_start_from_weights_keep_the_largest_magnitudes_at_first():
+    w = matrix((8, 8), 4)
+    tx = jaxsparse.edge_popup(SGD(0.1), 0.5, first_scores="weights")
+    assert set(np.flatnonzero(masks(tx.init({"kernel": w}))["kernel"])) == set(
+        largest(np.abs(np.asarray(w)), 32)
+    )
+    with pytest.raises(ValueError, match="first_scores='zero'"):
+        jaxsparse.edge_popup(SGD(0.1), 0.5, first_scores="zero")  # type: ignore
+
+
 def test_signed_constants_have_the_variance_of_he_and_of_the_part_that_is_kept():
     for density in (1.0, 0.25):
         w = jaxsparse.signed_constant(density)(jax.random.key(0), (3, 3, 4, 50))
