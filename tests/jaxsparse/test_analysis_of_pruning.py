@@ -79,6 +79,8 @@ def test_calibration_error_is_0_of_a_calibrated_predictor_and_exact_by_hand():
 
 # -- Constraints
 
+ascend = jax.jit(constraints.ascend, static_argnames=("tolerance", "rate"))
+
 
 def reference(groups=3):
     g = jnp.arange(12) % groups
@@ -90,7 +92,7 @@ def test_the_dual_state_follows_its_formula_in_numpy():
     mine, everything, lam = [[] for _ in range(3)], [], np.zeros(3)
     for step in range(12):
         g, ok = RNG.integers(0, 3, 6), RNG.random(6) < (0.9 if step < 6 else 0.3)
-        dual = constraints.ascend(
+        dual = ascend(
             dual, jnp.asarray(ok), jnp.asarray(g), ref, tolerance=0.05, rate=0.5, active=step > 2
         )
         for a, b in zip(g, ok):
@@ -111,7 +113,7 @@ def test_multipliers_of_kept_constraints_fall_to_0_and_those_of_broken_ones_rise
     ref = constraints.reference(jnp.zeros(8), jnp.ones(8, bool), jnp.arange(8) % 2, 2)
     dual = constraints.start(2, buffer=2)._replace(multipliers=jnp.array([0.3, 0.0]))
     for _ in range(12):  # group 1 is always wrong
-        dual = constraints.ascend(
+        dual = ascend(
             dual, jnp.array([True, False]), jnp.array([0, 1]), ref, tolerance=0.1, rate=0.2
         )
     assert float(dual.multipliers[0]) == 0 and float(dual.multipliers[1]) > 0.5

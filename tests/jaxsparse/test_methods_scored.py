@@ -156,7 +156,7 @@ def jackpots(rate, steps=6):
     return params, run(tx, params, steps)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, None])
+@pytest.mark.parametrize("rate", [0.0, 1.0, None])
 def test_jackpots_exchange_the_best_swaps_and_so_many_only(rate):
     params, rows = jackpots(rate)
     flat = np.concatenate([np.abs(np.asarray(p)).ravel() for p in params.values()])
