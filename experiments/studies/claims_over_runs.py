@@ -17,16 +17,16 @@ from jaxsparse.analysis import connectivity
 
 def rewind(seeds: Sequence[int], steps: int) -> Rows:
     """Tickets rewound to step k beat those rewound to 0 where runs from step k are linearly connected."""
-    problem = make_problem(steps=steps, optimizer="sgd", learning_rate=0.1, warmup_steps=0)
     found, keys = [], jnp.asarray(seeds)
-
-    for k in (0, steps // 100, steps // 20, steps // 5):
-        start = jax.jit(jax.vmap(lambda s, k=k: problem.train(problem.init(s), s, 0, k).state))
-        early = jax.jit(jax.vmap(problem.init))(keys) if k == 0 else start(keys)
+    places = [(0.1, 0), (0.1, steps // 20), *((0.4, steps * p // 100) for p in (0, 1, 5, 20))]
+    for rate, k in places:
+        problem = make_problem(steps=steps, optimizer="sgd", learning_rate=rate, warmup_steps=0)
+        begin = lambda s, k=k, p=problem: p.train(p.init(s), s, 0, k).state
+        early = jax.jit(jax.vmap(problem.init if k == 0 else begin))(keys)
 
         @jax.jit
         @jax.vmap
-        def pair(state, seed, k=k):
+        def pair(state, seed, k=k, problem=problem):
             ends = [problem.train(state, seed + 1000 * i, k, problem.steps).state for i in (1, 2)]
             return ends[0].params, ends[1].params
 
@@ -34,7 +34,7 @@ def rewind(seeds: Sequence[int], steps: int) -> Rows:
         run = rounds(problem, levels=15, seeds=seeds, rewind_to=k)
         masks = problem.masks(run.final)
         sparse = _barriers(problem, *pair(jax.vmap(problem.with_masks)(early, masks), keys))
-        row: dict[str, Any] = {"k": k, "barrier, dense": percent(dense)}
+        row: dict[str, Any] = {"learning rate": rate, "k": k, "barrier, dense": percent(dense)}
         for level in (0, 5, 10, 15):
             now = run.levels[level]
             row[f"{now.density:.0%} left"] = percent(now.accuracy)

@@ -1,5 +1,7 @@
 """Posteriors of weights: SSVI, its layers, variational dropout."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,35 @@ def test_ssvi_rewires_pairs_as_numpy_does_with_one_mask_and_a_constant_number():
                 np.testing.assert_array_equal(m, m0)
     assert grown > 4
     assert bool(jaxsparse.check(params, state))
+
+
+def test_ssvi_compiles_once_goes_on_from_host_memory_bit_by_bit_and_works_inside_wrappers():
+    make = lambda s: jaxsparse.ssvi(optax.adam(0.01), s, total_steps=12, update_every=3)
+    tx, traces = optax.MultiSteps(make(0.5), 1), []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(1)
+        g = jax.tree.map(jnp.sin, params)
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = posterior()
+    state: Any = tx.init(params)
+    params = jaxsparse.apply_masks(params, state)
+    for t in range(8):
+        if t == 4:
+            moved = jax.tree.map(jnp.asarray, jax.device_get((params, state)))
+        params, state = step(params, state)
+    again = moved
+    for _ in range(4):
+        again = step(*again)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), again)
+    assert len(traces) == 1
+    two = jax.vmap(lambda s: jaxsparse.get_masks(make(s).init(posterior()))["a"]["mu"].sum())(
+        jnp.array([0.5, 0.75])
+    )
+    assert two.tolist() == [30, 15]
 
 
 def test_a_mean_without_its_scale_and_unknown_scores_are_refused():

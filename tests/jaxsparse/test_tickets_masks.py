@@ -260,6 +260,30 @@ def test_a_rescaled_layer_has_the_second_moment_of_the_dense_one():
     np.testing.assert_allclose(whole["kernel"], w["kernel"], rtol=1e-6)
 
 
+def test_snip_empties_layers_of_a_deep_network_off_the_edge_of_chaos_only():
+    """30 layers of 100: the smallest density of a layer at 90 % is 0.075 where variances are critical and 0.001 where
+    gradients explode (figures of the card, by another program)."""
+    x = jax.random.normal(jax.random.key(0), (32, 100))
+    y = jax.random.normal(jax.random.key(1), (32, 100))
+
+    def network(w, x):
+        return (
+            jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, w["kernel"][:-1])[0]
+            @ w["kernel"][-1]
+        )
+
+    loss = lambda w, batch: jnp.mean((network(w, batch[0]) - batch[1]) ** 2)
+    smallest = {}
+    for variance in (signal.critical_variances(jnp.tanh, 1e-3).weights, 2.5):
+        w = {
+            "kernel": jax.random.normal(jax.random.key(2), (30, 100, 100)) * (variance / 100) ** 0.5
+        }
+        worth = snip(loss, w, [(x, y)])["kernel"]
+        mask = np.asarray(tickets.keep({"kernel": worth}, w, 0.9)["kernel"])
+        smallest[round(variance)] = mask.mean(axis=(1, 2)).min()
+    assert smallest[1] > 0.05 and smallest[2] < 0.01
+
+
 # -- Allocation by spread
 
 
