@@ -26,6 +26,7 @@ import optax
 from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from experiments.checkpoints import CheckpointError, Checkpoints
@@ -57,6 +58,17 @@ def least_and_most(value: Any) -> str | None:
     return None if right and value[0] <= value[1] else "must be two whole numbers (least, most)"
 
 
+def devices(value: Any) -> str | None:
+    """Two whole numbers of at least 1 whose product is at most the number of devices."""
+    right = isinstance(value, tuple | list) and len(value) == 2 and not any(map(integer(1), value))
+    right = right and value[0] * value[1] <= jax.device_count()
+    return (
+        None
+        if right
+        else f"must be two whole numbers whose product is at most {jax.device_count()}"
+    )
+
+
 FIELDS: dict[str, Rule] = {
     "family": one_of(FAMILIES),
     "d_sae": integer(1),
@@ -80,6 +92,7 @@ FIELDS: dict[str, Rule] = {
     "clip_norm": number(above=0.0),
     "unit_norm": yes_or_no,
     "sparsity_warmup": integer(0),
+    "mesh": devices,
     "resample_every": integer(0),
     "log_every": integer(1),
     "checkpoint_every": integer(1),
@@ -179,6 +192,10 @@ def train(config: Any, workdir: str | pathlib.Path, data: Data | None = None) ->
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     data = load(config) if data is None else data
+    if config.batch_size % config.mesh[0]:
+        raise ValueError(
+            f"batch_size={config.batch_size}: must be a multiple of the {config.mesh[0]} devices of mesh"
+        )
     if len(data.rows) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size}: there are {len(data.rows)} rows")
     scale = sae.input_scale(jnp.asarray(data.rows[:8192])) if config.scale else 1.0
@@ -212,14 +229,20 @@ def train(config: Any, workdir: str | pathlib.Path, data: Data | None = None) ->
         nnx.replace_by_pure_dict(state[1], saved["rest"])
         slots = jax.tree.unflatten(jax.tree.structure(state[2]), saved["slots"])
         state = (*state[:2], slots)
+    mesh = jax.make_mesh(
+        tuple(config.mesh), ("data", "features"), axis_types=(AxisType.Auto, AxisType.Auto)
+    )
+    state = jax.device_put(state, sae.shardings(state, mesh, config.d_sae))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    batch = lambda step: jax.device_put(stored.batch(step), rows)
     logs = Logs(workdir, first_step=first, steps=config.steps, active=True)
     with StopSignal() as stop:
         for step in range(first + 1, config.steps + 1):
-            params, rest, slots, numbers = train_step(*state, stored.batch(step - 1), step)
+            params, rest, slots, numbers = train_step(*state, batch(step - 1), step)
             state = (params, rest, slots)
             every = config.resample_every
             if every and step % every == 0 and step < config.steps:
-                state = _resample(graph, state, tx, scale * stored.batch(step), config.seed + step)
+                state = _resample(graph, state, tx, scale * batch(step), config.seed + step)
             last, stopping = step == config.steps, stop.requested(step)
             if last or stopping or step % config.log_every == 0:
                 found = {k: float(v) for k, v in numbers.items()}

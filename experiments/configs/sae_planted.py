@@ -36,6 +36,8 @@ def get_config() -> config_dict.ConfigDict:
     c.sparsity_warmup = 500  # steps over which a penalty grows
     c.resample_every = 0  # steps between two resamplings of dead latents; 0: never
 
+    c.mesh = (1, 1)  # devices over which a batch is split, and latents
+
     c.log_every = 100
     c.checkpoint_every = 1000
     c.keep_checkpoints = 2

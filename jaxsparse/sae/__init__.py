@@ -30,6 +30,7 @@ from jaxsparse.sae.evaluation import (
 from jaxsparse.sae.optimizer import resample, unit_norm_decoder
 from jaxsparse.sae.relu import Gated, JumpReLU, ReLU, jump_relu, step
 from jaxsparse.sae.scaffold import SAE, Statistic, geometric_median, input_scale, warm_up
+from jaxsparse.sae.sharding import shardings
 from jaxsparse.sae.topk import GradientTopK, KSparse, MatryoshkaTopK, TopK, aux_k, k_schedule
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "max_cosines",
     "resample",
     "saelens",
+    "shardings",
     "sparse_decode",
     "step",
     "top_examples",

@@ -40,6 +40,16 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
         train_sae.train(config(family="BatchTopK"), tmp_path / "run")
 
 
+def test_batches_and_latents_may_be_split_over_devices(tmp_path):
+    one = train_sae.train(config(), tmp_path / "one")
+    many = train_sae.train(config(mesh=(2, 4)), tmp_path / "many")
+    assert many == pytest.approx(one, rel=1e-3)
+    shutil.rmtree(tmp_path / "many" / "checkpoints" / "6")
+    assert train_sae.train(config(mesh=(2, 4)), tmp_path / "many") == many
+    with pytest.raises(ValueError, match="batch_size=33: must be a multiple of the 2"):
+        train_sae.train(config(mesh=(2, 4), batch_size=33), tmp_path / "odd")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -56,6 +66,7 @@ def test_what_cannot_be_run_is_named(changes, message, tmp_path):
 
 # Values that each field must refuse: of another type, beyond each end of its range, or not known.
 BAD = {
+    "mesh": [(0, 1), (3, 3), 2, (1, 2.0)],
     "family": ["SAE", "", None],
     "d_sae": [0, 1.5, None],
     "dead_after": [0, 1.5],
