@@ -41,6 +41,14 @@ from jaxsparse.coding.movies import Movie, red_psm, spline_matrix
 from jaxsparse.coding.operators import Dense, Operator, dense, norm_bound
 from jaxsparse.coding.predictive import Encoder, psd_codes, psd_init, psd_loss, unit_atoms
 from jaxsparse.coding.proximal import admm, duality_gap, fista, iht, ista, lasso_objective
+from jaxsparse.coding.retrieval import (
+    Sliced,
+    gated_inner_product,
+    local_codes,
+    search_cost,
+    slice_terms,
+    term_weights,
+)
 from jaxsparse.coding.segments import change_points, hausdorff, mean_cost
 from jaxsparse.coding.signatures import signature, signature_features
 from jaxsparse.coding.thresholds import (
@@ -85,6 +93,7 @@ __all__ = [
     "Operator",
     "Posterior",
     "Separated",
+    "Sliced",
     "Transport",
     "admm",
     "alista",
@@ -102,6 +111,7 @@ __all__ = [
     "factorize",
     "fista",
     "fused",
+    "gated_inner_product",
     "gradient_pursuit",
     "group_soft",
     "hard",
@@ -122,6 +132,7 @@ __all__ = [
     "lista",
     "lista_cpss",
     "lista_init",
+    "local_codes",
     "maintain",
     "masked_loss",
     "mean_cost",
@@ -137,6 +148,7 @@ __all__ = [
     "reweigh",
     "sbl",
     "sbl_cost",
+    "search_cost",
     "select_soft",
     "separate",
     "signature",
@@ -144,9 +156,11 @@ __all__ = [
     "singular_soft",
     "sinkhorn",
     "sinkhorn_newton",
+    "slice_terms",
     "soft",
     "soft_nonnegative",
     "spline_matrix",
+    "term_weights",
     "total_variation",
     "transport_plan",
     "truncated_svd",
