@@ -505,3 +505,26 @@ def test_large_transposable_masks_hold_the_pattern_and_at_least_half_of_the_best
         transposable_nm_mask(jnp.ones((12, 8)), 2, 8)
     with pytest.raises(ValueError, match="n=5, m=4"):
         transposable_nm_mask(jnp.ones((4, 4)), 5, 4)
+
+
+@pytest.mark.parametrize("to", [0, 2, 3])
+def test_weights_return_to_those_before_the_step_that_is_asked_for(to):
+    """Late rewinding: SGD with a gradient of 1 walks in known steps, so the weights of step `to` are known."""
+    from jaxsparse import schedules, scores
+    from jaxsparse.engines import all_kept, hold_masks, keep_best, rewind
+    from jaxsparse.engines.setup import setup
+
+    plan, cut, inner = setup(0.5), schedules.At((4,)), optax.sgd(0.25, momentum=0.5)
+    tx = hold_masks(inner, plan, init=all_kept, rule=keep_best(scores.magnitude, plan), at=cut)
+    tx = rewind(tx, inner, plan, cut, to=to)
+    start = params = {"kernel": 8.0 + jnp.arange(8.0).reshape(4, 2)}
+    state, seen = tx.init(params), []
+    for _ in range(6):
+        seen.append(np.asarray(params["kernel"]))
+        updates, state = tx.update({"kernel": jnp.ones((4, 2))}, state, params)
+        params = optax.apply_updates(params, updates)
+    after_cut = np.where(np.arange(8).reshape(4, 2) >= 4, seen[to], 0)
+    np.testing.assert_array_equal(seen[5], after_cut)
+    # The momentum starts anew: the first step afterwards is that of a fresh optimizer.
+    np.testing.assert_array_equal(params["kernel"], np.where(after_cut != 0, after_cut - 0.25, 0))
+    np.testing.assert_array_equal(start["kernel"], seen[0])
