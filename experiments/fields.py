@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import jaxsparse
-from experiments import models, optimizer, parallel
+from experiments import models, optimizer, parallel, storage
 
 # What is wrong with a value, or None.
 Rule = Callable[[Any], str | None]
@@ -121,6 +121,7 @@ def optional(rule: Rule) -> Rule:
 FIELDS: Mapping[str, Rule] = {
     "method": one_of(jaxsparse.METHODS),
     "sparsity": number(0.0, below=1.0),
+    "storage": one_of(storage.STORAGES),
     "structure": optional(read_by(jaxsparse.structures.parse)),
     "options.update_every": optional(integer(1)),
     "options.begin_step": optional(integer(0)),
@@ -245,6 +246,7 @@ def _of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if v["structure"] is not None and "structure" not in method.options:
         yield "structure", f"{method.name} has no structure to choose"
+    yield from storage.of_relations(v)
     takes = models.options_of(v["model"])
     for name in v:
         if name.startswith("model_options.") and name.split(".")[1] not in takes:

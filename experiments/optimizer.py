@@ -9,6 +9,7 @@ import jax
 import optax
 
 import jaxsparse
+from experiments import storage
 from jaxsparse.engines import scale_by_age
 
 
@@ -22,7 +23,7 @@ def make_optimizer(
     """The inner optimizer, and the method around it: the one line that makes a network sparse.
 
     Args:
-      config: of it are read `method`, `sparsity`, `structure`, `options`, `steps`, `seed`, `clip_norm`,
+      config: of it are read `method`, `storage`, `sparsity`, `structure`, `options`, `steps`, `seed`, `clip_norm`,
         and the fields of `learning_rate_schedule` and `INNER`.
       stacked: which leaves stack layers, as the model says (`models.stacked`).
       seed, sparsity: may be traced, for sweeps in one program; `None` for the config's.
@@ -43,8 +44,11 @@ def make_optimizer(
     inner = INNER[config.optimizer](
         schedule, weight_decay=config.weight_decay, momentum=config.momentum
     )
-    options = method_options(config, stacked=stacked, seed=seed, sparsity=sparsity)
-    tx = jaxsparse.make(config.method, inner, **options)
+    if config.storage == "stored":
+        tx = storage.make_stored(config, inner, seed=seed, sparsity=sparsity)
+    else:
+        options = method_options(config, stacked=stacked, seed=seed, sparsity=sparsity)
+        tx = jaxsparse.make(config.method, inner, **options)
     if config.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     return optax.with_extra_args_support(tx)

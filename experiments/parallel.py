@@ -173,6 +173,11 @@ class Fsdp(Single):
         """How a parameter is split. Only its two last axes are: axes before them are layers that a
         scan walks through, or the window of a convolution."""
         axes: list[Any] = [None] * len(shape)
+        part = path.rpartition("/")[2]
+        if part in ("places", "scores", "due"):  # of a layer that stores blocks
+            return PartitionSpec()
+        if part == "values" and len(shape) == 3:  # its blocks
+            return self._fit([self.names], shape[:1])
         name = next((p for p in reversed(path.split("/")) if p in self.TENSOR), None)
         if len(shape) >= 2 and name is not None:
             axes[self.TENSOR[name]] = "tensor"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsparse
+from experiments import storage
 from experiments.task import State
 from jaxsparse.state import find_states
 from jaxsparse.targets import path_name
@@ -15,7 +16,10 @@ Pattern = dict[str, jax.Array]
 
 
 def of(state: State) -> Pattern:
-    """Which weights are kept, by path: the masks; without a mask anywhere, the nonzeros of matrices."""
+    """Which weights are kept, by path: the masks; which blocks, of layers that are stored; without
+    either, the nonzeros of matrices."""
+    if (blocks := storage.kept(state.params)) is not None:
+        return blocks
     if find_states(state.opt_state):
         leaves = jax.tree_util.tree_flatten_with_path(jaxsparse.get_masks(state.opt_state))[0]
         return {path_name(path): mask for path, mask in leaves}

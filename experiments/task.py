@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxsparse
-from experiments import datasets, models
+from experiments import datasets, models, storage
 from experiments.microbatches import mean_over_microbatches
 from experiments.optimizer import make_optimizer
 from jaxsparse.state import find_states
@@ -67,7 +67,7 @@ def make_task(
     """The config's training problem.
 
     Args:
-      config: of it are read `model`, `model_options`, `seed`, `microbatches`, `label_smoothing`, and
+      config: of it are read `model`, `model_options`, `storage`, `seed`, `microbatches`, `label_smoothing`, and
         the fields of `make_optimizer`.
       data: the data set; only its shapes.
       axis_name: the device axis under `jax.pmap`; `None` where the batch that a step sees is whole.
@@ -88,25 +88,29 @@ def make_task(
     if mesh is not None and not config.microbatches:
         rows = NamedSharding(mesh, PartitionSpec("data"))
 
+    wrt = storage.wrt(config)
+
     def create():
-        return models.create(
+        rngs = nnx.Rngs(jax.random.key(config.seed if seed is None else seed))
+        model = models.create(
             config.model,
             data.shape,
             data.num_classes,
-            rngs=nnx.Rngs(jax.random.key(config.seed if seed is None else seed)),
+            rngs=rngs,
             axis_name=norm_axis,
             rows=rows,
             **config.model_options,
         )
+        return model if config.storage == "masks" else storage.store_layers(model, config, rngs)
 
     shapes = nnx.eval_shape(create)
-    graphdef, _, _ = nnx.split(shapes, nnx.Param, ...)
+    graphdef, _, _ = nnx.split(shapes, wrt, ...)
     if tx is None:
         stacked = models.stacked(shapes)
         tx = make_optimizer(config, stacked=stacked, seed=seed, sparsity=sparsity)
 
     def init() -> State:
-        _, params, stats = nnx.split(create(), nnx.Param, ...)
+        _, params, stats = nnx.split(create(), wrt, ...)
         params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
         opt_state = tx.init(params)
         if find_states(opt_state):  # none if the method is `dense`
@@ -117,7 +121,7 @@ def make_task(
         model = nnx.merge(graphdef, params, stats)
         model.train() if train else model.eval()
         logits = model(x)
-        new_stats: Any = nnx.split(model, nnx.Param, ...)[2]
+        new_stats: Any = nnx.split(model, wrt, ...)[2]
         return logits, nnx.to_pure_dict(new_stats)
 
     def losses(logits, labels):
@@ -134,7 +138,7 @@ def make_task(
             loss, correct = losses(logits, batch["y"])
             return jnp.mean(loss) / parts, (new_stats, jnp.mean(correct) / parts)
 
-        (loss, (new_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, (new_stats, accuracy)), grads = storage.value_and_grad(loss_fn)(params)
         return (loss, accuracy, grads), new_stats
 
     def over_microbatches(fn):
@@ -162,7 +166,7 @@ def make_task(
         (loss, accuracy, grads), stats = mean_gradient(state.params, state.stats, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
-        numbers = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads)}
+        numbers = {"loss": loss, "accuracy": accuracy, "grad_norm": storage.gradient_norm(grads)}
         return State(state.step + 1, params, stats, opt_state), numbers
 
     def eval_sums(params, stats, batch):

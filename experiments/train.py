@@ -27,7 +27,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from experiments import datasets, fields, hosts, parallel, pattern
+from experiments import datasets, fields, hosts, parallel, pattern, storage
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.logs import Logs
 from experiments.report import result
@@ -185,6 +185,7 @@ def _train(config, workdir, stop):
             task=task,
             state=logical,
             evaluation=evaluation,
+            dense=None if config.storage == "masks" else make_task(storage.dense(config), data),
         )
         print(f"test accuracy {evaluation['accuracy']:.4f}; report: {path}")
     return evaluation

@@ -17,6 +17,9 @@ def get_config() -> config_dict.ConfigDict:
     c.sparsity = 0.9
     # 2:4, block:16x16, channel, fan_in, unstructured; see jaxsparse.structures.parse
     c.structure = config_dict.placeholder(str)
+    # masks: dense arrays and masks. stored: rigl, set, magnitude and static with structure=block:HxW train
+    # the blocks that are kept and nothing else (jaxsparse.stored); for mlp, vit and transformer.
+    c.storage = "masks"
     c.options = config_dict.ConfigDict()
     c.options.update_every = config_dict.placeholder(int)
     c.options.begin_step = config_dict.placeholder(int)

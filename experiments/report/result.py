@@ -55,6 +55,7 @@ def write(
     task: Task,
     state: State,
     evaluation: Mapping[str, float],
+    dense: Task | None = None,
 ) -> pathlib.Path:
     """Writes `result.json`, and from it and the logs `report.md`, `report.html` and `plots/`.
 
@@ -64,6 +65,7 @@ def write(
       data, task: what was trained.
       state: at the end, in this host's memory.
       evaluation: on the test split, at the end.
+      dense: of layers that are stored as blocks, the task that stores them dense, whose operations count.
 
     Returns:
       The path of the HTML page.
@@ -71,7 +73,7 @@ def write(
     result = {
         "evaluation": evaluation,
         "summary": jaxsparse.summarize(state.params, state.opt_state).to_dict(),
-        "flops": forward_flops(task, data, state),
+        "flops": forward_flops(dense or task, data, jax.eval_shape(dense.init) if dense else state),
         "weight_gradient": weight_gradient(method, options, total_steps),
     }
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -173,6 +173,9 @@ def summarize(params, opt_state=None) -> Summary:
       params: any pytree of concrete arrays, or an `nnx.Module`.
       opt_state: the optimizer state, or an `nnx.Optimizer`, to show the masks as well.
 
+    A matrix that is stored as blocks (`values`, `places`, `scores`, `due`, see `jaxsparse.stored`) is one
+    row: the matrix that it stands for, with the bytes that are stored.
+
     >>> import jax.numpy as jnp
     >>> print(summarize({"kernel": jnp.eye(4)}))
     leaf    shape  size  nonzero  sparsity  mask  bytes
@@ -199,4 +202,25 @@ def summarize(params, opt_state=None) -> Summary:
             leaked = int(np.count_nonzero(x[~np.asarray(mask)]))
             note = f"{leaked:,} nonzero outside the mask" if leaked and updated else note
         rows.append(Row(path, x.shape, x.size, int(np.count_nonzero(x)), removed, x.nbytes, note))
-    return Summary(tuple(rows))
+    return Summary(tuple(_joined(rows, dict(leaves))))
+
+
+def _joined(rows: list[Row], leaves: dict[str, Any]) -> list[Row]:
+    """The rows, with one for the parts of each matrix that is stored as blocks."""
+    by_path, joined = {r.path: r for r in rows}, {}
+    for path in by_path:
+        parent, _, name = path.rpartition("/")
+        names = [f"{parent}/{n}".lstrip("/") for n in ("values", "places", "scores", "due")]
+        if name != "places" or not all(n in by_path for n in names):
+            continue
+        values, _, scores, _ = parts = [by_path[n] for n in names]
+        (gr, gc), (bh, bw) = scores.shape[-2:], values.shape[-2:]
+        used = int(np.count_nonzero(np.asarray(leaves[path])[..., 0, :] < gr))
+        shape = (*scores.shape[:-2], gr * bh, gc * bw)
+        size, stored = int(np.prod(shape)), sum(p.bytes for p in parts)
+        kernel = f"{parent}/kernel".lstrip("/")
+        row = Row(
+            kernel, shape, size, values.nonzeros, size - used * bh * bw, stored, "stored blocks"
+        )
+        joined |= {n: None for n in names} | {names[0]: row}
+    return [r for r in (joined.get(r.path, r) for r in rows) if r is not None]

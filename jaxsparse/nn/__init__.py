@@ -35,7 +35,7 @@ from jaxsparse.nn.sparse_ift import (
 )
 from jaxsparse.nn.spatial_mask import Positions, SpatialSparsity, conv_at
 from jaxsparse.nn.store import store
-from jaxsparse.nn.stored import StoredState, check_stored, full_gradients, stored
+from jaxsparse.nn.stored import StoredState, check_stored, full_gradients, stored, stored_blocks
 from jaxsparse.nn.two_view import (
     Backward,
     SLoPeLinear,
@@ -80,6 +80,7 @@ __all__ = [
     "full_gradients",
     "store",
     "stored",
+    "stored_blocks",
     "Backward",
     "SLoPeLinear",
     "SparseDoped",

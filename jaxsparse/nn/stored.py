@@ -375,6 +375,22 @@ def check_stored(opt_state) -> None:
             raise ValueError(f"params: {FAULTS[fault]}")
 
 
+def stored_blocks(params) -> dict[str, Array]:
+    """Which blocks the stored matrices of a tree hold: a mask of its grid by the path of each matrix.
+
+    >>> from jaxsparse.nn import BlockSparseLinear, Trained
+    >>> layer = BlockSparseLinear(8, 8, block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
+    >>> {path: mask.shape for path, mask in stored_blocks(nnx.state(layer, Trained)).items()}
+    {'kernel': (2, 2)}
+
+    Raises:
+      ValueError: there are no stored matrices.
+    """
+    params = nnx.as_pure(params)
+    leaves = jax.tree.leaves(params)
+    return {m.leaf.path: m.mask(leaves[m.places]) for m in find(params, 1).matrices}
+
+
 def stored_states(opt_state) -> list[StoredState]:
     """Every `StoredState` inside an optimizer state."""
     tree = nnx.as_pure(getattr(opt_state, "opt_state", opt_state))

@@ -185,7 +185,8 @@ class BlockSparse:
         pad: bool = False,
     ) -> "BlockSparse":
         """`round(density * blocks)` blocks at random places, normal values of variance
-        `1 / (density * rows)`. `balanced`: the same number of blocks in every block column.
+        `1 / (density * rows)`. `balanced`: the same number of blocks in every block column. A key that
+        is traced draws other places than one that is known.
 
         >>> BlockSparse.random(jax.random.key(0), (8, 8), (2, 2), density=0.5).num_blocks
         8
@@ -193,14 +194,18 @@ class BlockSparse:
         if not 0 <= density <= 1:
             raise ValueError(f"density={density} must be between 0 and 1")
         grid = _grid(shape, block_shape, pad)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
-        if balanced:
-            ranks = np.stack([rng.permutation(grid[0]) for _ in range(grid[1])], 1)
-            mask = ranks < round(density * grid[0])
+        number = round(density * grid[0]) if balanced else round(density * grid[0] * grid[1])
+        if concrete(key):
+            rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
+            permute = lambda n, _: rng.permutation(n)
         else:
-            ranks = rng.permutation(grid[0] * grid[1]).reshape(grid)
-            mask = ranks < round(density * grid[0] * grid[1])
-        places = _places_of_mask(jnp.asarray(mask), None)
+            permute = lambda n, i: jax.random.permutation(jax.random.fold_in(key, i), n)
+        if balanced:
+            mask = jnp.stack([permute(grid[0], i) for i in range(grid[1])], 1) < number
+            places = of_mask(mask, number * grid[1])
+        else:
+            mask = permute(grid[0] * grid[1], 0).reshape(grid) < number
+            places = of_mask(jnp.asarray(mask), number)
         scale = 1 / math.sqrt(max(1.0, density * shape[0]))
         values = scale * jax.random.normal(key, (places.shape[1], *block_shape), jnp.float32)
         w = cls(

@@ -1,0 +1,128 @@
+"""How a run stores its sparse layers: dense under masks, or as blocks, by `config.storage`."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+import jaxsparse
+from jaxsparse.choose import unit_budgets
+from jaxsparse.leaves import find
+from jaxsparse.nn import BlockSparseLinear, Trained, full_gradients
+from jaxsparse.nn.compact import replace_module
+
+STORAGES = ("masks", "stored")
+# Methods that can be trained as stored, and the rule of `jaxsparse.stored` that each is.
+RULES = {"rigl": "rigl", "set": "set", "magnitude": "magnitude", "static": "static"}
+# Options of a method that its rule has, too.
+OPTIONS = ("update_every", "begin_step", "end_step", "initial_sparsity", "drop_fraction", "seed")
+
+
+def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What of a config, by dotted names, does not go with stored layers, as (name, what)."""
+    if values["storage"] == "masks":
+        return
+    if values["method"] not in RULES:
+        yield "method", f"cannot be trained as stored; {', '.join(RULES)} can"
+    if not str(values["structure"]).startswith("block:"):
+        yield "structure", "storage=stored needs blocks, such as block:16x16"
+    if values["model"] not in ("mlp", "vit", "transformer"):
+        yield "model", "storage=stored knows linear layers: mlp, vit, transformer"
+    for name in ("scan_layers", "two_view"):
+        if values.get(f"model_options.{name}"):
+            yield f"model_options.{name}", "must be False with storage=stored"
+    if values.get("options.allocation") in ("global", "lamp"):
+        yield "options.allocation", "storage=stored needs budgets of layers: uniform, er or erk"
+    if values.get("options.pack_masks"):
+        yield "options.pack_masks", "there are no masks with storage=stored"
+
+
+def store_layers(model: nnx.Module, config, rngs: nnx.Rngs) -> nnx.Module:
+    """The model with its sparse linear layers stored as blocks at random places, as many in each layer as
+    the masked method keeps, with initial values as large as under masks.
+
+    Raises:
+      ValueError: a layer that blocks do not tile; `options.targets` leaves it dense.
+    """
+    structure = jaxsparse.structures.parse(config.structure)
+    assert isinstance(structure, jaxsparse.structures.Block)
+    leaves = find(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config.options.targets, structure)
+    modules = {"/".join(map(str, path)): (path, m) for path, m in nnx.iter_modules(model)}
+    method = jaxsparse.METHODS[config.method]
+    name = (
+        config.options.allocation or inspect.signature(method.fn).parameters["allocation"].default
+    )
+    sparsity = config.sparsity
+    if config.method == "magnitude":
+        sparsity = config.options.initial_sparsity or 0.0
+    budgets = unit_budgets(list(leaves), jaxsparse.allocations.resolve(name), sparsity)
+    for leaf, number in zip(leaves, budgets):
+        path, linear = modules.get(leaf.path.rpartition("/")[0], ((), None))
+        if type(linear) is not nnx.Linear:
+            raise ValueError(
+                f"config.storage='stored': {leaf.path!r} is not the kernel of a linear layer; keep it "
+                "dense with config.options.targets"
+            )
+        layer = BlockSparseLinear(
+            linear.in_features,
+            linear.out_features,
+            block_shape=(structure.height, structure.width),
+            density=number * leaf.unit_size / leaf.size,
+            use_bias=linear.bias is not None,
+            dtype=linear.dtype,
+            param_dtype=linear.param_dtype,
+            rngs=rngs,
+        )
+        layer.values[...] *= (number * leaf.unit_size / leaf.size) ** 0.5
+        model = replace_module(model, path, layer)
+    return model
+
+
+def dense(config):
+    """The config of the same run without sparsity, for its operations."""
+    other = config.copy_and_resolve_references()
+    other.storage, other.method, other.structure = "masks", "dense", None
+    other.options = {}
+    return other
+
+
+def make_stored(config, inner: optax.GradientTransformation, *, seed: Any, sparsity: Any):
+    """The transformation of a stored run: `jaxsparse.stored` with the options of the config."""
+    rule = RULES[config.method]
+    options = {k: v for k in OPTIONS if (v := config.options.get(k)) is not None}
+    options.setdefault("seed", config.seed if seed is None else seed)
+    if rule == "magnitude":
+        options["sparsity"] = config.sparsity if sparsity is None else sparsity
+    if rule == "static":
+        options = {}
+    return jaxsparse.stored(inner, rule=rule, total_steps=config.steps, **options)  # pyright: ignore
+
+
+def wrt(config) -> Any:
+    """The variables of a model that its optimizer is given."""
+    return nnx.Param if config.storage == "masks" else Trained
+
+
+def value_and_grad(loss):
+    """`jax.value_and_grad(loss, has_aux=True)` of parameters that may hold integers."""
+
+    def run(params):
+        value, grads = jax.value_and_grad(loss, has_aux=True, allow_int=True)(params)
+        return value, full_gradients(grads)
+
+    return run
+
+
+def gradient_norm(grads) -> jax.Array:
+    """The norm of the gradients of weights: scores of blocks are none."""
+    named = jaxsparse.targets.named_leaves(grads)
+    return optax.global_norm([g for path, g in named if path.rpartition("/")[2] != "scores"])
+
+
+def kept(params) -> dict[str, jax.Array] | None:
+    """The blocks of stored layers, by path; None for parameters without any."""
+    names = {path.rpartition("/")[2] for path, _ in jaxsparse.targets.named_leaves(params)}
+    return jaxsparse.nn.stored_blocks(params) if {"places", "due"} <= names else None

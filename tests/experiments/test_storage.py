@@ -1,0 +1,115 @@
+"""`--config.storage=stored`: the training job on layers that store blocks."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import datasets, fields, storage, train
+from experiments.configs import base
+from experiments.task import make_task
+from jaxsparse.nn import stored_blocks
+
+TARGETS = "layers/.*kernel"
+
+
+def make_config(data_dir, **changes):
+    c = base.get_config()
+    c.data_dir, c.dataset, c.model, c.method = data_dir, "digits", "mlp", "rigl"
+    c.model_options.hidden = (32, 32)
+    c.storage, c.structure, c.options.targets = "stored", "block:4x4", "layers/[01]/kernel"
+    c.sparsity, c.options.update_every, c.options.drop_fraction = 0.75, 4, 0.5
+    c.batch_size, c.steps, c.warmup_steps, c.learning_rate = 64, 16, 2, 3e-3
+    c.log_every = c.eval_every = c.checkpoint_every = 8
+    c.update(changes)
+    return c
+
+
+def test_a_stored_run_resumes_to_the_bit_and_reports_the_matrices(data_dir, tmp_path):
+    whole = train.train(make_config(data_dir), tmp_path / "whole")
+    config = make_config(data_dir, keep_checkpoints=5)
+    train.train(config, tmp_path / "again")
+    (tmp_path / "again" / "checkpoints").rename(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "kept" / "16", ignore_errors=True)
+    (tmp_path / "kept").rename(tmp_path / "again" / "checkpoints")
+    again = train.train(config, tmp_path / "again")
+    assert whole == again
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    row = result["summary"]["leaves"]["layers/0/kernel"]
+    assert row["shape"] == [64, 32] and abs(row["mask_sparsity"] - 0.75) < 0.1
+    assert result["flops"]["layers/0/kernel"] == 2 * 64 * 32
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert set(last["density"]) == {"layers/0/kernel", "layers/1/kernel"}
+
+
+@pytest.mark.parametrize("method", ["rigl", "magnitude"])
+def test_each_layer_stores_as_many_blocks_as_the_masked_method_keeps(method, data_dir):
+    config = make_config(data_dir, method=method)
+    config.options.drop_fraction = None
+    data = datasets.load("digits", data_dir=data_dir)
+    stored = jax.jit(make_task(config, data).init)()
+    config.storage = "masks"
+    masked = jax.jit(make_task(config, data).init)()
+    for i in range(2):
+        blocks = stored_blocks(stored.params)[f"layers/{i}/kernel"]
+        kernel = np.asarray(masked.params["layers"][i]["kernel"])
+        assert int(blocks.sum()) * 16 == np.count_nonzero(kernel)
+        scale = float(np.std(stored.params["layers"][i]["values"]))
+        assert 0.7 < scale / np.std(kernel[kernel != 0]) < 1.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, dataset, structure, options",
+    [
+        ("vit", "digits", "block:16x16", dict(patch=2, dim=32, depth=1)),
+        ("transformer", "stdlib_text", "block:16x16", dict(dim=32, depth=1)),
+    ],
+)
+@pytest.mark.parametrize("method", ["rigl", "set", "magnitude", "static"])
+@pytest.mark.parametrize("parallel", ["none", "fsdp", "pmap"])
+def test_models_train_stored_on_one_device_and_on_several(
+    model, dataset, structure, options, method, parallel, data_dir, tmp_path
+):
+    config = make_config(
+        data_dir,
+        model=model,
+        dataset=dataset,
+        structure=structure,
+        method=method,
+        parallel=parallel,
+    )
+    config.model_options, config.options.targets, config.length = options, TARGETS, 32
+    if method == "static":
+        config.options.update_every = config.options.drop_fraction = None
+    if method == "magnitude":
+        config.options.drop_fraction = None
+    evaluation = train.train(config, tmp_path)
+    assert np.isfinite(evaluation["loss"])
+
+
+def test_what_does_not_go_with_stored_layers_is_named(data_dir):
+    cases = [
+        (dict(method="st3"), "config.method='st3': cannot be trained as stored"),
+        (dict(structure="2:4"), "config.structure='2:4': storage=stored needs blocks"),
+        (dict(model="cnn"), "config.model='cnn': storage=stored knows linear layers"),
+        (dict(storage="csr"), "config.storage='csr': choose from masks, stored"),
+    ]
+    for changes, message in cases:
+        config = make_config(data_dir, **changes)
+        config.model_options, config.options.update_every = {}, None
+        config.options.drop_fraction = None
+        with pytest.raises(ValueError, match=message):
+            fields.check(config)
+    config = make_config(data_dir)
+    config.options.allocation = "global"
+    with pytest.raises(ValueError, match="storage=stored needs budgets of layers"):
+        fields.check(config)
+    config = make_config(data_dir)
+    config.options.targets = None
+    data = datasets.load("digits", data_dir=data_dir)
+    with pytest.raises(ValueError, match="does not tile 'layers/2/kernel'"):
+        make_task(config, data)
+    assert storage.dense(config).method == "dense"
