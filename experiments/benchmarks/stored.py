@@ -52,9 +52,9 @@ class MLP(nnx.Module):
 
 def transformer(make: Callable[[int, int], nnx.Module] | None, width: int) -> nnx.Module:
     """One block of a Transformer, all six of its matrices made by `make`."""
-    block = Block(width, max(2, width // 128), rngs=nnx.Rngs(0))
+    block: Any = Block(width, max(2, width // 128), rngs=nnx.Rngs(0))
     if make is not None:
-        attention: Any = block.attention
+        attention = block.attention
         for name in ("query", "key", "value", "out"):
             setattr(attention, name, make(width, width))
         block.up, block.down = make(width, 4 * width), make(4 * width, width)
@@ -88,7 +88,7 @@ def run_of(model: nnx.Module, tx, wrt, x: jax.Array) -> Run:
     if hasattr(state, "masks"):
         params = jaxsparse.apply_masks(params, state)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     trained = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
     carry = [params, state]
 
@@ -127,7 +127,7 @@ def make_run(case: str, size: Mapping[str, int], density: float, block: int, sto
     if stored:
         return run_of(model, jaxsparse.stored(inner, rule="rigl", **timing), Trained, x)
     blocks = Blocks(block, block)
-    options = dict(structure=blocks, allocation="uniform", update_every=EVERY, **timing)
+    options: Any = dict(structure=blocks, allocation="uniform", update_every=EVERY, **timing)
     return run_of(model, jaxsparse.rigl(inner, 1 - density, **options), nnx.Param, x)
 
 
