@@ -4,8 +4,9 @@ Mask k keeps the $d_k$ part of largest magnitude of the inputs of every output, 
 weights z are trained by the weighted sum of the subnets' gradients, straight through the masks:
 
     tx = jaxsparse.magnitude_ste(inner, 1 - densities[-1], structure="fan_in")
-    raw = jaxsparse.get_raw_params(opt_state)          # with the dense leaves of params in their place
-    loss, grads = subnet_gradient(loss_of, raw, densities)
+    raw = jaxsparse.get_raw_params(opt_state)
+    loss, grads = subnet_gradient(loss_of, raw, densities, params=params)
+    updates, opt_state = tx.update(grads, opt_state, params)
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def subnet_gradient(
     raw: Any,
     densities: Sequence[float],
     *,
+    params: Any = None,
     weights: Sequence[float] | None = None,
     targets: Targets = None,
 ) -> tuple[Array, Any]:
@@ -79,8 +81,9 @@ def subnet_gradient(
 
     Args:
       loss: from parameters to a number, on one batch.
-      raw: z, the dense raw weights.
+      raw: z, the dense raw weights; None at dense leaves, as `get_raw_params` has them, if there are `params`.
       densities: increasing, in (0, 1].
+      params: the parameters, whose dense leaves (biases, norms) all subnets share.
       weights: $\pi$; None: all the same, with the sum 1.
       targets: as for every method.
 
@@ -100,6 +103,10 @@ def subnet_gradient(
     pi = [1 / len(densities)] * len(densities) if weights is None else list(weights)
     if len(pi) != len(densities):
         raise ValueError(f"weights: {len(pi)} of them for {len(densities)} densities")
+    if params is not None:
+        flat, treedef = jax.tree.flatten(params)
+        rows = zip(flat, masking.at_leaves(raw, params))
+        raw = treedef.unflatten([p if z is None else z for p, z in rows])
     total, gradient = jnp.zeros(()), None
     for p, masks in zip(pi, nested_masks(raw, densities, targets=targets)):
         value, g = jax.value_and_grad(loss)(masking.apply(raw, masks))

@@ -231,6 +231,33 @@ def test_one_subnet_is_straight_through_top_k_and_several_add_up():
     np.testing.assert_allclose(both["kernel"], want, rtol=1e-5)
 
 
+def test_dense_leaves_are_shared_by_all_subnets_and_train_with_them():
+    params: Any = {"kernel": jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32), "bias": jnp.ones(3)}
+    x = jnp.asarray(RNG.normal(size=(5, 8)), jnp.float32)
+    loss = lambda p: jnp.mean((x @ p["kernel"] + p["bias"]) ** 2)
+    tx = jaxsparse.magnitude_ste(optax.sgd(0.1), 0.25, structure="fan_in")
+    state: Any = tx.init(params)
+    params = jaxsparse.apply_masks(params, state)
+    first = [float(loss(jaxsparse.masking.apply({**params, **_raw(state)}, m)))
+             for m in tickets.nested_masks({**params, **_raw(state)}, (0.25, 0.75))]  # fmt: skip
+    for _ in range(20):
+        _, grads = tickets.subnet_gradient(
+            loss, jaxsparse.get_raw_params(state), (0.25, 0.75), params=params
+        )
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    whole = {**params, **_raw(state)}
+    last = [
+        float(loss(jaxsparse.masking.apply(whole, m)))
+        for m in tickets.nested_masks(whole, (0.25, 0.75))
+    ]
+    assert all(b < 0.5 * a for a, b in zip(first, last)) and (np.asarray(params["bias"]) != 1).all()
+
+
+def _raw(state):
+    return {"kernel": jaxsparse.get_raw_params(state)["kernel"]}
+
+
 # -- Selective decay
 
 
