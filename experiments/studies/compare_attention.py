@@ -217,17 +217,14 @@ def only(name: str, params: Params) -> Params:
 
 
 def run_predictor(
-    model: Model, name: str, budget: float, tokens: Array, trained: list[Params], every: int, perplexity: bool
+    model: Model, name: str, budget: float, tokens: Array, trained: list[Params], inputs: dict[int, Array],
+    perplexity: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    start, x, y = time.perf_counter(), model.embed(tokens), model.embed(tokens)
-    rows = []
+    start, y, rows = time.perf_counter(), model.embed(tokens), []
     for i, state in enumerate(model.states):
-        params = only(name, trained[i])
-        args = (model.graph, name, budget, state, params)
-        if i % every == 0:
-            rows.append([float(v) for v in measure_layer(*args, x)])
-        if i + every - i % every < len(model.states):  # the last measured layer needs no more
-            x = dense_layer(model.graph, state, x)
+        args = (model.graph, name, budget, state, only(name, trained[i]))
+        if i in inputs:
+            rows.append([float(v) for v in measure_layer(*args, inputs[i])])
         if perplexity:
             y = sparse_layer(*args, y)
     recall, error, density = np.mean(rows, 0)
@@ -375,11 +372,14 @@ def write(out: pathlib.Path, results: dict[str, Any]) -> None:
             "Entries per head at the end, the continuation included where nothing is evicted while decoding:\n"
         )
         parts.append(table(results["policies"], "entries", "{:.0f}") + "\n")
-    dense_line = f"Dense: perplexity {results['dense']:.2f}; of the continuation {results['dense_tail']:.2f}. "
+    dense_line = " ".join(
+        f"Dense, {length} tokens: perplexity {row['whole']:.2f}; of the continuation {row['tail']:.2f}."
+        for length, row in results["dense"].items()
+    )
     tables.write_text(
         "# Attention, the tables\n\n"
         + dense_line
-        + f"Made on {results['machine']}.\n\n"
+        + f" Made on {results['machine']}.\n\n"
         + "\n".join(parts)
     )
 
@@ -410,12 +410,13 @@ def main(arguments: list[str] | None = None) -> None:
     model = Model()
     (tokens,) = smollm2.batches(model.tokenizer, "evaluation", 1, options.length)
     (calibration,) = smollm2.batches(model.tokenizer, "calibration", 1, options.length)
-    if "dense" not in results:
-        x = model.embed(tokens)
-        for state in model.states:
-            x = dense_layer(model.graph, state, x)
-        results["dense"] = float(np.exp(model.nats(x, tokens)))
-        results["dense_tail"] = float(np.exp(model.nats(x, tokens, options.prompt - 1)))
+    x, inputs = model.embed(tokens), {}
+    for i, state in enumerate(model.states):
+        if i % options.every == 0:
+            inputs[i] = x
+        x = dense_layer(model.graph, state, x)
+    whole, tail = (float(np.exp(model.nats(x, tokens, a))) for a in (0, options.prompt - 1))
+    results.setdefault("dense", {})[str(options.length)] = dict(whole=whole, tail=tail)
 
     def save(kind: str, row: dict[str, Any]) -> None:
         results[kind].append(row)
@@ -428,12 +429,12 @@ def main(arguments: list[str] | None = None) -> None:
                 save("policies", run_policy(model, name, n, tokens, options.prompt, step=32))
     key = lambda r: (r["name"], r["budget"], r["length"])
     done = {key(r) for r in results["predictors"]}
-    missing = [(n, b) for n in names for b in budgets if (n, b, options.length) not in done]
+    missing = [(n, b) for b in budgets for n in names if (n, b, options.length) not in done]
     trained: list[Params] = [{} for _ in model.states]
     if any(n in ("seer", "dsv", "minference") for n, _ in missing):
         trained = prepare(model, calibration, budgets, options.steps)
     for name, budget in missing:
-        save("predictors", run_predictor(model, name, budget, tokens, trained, options.every,
+        save("predictors", run_predictor(model, name, budget, tokens, trained, inputs,
                                          not options.no_perplexity))  # fmt: skip
     if options.out is not None:
         write(options.out, results)

@@ -30,7 +30,7 @@ class Pages(NamedTuple):
     """The bounds of a cache's pages; an empty page has low inf and high -inf.
 
     Attributes:
-      low, high: float32 `[batch, kv_heads, pages, head_dim]`.
+      low, high: `[batch, kv_heads, pages, head_dim]`, in the keys' dtype, in which they are exact.
     """
 
     low: Array
@@ -44,7 +44,8 @@ def pages(k: Array, page: int, lengths: Array | None = None) -> Pages:
     >>> p.low[0, 0, :, 0].tolist(), p.high[0, 0, :, 0].tolist()
     ([-2.0, 3.0], [1.0, 3.0])
     """
-    return Pages(pool.minimum(k, page, lengths), pool.maximum(k, page, lengths))
+    bounds = pool.minimum(k, page, lengths), pool.maximum(k, page, lengths)
+    return Pages(*(x.astype(k.dtype) for x in bounds))
 
 
 def append_page(old: Pages, k: Array, at: Array, page: int) -> Pages:
@@ -57,7 +58,7 @@ def append_page(old: Pages, k: Array, at: Array, page: int) -> Pages:
       page: keys of a page.
     """
     entry, index = jnp.arange(k.shape[0]), at // page
-    new = k[:, :, 0].astype(jnp.float32)
+    new = k[:, :, 0].astype(old.low.dtype)
     low = old.low.at[entry, :, index].min(new, mode="drop")
     return Pages(low, old.high.at[entry, :, index].max(new, mode="drop"))
 
@@ -66,7 +67,7 @@ def page_scores(q: Array, bounds: Pages) -> Array:
     """u, float32 `[batch, heads, pages]`, of queries `[batch, heads, head_dim]`; -inf for empty pages."""
     grouped = group(q.astype(jnp.float32), bounds.low.shape[1])
     filled = (bounds.low <= bounds.high).all(-1)
-    low, high = (jnp.where(filled[..., None], x, 0.0) for x in bounds)
+    low, high = (jnp.where(filled[..., None], x, 0).astype(jnp.float32) for x in bounds)
     u = jnp.einsum("bgrd,bgpd->bgrp", jnp.maximum(grouped, 0), high, precision="highest")
     u = u + jnp.einsum("bgrd,bgpd->bgrp", jnp.minimum(grouped, 0), low, precision="highest")
     u = jnp.where(filled[:, :, None], u, -jnp.inf)

@@ -21,6 +21,11 @@ HEADS, GROUPS, DIM = 4, 2, 6
 rotate = functools.partial(attention.rotary, base=50.0)
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_whichever_tests_run():
+    RNG.bit_generator.state = np.random.default_rng(30).bit_generator.state
+
+
 def normal(*shape, scale=1.0):
     return jnp.asarray(scale * RNG.normal(size=shape), jnp.float32)
 
@@ -107,7 +112,7 @@ def largest(scores, number, forced):
 # ------------------------------------------------------------------ policies, step by step
 
 
-@pytest.mark.parametrize("reassign", [True, False])
+@pytest.mark.parametrize("reassign", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_streaming_llm_step_by_step(reassign):
     policy = attention.streaming_llm(10, sinks=3, reassign=reassign)
     cache, lists = make(policy), Lists(reassign)
@@ -169,7 +174,10 @@ def pooled(scores, kernel, kind):
     return [(np.mean if kind == "mean" else np.max)(part(j)) for j in range(len(scores))]
 
 
-@pytest.mark.parametrize("kind, adaptive", [("mean", False), ("max", False), ("mean", True)])
+@pytest.mark.parametrize(
+    "kind, adaptive",
+    [("mean", False), pytest.param("max", False, marks=pytest.mark.slow), ("mean", True)],
+)
 def test_snapkv_and_ada_snapkv_step_by_step(kind, adaptive):
     window, budget, kernel = 4, 10, 3
     if adaptive:
@@ -179,6 +187,7 @@ def test_snapkv_and_ada_snapkv_step_by_step(kind, adaptive):
     cache, lists = make(policy, capacity=30), Lists()
     for n in (17, 1, 1, 9, 1):
         q, k, v = prompt(n)
+        q = q.at[:, :2].mul(3.0) if adaptive else q  # heads that concentrate get more
         want, seen = lists.attend(q[0], k[0], v[0])
         if n > 1:
             ranked = []
@@ -201,7 +210,7 @@ def test_snapkv_and_ada_snapkv_step_by_step(kind, adaptive):
                 )
                 for _, g, j in rest[: 2 * budget - sum(map(len, floor))]:
                     floor[g].add(j)
-                assert len(floor[0]) != len(floor[1]) and sum(map(len, floor)) == 2 * budget
+                assert len(floor[0]) > len(floor[1]) and sum(map(len, floor)) == 2 * budget
                 for g in range(GROUPS):
                     lists.keep(g, floor[g])
             else:
@@ -212,6 +221,7 @@ def test_snapkv_and_ada_snapkv_step_by_step(kind, adaptive):
         same(cache, lists)
 
 
+@pytest.mark.slow
 def test_zipvl_step_by_step_and_uniform_attention_prefers_no_early_key():
     cache, lists = make(attention.zipvl(14, tau=0.7, probes=99, recent=2)), Lists()
     q, k, v = prompt(20)
@@ -245,6 +255,7 @@ def test_zipvl_step_by_step_and_uniform_attention_prefers_no_early_key():
     assert plain.counts.tolist() == [[1, 1]] and plain.positions[0, :, 0].tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_dynamickv_gives_layers_what_the_ranking_over_all_says():
     policy = attention.dynamickv(8, window=2, kernel=1, r_max=2.0)
     n = 30
@@ -286,7 +297,10 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+CASES = [n if n == "h2o" else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_with_room_for_everything_chunks_and_steps_are_dense_attention(name):
     q, k, v = prompt(40, batch=2)
     t = np.arange(40)
@@ -323,6 +337,7 @@ def test_sequences_of_different_lengths_are_each_what_they_are_alone():
     assert np.isfinite(cache.k).all() and np.isfinite(cache.v).all()
 
 
+@pytest.mark.slow
 def test_scan_and_vmap_are_the_loop():
     policy = attention.snapkv(8, window=3)
     q, k, v = prompt(20)
@@ -355,6 +370,7 @@ def test_a_prompt_filled_at_once_is_that_of_prefill_by_its_last_queries():
     np.testing.assert_allclose(got.k, want.k, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_planted_attention_is_kept_with_its_neighbours():
     q, k, v = prompt(40)
     k = 0.1 * k.at[:, :, 17].set(30.0 * q[:, ::2, -8:].mean(2) + 30.0 * q[:, 1::2, -8:].mean(2))

@@ -53,6 +53,7 @@ def test_it_has_the_shape_of_jax_attention_with_lengths_and_without_a_batch():
     np.testing.assert_allclose(quick(lambda q, k: ours(q, k, k))(q[0], k[0]), want[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_reaches_no_choice_and_no_output():
     q, k, v = jax.random.normal(jax.random.key(3), (3, 2, 2, 40, 8))
     lengths = jnp.array([40, 21])
