@@ -56,6 +56,7 @@ from jaxsparse.attention.seer import SeerGate, rotary, seer, seer_loss, seer_tar
 from jaxsparse.attention.select import threshold, top_k, top_p
 from jaxsparse.attention.sparge import sparge, tune_sparge
 from jaxsparse.attention.static import dense, oracle, static, streaming
+from jaxsparse.attention.vertical_slash import vertical_slash_attention
 
 __all__ = [
     "AShape",
@@ -127,6 +128,7 @@ __all__ = [
     "tokens",
     "top_k",
     "top_p",
+    "vertical_slash_attention",
     "tune_sparge",
     "zipvl",
 ]

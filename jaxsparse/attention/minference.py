@@ -7,7 +7,7 @@ that contain any of their pairs are read.
 Here verticals and slashes come in `units`: `unit=1` ranks single keys and distances, as MInference does; a unit of a
 block ranks means over blocks of keys and of distances, which costs the kernel no more than it uses (FlexPrefill's
 block form, recalled from its code, not verified). Blocks are read whole either way: more recall than the published
-kernel, which reads verticals as columns, at more density.
+kernel, which reads verticals as columns, at more density. `vertical_slash_attention` is to the key.
 
 Sources: Jiang et al., MInference 1.0, 2024, and its code; Lai et al., FlexPrefill, 2025, as rewritten in Nawrot et al.,
 The Sparse Frontier, 2025. The last queries only are looked at: keys that matter to the middle of a text alone are missed.
@@ -259,7 +259,7 @@ def pattern_blocks(q: Array, k: Array, pattern: Pattern, layout: Layout) -> Arra
         visible = layout.visible(grid)
         return select.keep(logits, rule, visible, np.zeros_like(visible))
     vertical, slash = line_scores(q, k, pattern.sample)
-    whole = lambda n: max(1, min(n, grid.kv_len) // pattern.unit)
+    whole = lambda n: whole_units(n, grid.kv_len, pattern.unit)
     return _lines(
         vertical, slash, whole(pattern.vertical), whole(pattern.slash), pattern.first, pattern.near,
         pattern.unit, layout, grid,
@@ -271,24 +271,39 @@ def _lines(
     first: int, near: int, unit: int, layout: Layout, grid: Grid,
 ) -> Array:  # fmt: skip
     """Blocks that contain a pair of a chosen key or of a chosen distance."""
+    _, _, k0, k1 = layout.bounds(grid)
+    columns = _any_between(_best_units(vertical, num_vertical, first, unit), k0, k1)[:, :, None]
+    diagonals = slash_blocks(slash, num_slash, near, unit, layout, grid)
+    return (columns & layout.visible(grid)) | diagonals
 
-    def best(scores: Array, number: Array | int, forced: int) -> Array:
-        means = pool.mean(scores[..., None], unit)[..., 0]
-        index = np.arange(means.shape[-1])
-        chosen = topk_mask(jnp.where(index * unit < forced, jnp.inf, means), number, axis=-1)
-        return jnp.repeat(chosen, unit, axis=-1)[..., : scores.shape[-1]]
 
+def slash_blocks(
+    slash: Array, number: Array | int, near: int, unit: int, layout: Layout, grid: Grid
+) -> Array:
+    """Blocks that contain a pair of a chosen distance, bool `[batch, heads, q_blocks, kv_blocks]`."""
     q0, q1, k0, k1 = layout.bounds(grid)
+    chosen = _best_units(slash, number, near, unit)
+    return _any_between(chosen, q0 - k1, q1 - k0) & layout.visible(grid)
 
-    def any_between(chosen: Array, low: np.ndarray, high: np.ndarray) -> Array:
-        """Whether one is chosen in [low, high]; the range is cut to what exists."""
-        n = chosen.shape[-1]
-        total = jnp.cumsum(jnp.pad(chosen, ((0, 0), (0, 0), (1, 0))), -1, dtype=jnp.int32)
-        return total[..., np.clip(high + 1, 0, n)] > total[..., np.clip(low, 0, n)]
 
-    columns = any_between(best(vertical, num_vertical, first), k0, k1)[:, :, None]
-    diagonals = any_between(best(slash, num_slash, near), q0 - k1, q1 - k0)
-    return (columns | diagonals) & layout.visible(grid)
+def whole_units(number: int, length: int, unit: int) -> int:
+    """How many units a number of keys or distances is, at least one."""
+    return max(1, min(number, length) // unit)
+
+
+def _best_units(scores: Array, number: Array | int, forced: int, unit: int) -> Array:
+    """The keys or distances in the best units by mean, bool `[..., length]`."""
+    means = pool.mean(scores[..., None], unit)[..., 0]
+    first = np.arange(means.shape[-1]) * unit < forced
+    chosen = topk_mask(jnp.where(first, jnp.inf, means), number, axis=-1)
+    return jnp.repeat(chosen, unit, axis=-1)[..., : scores.shape[-1]]
+
+
+def _any_between(chosen: Array, low: np.ndarray, high: np.ndarray) -> Array:
+    """Whether one is chosen in [low, high]; the range is cut to what exists."""
+    n = chosen.shape[-1]
+    total = jnp.cumsum(jnp.pad(chosen, ((0, 0), (0, 0), (1, 0))), -1, dtype=jnp.int32)
+    return total[..., np.clip(high + 1, 0, n)] > total[..., np.clip(low, 0, n)]
 
 
 def _finish(keep: Array, kv_heads: int, layout: Layout, grid: Grid) -> BlockMask:

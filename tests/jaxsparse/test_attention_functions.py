@@ -148,3 +148,52 @@ def test_decoding_by_pages_is_dense_at_a_full_budget_and_reads_the_best_pages_el
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Decoder(nnx.Module):
+    """A layer that keeps its cache as a variable."""
+
+    def __init__(self):
+        self.layer = layer(choose=attention.dense(layout=LAYOUT))
+        policy = attention.snapkv(24, window=8)
+        self.cache = nnx.Variable(
+            attention.Cache.create(policy=policy, batch=2, kv_heads=2, head_dim=4, capacity=32)
+        )
+
+    def __call__(self, x, prompt):
+        q, k, v = (
+            jnp.swapaxes(f(x), 1, 2) for f in (self.layer.query, self.layer.key, self.layer.value)
+        )
+        cache = self.cache.get_value()
+        out, cache = (cache.prefill if prompt else cache.decode)(q, k, v, position=rotate)
+        self.cache.set_value(cache)
+        return self.layer.out(jnp.swapaxes(out, 1, 2))
+
+
+def test_a_cache_lives_in_a_module():
+    model = Decoder()
+    run = nnx.jit(lambda m, x, prompt: m(x, prompt), static_argnums=2)
+    want = quick(lambda m, x: m(x))(model.layer, X)
+    out = run(model, X[:, :30], True)
+    np.testing.assert_allclose(out, want[:, :30], atol=1e-5)
+    for t in range(30, 34):
+        out = run(model, X[:, t : t + 1], False)
+    assert model.cache.get_value().counts.tolist() == [[28, 28]] * 2
+    assert np.abs(out[:, 0] - want[:, 33]).max() < 0.5
+
+
+@pytest.mark.slow
+def test_heads_and_batch_on_several_devices_are_those_of_one():
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("batch", "heads"))
+    q, k, v = jax.random.normal(jax.random.key(5), (3, 2, 4, 64, 8))
+    spec = NamedSharding(mesh, PartitionSpec("batch", "heads"))
+    for choose in (
+        attention.sparge(density=0.6, layout=LAYOUT),
+        attention.minference(density=0.6, layout=LAYOUT),
+    ):
+        run = quick(lambda q, k, v, choose=choose: attention.attend(q, k, v, choose))
+        want = run(q, k, v)
+        got = run(*(jax.device_put(x, spec) for x in (q, k, v)))
+        np.testing.assert_allclose(got, want, atol=1e-5)

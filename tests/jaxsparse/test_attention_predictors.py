@@ -330,6 +330,27 @@ def test_flexprefill_takes_as_many_lines_as_reach_the_mass():
     assert (few <= many).all() and few.sum() < many.sum()
 
 
+def test_vertical_slash_attention_sees_its_blocks_and_columns_and_nothing_else():
+    pattern = attention.VerticalSlash(9, 3, sample=16, first=2, near=1)
+    q, k, v = Q[:1, :, :60], K[:1, :, :60], V[:1, :, :60]
+    run = lambda q, k, v: attention.vertical_slash_attention(q, k, v, pattern, layout=BARE)
+    out, grads = quick(lambda *x: (run(*x), jax.grad(lambda *y: run(*y).sum(), (0, 1, 2))(*x)))(
+        q, k, v
+    )
+    a = probabilities(q, k)[0, :, -16:]
+    seen = np.zeros((1, HEADS, 60, 60), bool)
+    i, j = np.arange(60)[:, None], np.arange(60)
+    for h in range(HEADS):
+        slash = [sum(a[h, r, 44 + r - o] for r in range(16) if o <= 44 + r) for o in range(60)]
+        distances = [0, *sorted(range(1, 60), key=lambda o: -slash[o])[:2]]
+        touched = tiles(np.isin(i - j, distances), B, B, lambda t: t.any((-1, -2))) > 0
+        columns = [0, 1, *sorted(range(2, 60), key=lambda c: -a[h, :, c].sum())[:7]]
+        blocks = np.kron(touched, np.ones((B, B)))[:60, :60] > 0
+        seen[0, h] = (blocks | np.isin(j, columns)) & (j <= i)
+    np.testing.assert_allclose(out, exact(q, k, v, seen), atol=2e-5)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
 # ------------------------------------------------------------------ AdaSpa
 
 
