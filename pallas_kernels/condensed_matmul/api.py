@@ -63,7 +63,8 @@ def condensed_matmul(
     if w.values.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), dtype)
     rows, w = vary_alike(rows, w)
-    y = _product((name, precision), rows, w.values, dataclasses.replace(w, values=None))
+    values = jnp.where(w.filled, 0, w.values)
+    y = _product((name, precision), rows, values, dataclasses.replace(w, values=None))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 

@@ -19,14 +19,15 @@ from pallas_kernels._formats import Array, concrete, integer_places
 class Condensed:
     """A matrix `[in, out]` of which each column (output) stores `fan_in` elements, or nothing.
 
-    Columns with fewer nonzeros are filled up with zeros, so that any unstructured matrix can be
-    held; masks of constant fan-in waste nothing. (The condensed representation of Lasby, Golubeva,
+    Columns with fewer nonzeros are filled up, so that any unstructured matrix can be held; masks of
+    constant fan-in waste nothing. What fills up has row 0 after the first place: it counts as zero
+    whatever its value, and gets no gradient. (The condensed representation of Lasby, Golubeva,
     Evci, Nica, Ioannou, Dynamic Sparse Training with Structured Sparsity, 2024.) Gradients are taken
     with respect to `values`: `jax.grad(lambda values: loss(w.with_values(values)))(w.values)`.
 
     Attributes:
       values: `[stored outputs, fan_in]`.
-      rows: int32 `[stored outputs, fan_in]`, the row of each value, ascending.
+      rows: int32 `[stored outputs, fan_in]`, the row of each value, ascending, then zeros.
       outputs: int32 `[stored outputs]`, which outputs these are, ascending; the others are zero.
       shape: `(in, out)`.
 
@@ -77,10 +78,17 @@ class Condensed:
     def dtype(self) -> Any:
         return self.values.dtype
 
+    @property
+    def filled(self) -> Array:
+        """bool, like the values: which of them fill up their output and count as zero."""
+        place = lax.broadcasted_iota(jnp.int32, self.rows.shape, 1)
+        return (integer_places("rows", self.rows) == 0) & (place > 0)
+
     def to_dense(self) -> Array:
         """The matrix with its zeros, `[in, out]`."""
         at = integer_places("rows", self.rows), integer_places("outputs", self.outputs)[:, None]
-        return jnp.zeros(self.shape, self.dtype).at[at].add(self.values)
+        values = jnp.where(self.filled, 0, self.values)
+        return jnp.zeros(self.shape, self.dtype).at[at].add(values)
 
     def with_values(self, values: Array) -> "Condensed":
         """The same pattern with other values `[stored outputs, fan_in]`."""

@@ -10,8 +10,14 @@ namespace kernels {
 
 struct Condensed {
   const float* values;  // [out, fan_in]
-  const int32_t* rows;  // [out, fan_in], in [0, in)
+  const int32_t* rows;  // [out, fan_in], in [0, in), ascending, then zeros that fill up
   int64_t in, out, fan_in;
+
+  // How many values output o has: those before the first row 0 that is not the first.
+  int64_t count(int64_t o) const {
+    const int32_t* r = rows + o * fan_in;
+    return std::partition_point(r + 1, r + fan_in, [](int32_t row) { return row != 0; }) - r;
+  }
 };
 
 // Whether all rows are in [0, in).
@@ -102,15 +108,16 @@ void matmul(Pool& pool, const Condensed& w, const float* x, int64_t batch, float
       for (int64_t c = 0; c < columns; ++c) {
         const float* v = w.values + (o + c) * w.fan_in;
         const int32_t* r = w.rows + (o + c) * w.fan_in;
+        int64_t count = w.count(o + c);
         Vector sum[kUnroll][n] = {};
         int64_t j = 0;
-        for (; j + kUnroll <= w.fan_in; j += kUnroll) {
+        for (; j + kUnroll <= count; j += kUnroll) {
           for (int u = 0; u < kUnroll; ++u) {
             const float* row = tile + int64_t{r[j + u]} * kRows;
             for (int k = 0; k < n; ++k) sum[u][k] += v[j + u] * load(row + k * kLanes);
           }
         }
-        for (; j < w.fan_in; ++j) {
+        for (; j < count; ++j) {
           const float* row = tile + int64_t{r[j]} * kRows;
           for (int k = 0; k < n; ++k) sum[0][k] += v[j] * load(row + k * kLanes);
         }
@@ -145,7 +152,7 @@ void matmul_transposed(Pool& pool, const Condensed& w, const float* dy, int64_t 
       const int32_t* r = w.rows + o * w.fan_in;
       Vector d[n];
       for (int k = 0; k < n; ++k) d[k] = load(dys.tile(t) + o * kRows + k * kLanes);
-      for (int64_t j = 0; j < w.fan_in; ++j) {
+      for (int64_t j = 0, count = w.count(o); j < count; ++j) {
         float* row = sums + int64_t{r[j]} * kRows;
         for (int k = 0; k < n; ++k) {
           store(row + k * kLanes, load(row + k * kLanes) + v[j] * d[k]);
@@ -193,19 +200,20 @@ void value_gradient(Pool& pool, const Condensed& w, const float* x, const float*
           for (int k = 1; k < n; ++k) sum += d[k] * load(row + k * kLanes);
           return sum;
         };
-        int64_t j = 0;
-        for (; j + kLanes <= w.fan_in; j += kLanes) {
+        int64_t j = 0, count = w.count(o);
+        for (; j + kLanes <= count; j += kLanes) {
           Vector products[kLanes];
           for (int i = 0; i < kLanes; ++i) products[i] = product(j + i);
           Vector sum = sums(products);
           store(to + j, t == 0 ? sum : load(to + j) + sum);
         }
-        for (; j < w.fan_in; ++j) {
+        for (; j < count; ++j) {
           Vector products = product(j);
           float sum = 0;
           for (int i = 0; i < kLanes; ++i) sum += products[i];
           to[j] = t == 0 ? sum : to[j] + sum;
         }
+        std::fill(to + count, to + w.fan_in, 0.0f);
       }
     }
   });
