@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 import jaxsparse
 from jaxsparse.choose import unit_budgets
@@ -40,9 +41,11 @@ def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "options.pack_masks", "there are no masks with storage=stored"
 
 
-def store_layers(model: nnx.Module, config, rngs: nnx.Rngs) -> nnx.Module:
+def store_layers(
+    model: nnx.Module, config, rngs: nnx.Rngs, rows: NamedSharding | None = None
+) -> nnx.Module:
     """The model with its sparse linear layers stored as blocks at random places, as many in each layer as
-    the masked method keeps, with initial values as large as under masks.
+    the masked method keeps, with initial values as large as under masks; `rows` is how the batch is split.
 
     Raises:
       ValueError: a layer that blocks do not tile; `options.targets` leaves it dense.
@@ -74,6 +77,7 @@ def store_layers(model: nnx.Module, config, rngs: nnx.Rngs) -> nnx.Module:
             use_bias=linear.bias is not None,
             dtype=linear.dtype,
             param_dtype=linear.param_dtype,
+            rows=rows,
             rngs=rngs,
         )
         layer.values[...] *= (number * leaf.unit_size / leaf.size) ** 0.5

@@ -101,7 +101,9 @@ def make_task(
             rows=rows,
             **config.model_options,
         )
-        return model if config.storage == "masks" else storage.store_layers(model, config, rngs)
+        return (
+            model if config.storage == "masks" else storage.store_layers(model, config, rngs, rows)
+        )
 
     shapes = nnx.eval_shape(create)
     graphdef, _, _ = nnx.split(shapes, wrt, ...)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse.nn._linear import Pattern, Scores, SparseLinear, split_linear
 from pallas_kernels import BlockSparse, block_sparse_matmul, score_blocks
@@ -39,6 +40,9 @@ class BlockSparseLinear(SparseLinear):
       param_dtype: of the parameters.
       precision: of the product, as in `jax.lax.dot_general`.
       implementation: see `pallas_kernels.block_sparse_matmul`.
+      rows: how the first axis of x is split over a mesh, where the blocks are shared by its devices:
+        each device then gathers the blocks and multiplies its own rows (`jax.shard_map`), with kernels
+        that XLA could not partition. None: XLA partitions the product, or there is one device.
       rngs: key for places and values (`params`).
 
     Raises:
@@ -56,6 +60,7 @@ class BlockSparseLinear(SparseLinear):
     scores: Scores
     due: Pattern
     block_shape: tuple[int, int]
+    rows: NamedSharding | None
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class BlockSparseLinear(SparseLinear):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
         implementation: str | None = None,
+        rows: NamedSharding | None = None,
         rngs: nnx.Rngs | None = None,
     ):
         shape = in_features, out_features
@@ -100,6 +106,7 @@ class BlockSparseLinear(SparseLinear):
             weight, bias, dtype=dtype, precision=precision, implementation=implementation
         )
         self.places, self.block_shape = Pattern(weight.in_any_order().places), weight.block_shape
+        self.rows = rows
         self.scores, self.due = Scores(jnp.zeros(weight.grid, jnp.float32)), Pattern(jnp.int32(0))
 
     @classmethod
@@ -144,10 +151,16 @@ class BlockSparseLinear(SparseLinear):
         return layer
 
     def _multiply(self, x: jax.Array, w: BlockSparse) -> jax.Array:
-        y = super()._multiply(x, w)
-        return score_blocks(
-            x, y, self.scores[...], self.due[...], self.block_shape, precision=self.precision
-        )
+        def one(x, w, scores, due):
+            y = super(BlockSparseLinear, self)._multiply(x, w)
+            return score_blocks(x, y, scores, due, self.block_shape, precision=self.precision)
+
+        run = one
+        if self.rows is not None:
+            rows, whole = PartitionSpec(self.rows.spec[0]), PartitionSpec()
+            specs = (rows, whole, whole, whole)
+            run = jax.shard_map(one, mesh=self.rows.mesh, in_specs=specs, out_specs=rows)
+        return run(x, w, self.scores[...], self.due[...])
 
     @property
     def weight(self) -> BlockSparse:

@@ -167,6 +167,25 @@ def test_blocks_shared_by_devices_train_as_on_one(rule):
     check_stored(many[1])
 
 
+def test_a_layer_that_knows_how_rows_are_split_multiplies_on_each_device_what_is_there():
+    mesh = Mesh(jax.devices()[:4], "d")
+    rows = NamedSharding(mesh, P("d"))
+    options = dict(block_shape=(4, 4), density=0.5, balanced=True)
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    found = []
+    for given in (None, rows):
+        layer = BlockSparseLinear(16, 16, rows=given, rngs=nnx.Rngs(0), **options)
+        layer.due[...] = jnp.int32(1)
+        graph, params, rest = nnx.split(layer, Trained, ...)
+        loss = lambda p, x, g=graph, r=rest: (nnx.merge(g, p, r)(x) ** 2).mean()
+        x = x if given is None else jax.device_put(x, rows)
+        grads = jax.jit(jax.grad(loss, allow_int=True))(params, x)
+        found.append(nnx.to_pure_dict(full_gradients(grads)))
+    np.testing.assert_allclose(found[0]["values"], found[1]["values"], atol=1e-6)
+    norms = [f["scores"] for f in found]  # of the sum, and the sum over devices of those of each
+    assert (norms[1] >= norms[0] - 1e-5).all() and (norms[1] > 0).all()
+
+
 def test_replicas_hold_the_same_blocks_to_the_bit():
     n = 2
     params, tx, step = setup(axis_name="replicas")
