@@ -18,7 +18,7 @@ COLUMNS = ["what", "in one line", "costs", "stores", "claim"]
 
 ROWS = [
     # At initialisation
-    ["SNIP, GraSP", "`static(tx, masks=tickets.keep(snip(loss, params, batches), params, s))`", "1, 2 gradients", "masks", "shuffled masks are worse by 1 to 2.4 points (SNIP)"],
+    ["SNIP, GraSP", "`static(tx, masks=tickets.keep(snip(loss, params, batches), params, s))`", "1, 2 gradients", "masks", "shuffled masks are worse (SNIP) or better (GraSP): fails here"],
     ["SynFlow", "`static(tx, masks=synflow(forward, params, x, s))`", "100 gradients of one input", "masks", "no empty layer at 1000x: holds"],
     ["Sketching (PaI)", "`tickets.sketch(scores, params, s)`: a lot in place of a ranking", "as the scores", "masks", "card: error formula, inclusion by enumeration"],
     ["Random, budgets by layer", "`static(tx, s, allocation=score_ratios(...))`", "-", "masks", "see [static](results/compare.md)"],

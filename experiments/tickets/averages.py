@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.task import State
+from experiments.tickets.folder import load, save
 from experiments.tickets.problem import Trains
 from experiments.tickets.rounds import density
 from jaxsparse import tickets
@@ -42,6 +43,7 @@ def sparse_soups(
     members: int,
     seeds: Sequence[int],
     retrain_from: int = 0,
+    folder: pathlib.Path | None = None,
 ) -> list[Phase]:
     r"""Phases of: prune the $1 - (1 - S)^{1/n}$ part of what is left by magnitude over all layers, retrain `members`
     copies with other orders of the data from step `retrain_from` of the schedule on, average them, estimate
@@ -54,6 +56,7 @@ def sparse_soups(
       members: copies in a soup; with 1 it is iterative magnitude pruning with retraining.
       seeds: runs at once.
       retrain_from: the step at which the schedule of a retraining begins; later is shorter.
+      folder: where each phase is saved; a run with the same folder goes on after the last one.
 
     Returns:
       The phases.
@@ -67,9 +70,14 @@ def sparse_soups(
     finish = jax.jit(
         jax.vmap(lambda state, s: problem.train(state, s, retrain_from, problem.steps).state)
     )
-    dense: State = finish(early, keys)
     masks = jax.tree.map(lambda m: jnp.ones((len(keys), *m.shape), bool), problem.ones)
-    params, found = dense.params, []
+    facts = {"sparsity": sparsity, "phases": phases, "members": members, "steps": problem.steps}
+    facts |= {"seeds": list(map(int, seeds)), "retrain_from": retrain_from}
+    found, saved = load(folder, facts, Phase, (early.params, masks))
+    if saved is None:
+        params = finish(early, keys).params
+    else:
+        params, masks = saved
 
     @jax.jit
     @jax.vmap
@@ -85,7 +93,7 @@ def sparse_soups(
         return problem.evaluate(params, stats)["accuracy"]
 
     cut = jax.jit(jax.vmap(lambda p, m: tickets.prune_round(p, m, fraction)))
-    for phase in range(phases):
+    for phase in range(len(found), phases):
         masks = cut(params, masks)
         copies = _spread(early._replace(params=params), members)
         order = keys[:, None] + 7919 * (phase + 1) + 104_729 * jnp.arange(members)
@@ -95,6 +103,7 @@ def sparse_soups(
         found.append(
             Phase(density(masks), np.asarray(accuracy).tolist(), np.asarray(soup).tolist())
         )
+        save(folder, facts, found, (params, masks))
     return found
 
 
@@ -108,6 +117,7 @@ def swamp(
     average_from: int | None,
     fraction: float = 0.2,
     single_until: int = 0,
+    folder: pathlib.Path | None = None,
 ) -> list[Phase]:
     """Iterative magnitude pruning in which each level trains several particles of the ticket, averages the last part
     of each run (SWA) and the particles, and takes the next mask from that average.
@@ -122,6 +132,7 @@ def swamp(
       fraction: of the weights that are left, pruned by each level.
       single_until: so many first levels have one particle only (SWAMP+), for at low sparsity particles may not share
         a valley.
+      folder: where each level is saved; a run with the same folder goes on after the last one.
 
     Returns:
       A phase per level; the members' accuracies are of their averages over time.
@@ -149,8 +160,12 @@ def swamp(
         return problem.evaluate(params, problem.recalibrate(params, stats))["accuracy"]
 
     cut = jax.jit(jax.vmap(lambda p, m: tickets.prune_round(p, m, fraction)))
-    found, params = [], early.params
-    for level in range(levels + 1):
+    facts = {"particles": particles, "rewind_to": rewind_to, "average_from": average_from}
+    facts |= {"fraction": fraction, "single_until": single_until, "steps": problem.steps}
+    facts |= {"seeds": list(map(int, seeds))}
+    found, saved = load(folder, facts, Phase, (early.params, masks))
+    params, masks = saved if saved is not None else (early.params, masks)
+    for level in range(len(found), levels + 1):
         number = 1 if level < single_until else particles
         if level:
             masks = cut(params, masks)
@@ -161,4 +176,5 @@ def swamp(
         found.append(
             Phase(density(masks), np.asarray(accuracy).tolist(), np.asarray(soup).tolist())
         )
+        save(folder, facts, found, (params, masks))
     return found

@@ -3,8 +3,6 @@ in which a run that was stopped is found again."""
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from experiments.task import State
+from experiments.tickets.folder import load, save
 from experiments.tickets.problem import Trains
 from jaxsparse import masking, tickets
 
@@ -72,7 +71,8 @@ def rounds(
 
     Going back is, by `restart`: "weights": to $s_k$ with the new masks, the lottery ticket; "learning_rate": the
     final weights, with schedule, slots and data of $s_k$ (Renda, Frankle & Carbin, 2020); "reinit": a network of
-    another seed at step `rewind_to`'s schedule, the control of the ticket's weights.
+    another seed at step `rewind_to`'s schedule, the control of the ticket's weights. Fine-tuning is "learning_rate" with
+    a late `rewind_to`.
 
     Args:
       problem: see `make_problem`.
@@ -108,7 +108,8 @@ def rounds(
     early: Any = jax.jit(jax.vmap(problem.init))(keys) if rewind_to == 0 else start(keys)
     facts = {"seeds": list(map(int, seeds)), "rewind_to": rewind_to, "restart": restart}
     facts["steps"] = problem.steps
-    found, final, masks = _load(folder, facts, early)
+    found, saved = load(folder, facts, Level, (early, early.opt_state.masks))
+    final, masks = saved if saved is not None else (early, None)
 
     @jax.jit
     @jax.vmap
@@ -133,7 +134,7 @@ def rounds(
         final, numbers = run(back, held, keys)
         now = Level(level, density(held), *(np.asarray(x).tolist() for x in numbers))
         found.append(now)
-        _save(folder, facts, found, final, masks)
+        save(folder, facts, found, (final, masks))
         if on_level is not None:
             on_level(now, final)
     return Rounds(found, early, final)
@@ -142,63 +143,6 @@ def rounds(
 def density(masks: Any) -> float:
     """The part of the weights that masks keep, over all leaves (and seeds)."""
     return masking.count_kept(masks) / sum(m.size for m in jax.tree.leaves(masks))
-
-
-# -- The folder --------------------------------------------------------------------------------------
-
-
-def save_tree(path: pathlib.Path, tree: Any) -> None:
-    """Writes the leaves of a tree of arrays; the file is there whole, or not at all."""
-    arrays: dict[str, Any] = {
-        f"{i:05d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))
-    }
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **arrays)
-    os.replace(part, path)
-
-
-def load_tree(path: pathlib.Path, like: Any) -> Any:
-    """The tree that was saved, in the structure of `like`.
-
-    Raises:
-      ValueError: other leaves than `like` has.
-    """
-    leaves, treedef = jax.tree.flatten(like)
-    with np.load(path) as found:
-        arrays = [found[name] for name in sorted(found.files)]
-    shapes = [(np.shape(x), np.asarray(x).dtype) for x in leaves]
-    if [(a.shape, a.dtype) for a in arrays] != shapes:
-        raise ValueError(f"{path}: it holds the state of another model or optimizer")
-    return treedef.unflatten([jnp.asarray(a) for a in arrays])
-
-
-def _save(folder, facts, found, final, masks) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    last = len(found) - 1
-    save_tree(folder / f"level_{last}.npz", (final, masks))
-    text = json.dumps({"facts": facts, "levels": [level._asdict() for level in found]}, indent=1)
-    part = folder / "rounds.part.json"
-    part.write_text(text + "\n")
-    os.replace(part, folder / "rounds.json")
-    for old in range(last):  # the last state is enough to go on
-        (folder / f"level_{old}.npz").unlink(missing_ok=True)
-
-
-def _load(folder, facts, early) -> tuple[list[Level], Any, Any]:
-    file = None if folder is None else folder / "rounds.json"
-    if file is None or not file.exists():
-        return [], early, None
-    saved = json.loads(file.read_text())
-    if saved["facts"] != facts:
-        raise ValueError(
-            f"{file} holds a run with {saved['facts']}, not {facts}; give another folder"
-        )
-    found = [Level(**row) for row in saved["levels"]]
-    masks = early.opt_state.masks
-    final, masks = load_tree(file.parent / f"level_{len(found) - 1}.npz", (early, masks))
-    return found, final, masks
 
 
 def retrain(

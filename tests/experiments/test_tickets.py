@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tickets import averages, dass, evolution, plant, random_search
+from experiments.tickets import averages, dass, evolution, folder, plant, random_search
+from experiments.tickets.folder import load_tree, save_tree
 from experiments.tickets.problem import make_problem
-from experiments.tickets.rounds import by_magnitude, load_tree, rounds, save_tree
+from experiments.tickets.rounds import by_magnitude, rounds
 from jaxsparse import masking
 
 RNG = np.random.default_rng(0)
@@ -77,14 +78,14 @@ def test_masks_are_nested_counts_exact_and_a_stopped_run_goes_on_bit_by_bit(tmp_
             np.asarray(m).reshape(2, -1).sum(axis=1) for m in jax.tree.leaves(masks)
         )
         assert per_seed.tolist() == [alive, alive] and abs(level.density - alive / sizes) < 1e-6
-    folder = tmp_path / "run"
-    rounds(TINY, levels=1, folder=folder, **ROUNDS)
-    again = rounds(TINY, levels=3, folder=folder, **ROUNDS)
+    place = tmp_path / "run"
+    rounds(TINY, levels=1, folder=place, **ROUNDS)
+    again = rounds(TINY, levels=3, folder=place, **ROUNDS)
     assert again.levels == whole.levels
     jax.tree.map(np.testing.assert_array_equal, again.final.params, whole.final.params)
-    assert [f.name for f in sorted(folder.iterdir())] == ["level_3.npz", "rounds.json"]
+    assert [f.name for f in sorted(place.iterdir())] == ["level_3.npz", "rounds.json"]
     with pytest.raises(ValueError, match="give another folder"):
-        rounds(TINY, levels=1, folder=folder, seeds=[0], rewind_to=5)
+        rounds(TINY, levels=1, folder=place, seeds=[0], rewind_to=5)
     for options, message in (
         (dict(rewind_to=30), "rewind_to=30"),
         (dict(restart="no"), "restart='no'"),
@@ -119,6 +120,27 @@ def test_a_saved_tree_of_another_model_is_refused(tmp_path):
 
 
 # -- Averages
+
+
+@pytest.mark.slow
+def test_soups_and_swamp_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    soups: Any = dict(sparsity=0.75, members=2, seeds=[0, 1], retrain_from=5)
+    swamp: Any = dict(particles=2, seeds=[0], rewind_to=5, average_from=None)
+    whole = averages.sparse_soups(TINY, phases=2, **soups)
+
+    def stop(*arguments):
+        folder.save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(averages, "save", stop)
+        averages.sparse_soups(TINY, phases=2, folder=tmp_path / "soup", **soups)
+    assert averages.sparse_soups(TINY, phases=2, folder=tmp_path / "soup", **soups) == whole
+    long = averages.swamp(TINY, levels=2, **swamp)
+    averages.swamp(TINY, levels=1, folder=tmp_path / "swamp", **swamp)
+    assert averages.swamp(TINY, levels=2, folder=tmp_path / "swamp", **swamp) == long
+    with pytest.raises(ValueError, match="give another folder"):
+        averages.swamp(TINY, levels=2, folder=tmp_path / "soup", **swamp)
 
 
 @pytest.mark.slow
