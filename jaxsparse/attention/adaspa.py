@@ -127,6 +127,8 @@ def adaspa(*, density: float = 0.2, head_step: float = 0.0, layout: Layout = VID
     method = AdaSpa(density=density, head_step=head_step, layout=layout)
 
     def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
+        if state.lengths is not None:
+            raise ValueError("adaspa takes no lengths: videos of a batch have one length")
         grid = layout.grid(q.shape[2], k.shape[2])
         if isinstance(state.params, AdaSpaState):
             return layout.mask(state.params.keep, grid)

@@ -106,16 +106,41 @@ def row_lse(q: Array, k: Array, rows: Array, *, causal: bool, scale: float | Non
 
 
 def sample_scores(
-    q: Array, k: Array, number: int, *, causal: bool, scale: float | None = None
+    q: Array,
+    k: Array,
+    number: int,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    lengths: Array | None = None,
 ) -> Array:
     """Probabilities of the last `number` queries over all keys, float32 `[batch, heads, number, kv_len]`: the
-    sample from which patterns are read."""
+    sample from which patterns are read.
+
+    With `lengths`, int `[batch]` (as many queries as keys), the last queries of each sequence; where a sequence has fewer,
+    the first rows are 0.
+    """
     sizes = check_heads(q, k)
     number = min(number, sizes.q_len)
     c = sizes.dim**-0.5 if scale is None else scale
-    last = group(q[:, :, sizes.q_len - number :], sizes.kv_heads)
-    s = jnp.einsum("bgrqd,bgkd->bgrqk", last, k, preferred_element_type=jnp.float32) * c
-    if causal:
-        position = jnp.arange(sizes.kv_len - number, sizes.kv_len)
-        s = jnp.where(jnp.arange(sizes.kv_len) <= position[:, None], s, -jnp.inf)
-    return jax.nn.softmax(s, -1).reshape(*q.shape[:2], number, sizes.kv_len)
+    if lengths is None:
+        last = q[:, :, sizes.q_len - number :]
+        position = jnp.arange(sizes.kv_len - number, sizes.kv_len)[None]
+        there = jnp.ones_like(position, bool)
+    else:
+        at = lengths[:, None] - number + jnp.arange(number)
+        there, position = at >= 0, at
+        last = jnp.take_along_axis(q, jnp.maximum(at, 0)[:, None, :, None], axis=2)
+    s = jnp.einsum(
+        "bgrqd,bgkd->bgrqk", group(last, sizes.kv_heads), k, preferred_element_type=jnp.float32
+    )
+    key = jnp.arange(sizes.kv_len)
+    seen = key <= position[..., None] if causal else jnp.ones((*position.shape, 1), bool)
+    if lengths is not None:
+        seen = seen & (key < lengths[:, None, None])
+    seen = (seen & there[..., None])[:, None, None]
+    s = jnp.where(seen, s * c, -jnp.inf)
+    top = jnp.max(s, -1, keepdims=True)
+    w = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = w.sum(-1, keepdims=True)
+    return (w / jnp.where(total == 0, 1.0, total)).reshape(*q.shape[:2], number, sizes.kv_len)

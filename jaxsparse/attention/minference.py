@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -131,11 +132,12 @@ def minference(
             found = patterns
         if heads is None:
             lines = [p for p in found if isinstance(p, VerticalSlash)] or list(found)
-            keep = pattern_blocks(q, k, lines[len(lines) // 2 if patterns is None else 0], layout)
+            pattern = lines[len(lines) // 2 if patterns is None else 0]
+            keep = pattern_blocks(q, k, pattern, layout, state.lengths)
         else:
-            each = jnp.stack([pattern_blocks(q, k, p, layout) for p in found], 2)
+            each = [pattern_blocks(q, k, p, layout, state.lengths) for p in found]
             index = jnp.asarray(heads, jnp.int32).reshape(1, -1, 1, 1, 1)
-            keep = jnp.take_along_axis(each, index, axis=2)[:, :, 0]
+            keep = jnp.take_along_axis(jnp.stack(each, 2), index, axis=2)[:, :, 0]
         return _finish(keep, k.shape[1], layout, grid)
 
     cost = lambda sizes: _sample_cost(sizes, layout, 64) + pooled_cost(sizes, layout)
@@ -174,8 +176,10 @@ def flexprefill(
 
     def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
         grid = layout.grid(q.shape[2], k.shape[2])
-        vertical, slash = line_scores(q, k, sample)
+        vertical, slash = line_scores(q, k, sample, state.lengths)
         number = min(sample, q.shape[2])
+        if state.lengths is not None:
+            number = jnp.clip(state.lengths, 1, number)[:, None, None]
         counts = [
             jnp.maximum(select.mass_count(x / number, alpha, "reach"), minimum)
             for x in (vertical, slash)
@@ -214,13 +218,18 @@ def search_patterns(
     return jnp.argmax(recall, 0).astype(jnp.int32), recall
 
 
-def line_scores(q: Array, k: Array, sample: int) -> tuple[Array, Array]:
+def line_scores(
+    q: Array, k: Array, sample: int, lengths: Array | None = None
+) -> tuple[Array, Array]:
     r"""Vertical scores by key and slash scores by distance, float32 `[batch, heads, kv_len]` both.
 
-    Sums over the sample's queries. No diagonal is cut off.
+    Sums over the sample's queries. No diagonal is cut off. Of sequences with `lengths`, the last queries that are there.
     """
-    a = sample_scores(q, k, sample, causal=True)
-    return a.sum(2), diagonals(a)
+    a = sample_scores(q, k, sample, causal=True, lengths=lengths)
+    vertical = a.sum(2)
+    if lengths is not None:  # all end where the longest could
+        a = jax.vmap(lambda x, n: jnp.roll(x, n, axis=-1))(a, k.shape[2] - lengths)
+    return vertical, diagonals(a)
 
 
 def diagonals(a: Array) -> Array:
@@ -244,7 +253,9 @@ def diagonals(a: Array) -> Array:
     return jnp.flip(functools.reduce(jnp.add, shifted), -1)
 
 
-def pattern_blocks(q: Array, k: Array, pattern: Pattern, layout: Layout) -> Array:
+def pattern_blocks(
+    q: Array, k: Array, pattern: Pattern, layout: Layout, lengths: Array | None = None
+) -> Array:
     """The blocks that a pattern keeps, bool `[batch, heads, q_blocks, kv_blocks]`."""
     grid = layout.grid(q.shape[2], k.shape[2])
     if isinstance(pattern, AShape):
@@ -252,13 +263,14 @@ def pattern_blocks(q: Array, k: Array, pattern: Pattern, layout: Layout) -> Arra
         near = (k0 < pattern.sinks) | ((k0 <= q1) & (k1 > q0 - pattern.window))
         return jnp.broadcast_to(near & layout.visible(grid), (*q.shape[:2], *near.shape))
     if isinstance(pattern, TopBlocks):
-        mean_q, mean_k = pool.mean(q, layout.block_q), pool.mean(k, layout.block_kv)
+        mean_q = pool.mean(q, layout.block_q, lengths)
+        mean_k = pool.mean(k, layout.block_kv, lengths)
         mean_k = jnp.repeat(mean_k, q.shape[1] // k.shape[1], axis=1)
         logits = jnp.einsum("bhid,bhjd->bhij", mean_q, mean_k, precision="highest")
         rule = select.TopK(max(1, round(pattern.share * grid.kv_blocks)))
         visible = layout.visible(grid)
         return select.keep(logits, rule, visible, np.zeros_like(visible))
-    vertical, slash = line_scores(q, k, pattern.sample)
+    vertical, slash = line_scores(q, k, pattern.sample, lengths)
     whole = lambda n: whole_units(n, grid.kv_len, pattern.unit)
     return _lines(
         vertical, slash, whole(pattern.vertical), whole(pattern.slash), pattern.first, pattern.near,

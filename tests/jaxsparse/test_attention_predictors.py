@@ -265,6 +265,18 @@ def test_line_scores_are_sums_over_columns_and_diagonals():
     np.testing.assert_allclose(slash, want, atol=1e-5)
 
 
+def test_line_scores_of_padded_sequences_are_those_of_each_alone():
+    lengths = jnp.array([N, 41])
+    vertical, slash = quick(lambda q, k, n: line_scores(q, k, 16, n))(Q, K, lengths)
+    for b, n in enumerate((N, 41)):
+        alone = line_scores(Q[b : b + 1, :, :n], K[b : b + 1, :, :n], 16)
+        for got, want in zip((vertical, slash), alone):
+            np.testing.assert_allclose(got[b, :, :n], want[0], atol=1e-5)
+            np.testing.assert_allclose(got[b, :, n:], 0, atol=1e-6)
+    short = line_scores(Q, K, 16, jnp.array([5, 0]))
+    np.testing.assert_allclose(short[0].sum(-1), [[5] * HEADS, [0] * HEADS], atol=1e-5)
+
+
 def test_planted_columns_and_diagonals_are_found_and_their_blocks_kept():
     a = np.full((1, 1, 16, N), 1e-3)
     columns, distances = [3, 21, 30], [0, 18]
