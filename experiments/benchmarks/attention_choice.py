@@ -136,7 +136,8 @@ def measure_tpu(results: Results, topology: str, length: int, blocks: list[int])
                 continue
             sorts = [k["cycles"] for k in r["kernels"] if k["name"].startswith("sort")]
             row[name] = dict(estimate=r["hlo"]["estimated_cycles"], sorts=sum(sorts),
-                             scheduled=r["schedule_total_cycles_dma"])  # fmt: skip
+                             scheduled=r["schedule_total_cycles_dma"],
+                             temp_bytes=r["memory"]["temp"])  # fmt: skip
             print(topology, block, name, row[name], flush=True)
 
 

@@ -41,8 +41,12 @@ def density(mask: BlockMask, *, causal: bool = True) -> Array:
     >>> density(BlockMask.causal(Grid(512))).tolist()
     [[1.0]]
     """
-    grid = mask.grid
-    return mask.counts / int(Layout(causal=causal).visible(grid).sum())
+    if not isinstance(mask, BlockMask):
+        raise ValueError(
+            f"mask={mask} is no BlockMask; the rule that keeps a share of blocks is attention.select.density, or "
+            "density= of a predictor"
+        )
+    return mask.counts / int(Layout(causal=causal).visible(mask.grid).sum())
 
 
 def sampled_rows(q_len: int, samples: int) -> np.ndarray:

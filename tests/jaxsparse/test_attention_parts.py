@@ -269,6 +269,7 @@ def test_recall_is_the_kept_probability_and_bounds_the_error():
         (lambda: Layout(4, 4).choose(jnp.zeros((8, 8)), select.density(0.2), Grid(32, 32, 4, 4)),
          "density=0.2 has no room for the forced blocks .* 15 of 36; give at least 0.417"),
         (lambda: budgets.by_counts(jnp.zeros((2, 1, 4)), 3, 2), r"base=3 must lie in \[1, most\]"),
+        (lambda: measure.density(cast(Any, 0.1)), "mask=0.1 is no BlockMask"),
         (lambda: budgets.by_recall(jnp.zeros(2), 2, 2), r"step=2 must lie in \[0, base\)"),
     ],
 )  # fmt: skip
