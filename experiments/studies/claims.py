@@ -1,6 +1,7 @@
 """Published claims about where sparse networks come from, each as a small experiment with its figures.
 
   python -m experiments.studies.claims shuffle
+  python -m experiments.studies.claims gradient_flow
   python -m experiments.studies.claims collapse
   python -m experiments.studies.claims rewind
   python -m experiments.studies.claims edge_popup
@@ -21,7 +22,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from experiments.report.page import markdown_table
-from experiments.studies.claims_before_training import collapse, edge_popup, random_search_, shuffle
+from experiments.studies.claims_before_training import (
+    collapse,
+    edge_popup,
+    gradient_flow,
+    random_search_,
+    shuffle,
+)
 from experiments.studies.claims_groups import ceag
 from experiments.studies.claims_over_runs import activate, planted, rewind, soup, swamp
 from experiments.studies.claims_tables import Rows
@@ -29,15 +36,16 @@ from experiments.studies.claims_tables import Rows
 # (experiment, seeds, steps)
 CLAIMS: dict[str, tuple[Callable[[Sequence[int], int], Rows], int, int]] = {
     "shuffle": (shuffle, 5, 1500),
+    "gradient_flow": (gradient_flow, 5, 0),
     "collapse": (collapse, 5, 0),
-    "rewind": (rewind, 5, 1000),
+    "rewind": (rewind, 3, 1000),
     "edge_popup": (edge_popup, 3, 1500),
     "planted": (planted, 5, 2000),
     "soup": (soup, 5, 1000),
     "swamp": (swamp, 3, 1000),
     "activate": (activate, 5, 1000),
     "random_search": (random_search_, 10, 1000),
-    "ceag": (ceag, 10, 1500),
+    "ceag": (ceag, 6, 1500),
 }
 
 

@@ -13,7 +13,7 @@ from experiments.studies.claims_tables import Rows, percent, stack
 from experiments.task import make_task
 from experiments.tickets import random_search
 from experiments.tickets.problem import Problem, make_problem
-from jaxsparse import tickets
+from jaxsparse import masking, tickets
 from jaxsparse.initial_scores import grasp, snip, synflow
 
 
@@ -70,6 +70,29 @@ def shuffle(seeds: Sequence[int], steps: int) -> Rows:
                 }
             )
             print(found[-1], flush=True)
+    return found
+
+
+def gradient_flow(seeds: Sequence[int], steps: int) -> Rows:
+    """GraSP raises the norm of the first gradient, which shuffling its mask within layers undoes."""
+    problem, found = make_problem(), []
+    train = problem.splits["train"]
+    batch = train["x"][:512], train["y"][:512]
+    size = jax.jit(lambda p: optax.global_norm(jax.grad(lambda q: problem.loss(q, batch, {}))(p)))
+    for name in ("snip", "grasp", "grasp, magnitude", "synflow"):
+        rows = []
+        for seed in seeds:
+            params = problem.init(seed).params
+            masks = _masks_before_training(problem, name, 0.9, seed)
+            moved = tickets.shuffle_within_layers(masks, seed + 1)
+            norms = [size(p) for p in (params, *(masking.apply(params, m) for m in (masks, moved)))]
+            rows.append([float(n / norms[0]) for n in norms[1:]])
+        own, other = np.array(rows).T
+        show = lambda x: f"{x.mean():.2f} ± {x.std(ddof=min(1, x.size - 1)):.2f}"
+        found.append(
+            {"score": name, "as scored / dense": show(own), "shuffled / dense": show(other)}
+        )
+        print(found[-1], flush=True)
     return found
 
 

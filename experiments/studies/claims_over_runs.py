@@ -18,7 +18,7 @@ from jaxsparse.analysis import connectivity
 def rewind(seeds: Sequence[int], steps: int) -> Rows:
     """Tickets rewound to step k beat those rewound to 0 where runs from step k are linearly connected."""
     found, keys = [], jnp.asarray(seeds)
-    places = [(0.1, 0), (0.1, steps // 20), *((0.4, steps * p // 100) for p in (0, 1, 5, 20))]
+    places = [(0.1, 0), *((0.4, steps * p // 100) for p in (0, 5, 20))]
     for rate, k in places:
         problem = make_problem(steps=steps, optimizer="sgd", learning_rate=rate, warmup_steps=0)
         begin = lambda s, k=k, p=problem: p.train(p.init(s), s, 0, k).state
@@ -31,11 +31,11 @@ def rewind(seeds: Sequence[int], steps: int) -> Rows:
             return ends[0].params, ends[1].params
 
         dense = _barriers(problem, *pair(early, keys))
-        run = rounds(problem, levels=15, seeds=seeds, rewind_to=k)
+        run = rounds(problem, levels=12, seeds=seeds, rewind_to=k)
         masks = problem.masks(run.final)
         sparse = _barriers(problem, *pair(jax.vmap(problem.with_masks)(early, masks), keys))
         row: dict[str, Any] = {"learning rate": rate, "k": k, "barrier, dense": percent(dense)}
-        for level in (0, 5, 10, 15):
+        for level in (0, 4, 8, 12):
             now = run.levels[level]
             row[f"{now.density:.0%} left"] = percent(now.accuracy)
         row["barrier, ticket"] = percent(sparse)
