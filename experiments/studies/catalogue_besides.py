@@ -63,7 +63,7 @@ ROWS = [
     ["Delta activations", "`nn.DeltaActivation`", "-", "a step per channel", "card: linear in deltas"],
     # What pruning does
     ["PIE, class impact", "`analysis.impact`", "K networks of each kind", "predictions", "card: one of twenty by chance"],
-    ["CEAG", "`analysis.constraints`", "-", "multipliers and buffers per group", "see the page"],
+    ["CEAG", "`analysis.constraints`", "-", "multipliers and buffers per group", "holds on the training set, not on the test set"],
     ["Populations", "`analysis.populations`", "K networks", "predictions", "card"],
 ]  # fmt: skip
 

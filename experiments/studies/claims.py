@@ -45,7 +45,7 @@ CLAIMS: dict[str, tuple[Callable[[Sequence[int], int], Rows], int, int]] = {
     "swamp": (swamp, 3, 1000),
     "activate": (activate, 5, 1000),
     "random_search": (random_search_, 10, 1000),
-    "ceag": (ceag, 6, 1500),
+    "ceag": (ceag, 3, 800),
 }
 
 

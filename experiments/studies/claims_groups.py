@@ -17,7 +17,7 @@ from jaxsparse.analysis import constraints, impact
 
 def ceag(seeds: Sequence[int], steps: int) -> Rows:
     """With constraints per class the largest excess loss of a class on the training set falls to the tolerance."""
-    problem, tolerance, sparsity = make_problem(steps=steps), 0.01, 0.97
+    problem, tolerance, sparsity = make_problem(steps=steps), 0.01, 0.9
     keys, tune = jnp.asarray(seeds), optax.adam(1e-3)
     x, y = problem.splits["train"]["x"], problem.splits["train"]["y"]
     each = lambda p, x, y: optax.softmax_cross_entropy_with_integer_labels(
@@ -50,7 +50,7 @@ def ceag(seeds: Sequence[int], steps: int) -> Rows:
                 y[at],
                 reference,
                 tolerance=tolerance,
-                rate=0.05,
+                rate=0.02,
                 active=on,
             )
             loss = lambda p: constraints.penalized_loss(
