@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from experiments.task import State
 from experiments.tickets.folder import load, save
@@ -143,11 +142,3 @@ def rounds(
 def density(masks: Any) -> float:
     """The part of the weights that masks keep, over all leaves (and seeds)."""
     return masking.count_kept(masks) / sum(m.size for m in jax.tree.leaves(masks))
-
-
-def retrain(
-    problem: Trains, state: State, masks: Any, order: Any, start: int
-) -> tuple[State, dict[str, Array]]:
-    """One network under masks from a state at step `start` to the end, and its numbers."""
-    end = problem.train(problem.with_masks(state, masks), order, start, problem.steps)
-    return end.state, problem.evaluate(end.state.params, end.state.stats)

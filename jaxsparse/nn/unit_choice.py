@@ -4,7 +4,7 @@ mixed-integer programs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,9 +145,7 @@ def interval_bounds(layers: Sequence[Layer], low: np.ndarray, high: np.ndarray) 
     return found
 
 
-def relu_constraints(
-    low: float, high: float
-) -> list[tuple[float, float, float, float, Literal["<="]]]:
+def relu_constraints(low: float, high: float) -> list[tuple[float, float, float, float]]:
     r"""z = relu(a) for a in [l, u] as linear constraints with a binary b: $z \ge 0$, $z \ge a$, $z \le u b$,
     $z \le a - l(1 - b)$. Each row (p, q, r, s) says $p z + q a + r b \le s$.
 
@@ -166,8 +164,8 @@ def relu_constraints(
             f"low={low}, high={high}: a unit that cannot switch needs no binary variable"
         )
     return [
-        (-1.0, 0.0, 0.0, 0.0, "<="),
-        (-1.0, 1.0, 0.0, 0.0, "<="),
-        (1.0, 0.0, -high, 0.0, "<="),
-        (1.0, -1.0, -low, -low, "<="),
+        (-1.0, 0.0, 0.0, 0.0),
+        (-1.0, 1.0, 0.0, 0.0),
+        (1.0, 0.0, -high, 0.0),
+        (1.0, -1.0, -low, -low),
     ]

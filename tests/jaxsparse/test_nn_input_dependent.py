@@ -238,7 +238,7 @@ def test_bounds_hold_and_the_program_allows_the_relu_and_nothing_else():
     for a in np.linspace(-1.5, 2.0, 15):
         allowed = [
             z for z, b in itertools.product(np.linspace(-1, 3, 161), (0, 1))
-            if all(p * z + q * a + r * b <= s + 1e-9 for p, q, r, s, _ in rows)
+            if all(p * z + q * a + r * b <= s + 1e-9 for p, q, r, s in rows)
         ]  # fmt: skip
         assert allowed and max(abs(z - max(a, 0)) for z in allowed) < 0.026
     with pytest.raises(ValueError, match="cannot switch"):
