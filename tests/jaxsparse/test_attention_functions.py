@@ -97,6 +97,7 @@ def test_a_layer_reports_density_recall_and_what_was_dropped():
     assert float(info.recall.min()) < 0.99
 
 
+@pytest.mark.slow
 def test_a_layer_gives_a_gate_what_it_reads_and_owns_its_parameters():
     gate = attention.SeerGate(4, 2, 4, layout=LAYOUT, rngs=nnx.Rngs(3))
     model = layer(choose=attention.seer(density=0.7, layout=LAYOUT), gate=gate)

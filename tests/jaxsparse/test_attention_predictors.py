@@ -219,6 +219,7 @@ def test_blocks_that_cannot_be_predicted_are_kept_whole():
     assert mask[:, :, 2:, 2].all() and mask[:, :, 5, :6].all()
 
 
+@pytest.mark.slow
 def test_with_clustered_keys_the_predicted_mass_is_the_true_one():
     k = jnp.repeat(normal(1, 1, 8, DIM), B, 2)
     q = jnp.repeat(normal(1, 1, 8, DIM), B, 2)
@@ -265,6 +266,7 @@ def test_line_scores_are_sums_over_columns_and_diagonals():
     np.testing.assert_allclose(slash, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_line_scores_of_padded_sequences_are_those_of_each_alone():
     lengths = jnp.array([N, 41])
     vertical, slash = quick(lambda q, k, n: line_scores(q, k, 16, n))(Q, K, lengths)

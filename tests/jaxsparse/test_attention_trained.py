@@ -166,6 +166,7 @@ def test_heads_that_are_not_sparse_yet_read_everything():
     assert kept(choose(jnp.array([True, True])))[0, 1].sum() == 25
 
 
+@pytest.mark.slow
 def test_head_sparsity_is_the_share_of_keys_that_hold_the_mass():
     q, k = normal(1, 2, 20, DIM, scale=3), normal(1, 2, 20, DIM)
     got = attention.head_sparsity(q, k, mass=0.9, rows=20, causal=True)
