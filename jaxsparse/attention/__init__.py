@@ -55,7 +55,7 @@ from jaxsparse.attention.quest import Pages, append_page, pages, quest
 from jaxsparse.attention.seer import SeerGate, rotary, seer, seer_loss, seer_target
 from jaxsparse.attention.select import threshold, top_k, top_p
 from jaxsparse.attention.sparge import sparge, tune_sparge
-from jaxsparse.attention.static import dense, oracle, static, streaming
+from jaxsparse.attention.static import dense, dense_below, oracle, static, streaming
 from jaxsparse.attention.vertical_slash import vertical_slash_attention
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "by_scores",
     "candidates",
     "dense",
+    "dense_below",
     "dense_cost",
     "density",
     "dot_product_attention",

@@ -45,6 +45,30 @@ def dense(*, layout: Layout = DEFAULT) -> Predictor:
     return Predictor("dense", run, zero, lambda sizes: 0.0)
 
 
+def dense_below(choose: Predictor, kv_len: int) -> Predictor:
+    """The predictor for at least so many keys, and every visible block for fewer: where a choice does not pay, or has no
+    room for its forced blocks. Lengths are static, so each has one program. Measure where the two cross on the device.
+
+    Raises:
+      ValueError: a length below 1.
+
+    >>> short = jnp.ones((1, 1, 32, 4))
+    >>> choose = dense_below(oracle(density=0.1, layout=Layout(16, 16)), 512)
+    >>> choose(short, short).counts
+    Array([[3]], dtype=int32)
+    """
+    if kv_len < 1:
+        raise ValueError(f"kv_len={kv_len} must be at least 1")
+    every = dense(layout=choose.layout)
+
+    def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
+        decodes = choose.page is not None and q.shape[2] == 1  # whose masks are of pages
+        return (every if k.shape[2] < kv_len and not decodes else choose).run(q, k, v, state)
+
+    cost = lambda sizes: choose.cost(sizes) if sizes.kv_len >= kv_len else 0.0
+    return Predictor(choose.name, run, choose.layout, cost, choose.page)
+
+
 def streaming(*, sinks: int = 4, window: int = 1024, layout: Layout = DEFAULT) -> Predictor:
     """The first keys and a sliding window (A-shape): Xiao et al., Efficient streaming language models with attention
     sinks, 2024. To the token; blocks only say what is read.

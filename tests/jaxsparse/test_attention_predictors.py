@@ -538,3 +538,13 @@ def test_bad_input_is_named(make, message):
 def test_blocks_of_other_sizes_do_not_compose():
     with pytest.raises(ValueError, match="block_q=8 and block_q=16 cannot be composed"):
         _ = attention.moba(density=0.5, layout=LAYOUT)(Q, K) & BlockMask.causal(Grid(N, N, 16, 8))
+
+
+def test_short_sequences_are_dense_and_long_ones_chosen():
+    choose = attention.dense_below(attention.moba(density=0.5, layout=LAYOUT), 40)
+    assert (kept(run(choose, Q[:, :, :32], K[:, :, :32], State())) == np.tri(4)).all()
+    assert kept(run(choose, Q, K, State())).sum() == 2 * GROUPS * 18
+    sizes = attention.Sizes(32, 32, 4, 2, 8)
+    assert choose.cost(sizes) == 0 < choose.cost(sizes._replace(q_len=64, kv_len=64))
+    with pytest.raises(ValueError, match="kv_len=0 must be at least 1"):
+        attention.dense_below(choose, 0)
