@@ -10,8 +10,12 @@ and slots; *kept + gradients* adds the gradients, which is what the papers count
 temporaries, as the compiler plans them (`memory_analysis`). Ratios are to the masked step; ideal is the
 density.
 
+`--rounds=0` compiles and times nothing: the bytes alone.
+
 `--peers` times the training step of one sparse layer (forward, and both gradients) of a size that all can
-train: stored blocks, JAX's BCOO, and PyTorch's CSR where PyTorch is installed.
+train: stored blocks, JAX's BCOO, and PyTorch's CSR where PyTorch is installed. The schedule of the scores of absent blocks on a TPU:
+
+    python -m tools.tpu_static experiments.benchmarks.stored:tpu_scores --topology v5e:2x2
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from experiments.benchmarks.timing import machine, medians
 from experiments.models.transformer import Block
 from jaxsparse.nn import BlockSparseLinear, Trained
 from jaxsparse.structures import Block as Blocks
-from pallas_kernels import block_sparse_matmul
+from pallas_kernels import block_scores, block_sparse_matmul
 
 EVERY = 100
 SIZES = {"mlp": dict(width=4096, hidden=16384, rows=256), "transformer": dict(width=2048, rows=256)}
@@ -71,8 +75,8 @@ class Run(NamedTuple):
     peak: int
 
 
-def run_of(model: nnx.Module, tx, wrt, x: jax.Array) -> Run:
-    """The step of a model with a transformation; both forget everything once the run is deleted."""
+def run_of(model: nnx.Module, tx, wrt, x: jax.Array, run: bool) -> Run:
+    """The step of a model with a transformation, compiled; unless `run`, nothing of it is computed."""
     graph, params, rest = nnx.split(model, wrt, ...)
     params = nnx.to_pure_dict(params)
 
@@ -84,8 +88,8 @@ def run_of(model: nnx.Module, tx, wrt, x: jax.Array) -> Run:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state = jax.jit(tx.init)(params)
-    if hasattr(state, "masks"):
+    state = jax.jit(tx.init)(params) if run else jax.eval_shape(tx.init, params)
+    if run and hasattr(state, "masks"):
         params = jaxsparse.apply_masks(params, state)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
     memory: Any = compiled.memory_analysis()
@@ -110,7 +114,9 @@ def run_of(model: nnx.Module, tx, wrt, x: jax.Array) -> Run:
     )
 
 
-def make_run(case: str, size: Mapping[str, int], density: float, block: int, stored: bool) -> Run:
+def make_run(
+    case: str, size: Mapping[str, int], density: float, block: int, stored: bool, run: bool
+) -> Run:
     """The masked or the stored run of a case."""
     size, rngs = dict(size), nnx.Rngs(0)
     rows, inner, timing = size.pop("rows"), optax.adamw(1e-3), dict(total_steps=1000, seed=0)
@@ -125,10 +131,10 @@ def make_run(case: str, size: Mapping[str, int], density: float, block: int, sto
 
     model = transformer(make, **size) if case == "transformer" else MLP(make, **size)
     if stored:
-        return run_of(model, jaxsparse.stored(inner, rule="rigl", **timing), Trained, x)
+        return run_of(model, jaxsparse.stored(inner, rule="rigl", **timing), Trained, x, run)
     blocks = Blocks(block, block)
     options: Any = dict(structure=blocks, allocation="uniform", update_every=EVERY, **timing)
-    return run_of(model, jaxsparse.rigl(inner, 1 - density, **options), nnx.Param, x)
+    return run_of(model, jaxsparse.rigl(inner, 1 - density, **options), nnx.Param, x, run)
 
 
 def table(case: str, size: Mapping[str, int], densities, block: int, rounds: int) -> None:
@@ -140,19 +146,29 @@ def table(case: str, size: Mapping[str, int], densities, block: int, rounds: int
         "| peak |\n|---|---|---|---|---|---|---|"
     )
     for density in densities:
-        masked, stored = (make_run(case, size, density, block, s) for s in (False, True))
+        masked, stored = (
+            make_run(case, size, density, block, s, rounds > 0) for s in (False, True)
+        )
         runs = {
             f"{name} {kind}": getattr(run, kind)
             for name, run in (("masked", masked), ("stored", stored))
             for kind in ("ordinary", "moving")
         }
-        t = medians(runs, rounds=rounds, seconds=150)
-        mean = {n: (99 * t[f"{n} ordinary"] + t[f"{n} moving"]) / 100 for n in ("masked", "stored")}
+        times = "| - | - | - "
+        if rounds:
+            t = medians(runs, rounds=rounds, seconds=150)
+            mean = {
+                n: (99 * t[f"{n} ordinary"] + t[f"{n} moving"]) / 100 for n in ("masked", "stored")
+            }
+            times = (
+                f"| {t['stored ordinary'] / t['masked ordinary']:.3f} "
+                f"({1e3 * t['stored ordinary']:.0f} of {1e3 * t['masked ordinary']:.0f} ms) "
+                f"| {t['stored moving'] / t['masked moving']:.3f} "
+                f"| {mean['stored'] / mean['masked']:.3f} "
+            )
         both = stored.kept + stored.gradients, masked.kept + masked.gradients
         print(
-            f"| {density:g} | {t['stored ordinary'] / t['masked ordinary']:.3f} "
-            f"({1e3 * t['stored ordinary']:.0f} of {1e3 * t['masked ordinary']:.0f} ms) "
-            f"| {t['stored moving'] / t['masked moving']:.3f} | {mean['stored'] / mean['masked']:.3f} "
+            f"| {density:g} {times}"
             f"| {stored.kept / masked.kept:.3f} ({stored.kept / 1e6:.0f} of {masked.kept / 1e6:.0f} MB) "
             f"| {both[0] / both[1]:.3f} | {stored.peak / masked.peak:.3f} "
             f"({stored.peak / 1e6:.0f} of {masked.peak / 1e6:.0f} MB) |",
@@ -227,6 +243,16 @@ def _torch(x: np.ndarray, dy: np.ndarray, weight: np.ndarray):
         return np.zeros(())
 
     return functools.partial(step, full), functools.partial(step, csr)
+
+
+# -- Scores on TPU, by the schedule of its compiler ----------------------------------------------------
+
+
+def tpu_scores(rows: int = 2048, width: int = 4096, block: int = 128):
+    """For `tools.tpu_static`: the scores of a weight `[width, width]` in bfloat16."""
+    a = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    meta = {"useful_flops": 2 * rows * width * width}
+    return functools.partial(block_scores, block_shape=(block, block)), (a, a), meta
 
 
 def main() -> None:

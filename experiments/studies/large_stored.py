@@ -59,8 +59,12 @@ def train(args: argparse.Namespace) -> None:
     print(
         f"weights and moments if dense: {dense_gigabytes(args):.1f} GB; stored: {held / 1e9:.2f} GB"
     )
-    step = jax.jit(task.train_step, donate_argnums=0)
     batches = datasets.batches(data, config.batch_size, start=0, stop=config.steps, seed=0)
+    shapes = {k: jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32) for k in ("x", "y")}
+    step = jax.jit(task.train_step, donate_argnums=0).lower(state, shapes).compile()
+    memory: Any = step.memory_analysis()
+    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    print(f"the step as the compiler plans it: {planned / 1e9:.2f} GB", flush=True)
     losses, start = [], time.monotonic()
     for i, batch in enumerate(batches, 1):
         state, numbers = step(state, {k: jnp.asarray(v) for k, v in batch.items()})
