@@ -27,7 +27,7 @@ ROWS = [
     ["Graph priors", "`tickets.layered`, `nn.GraphNetwork`; `allocation=\"global_rms\"`", "-", "masks in the module", "card"],
     ["Spectrum-preserving sampling", "`tickets.sample_spectrum`", "bisection", "-", "less spectral error than a threshold on rank 1 plus noise: holds (test)"],
     # Tickets
-    ["Lottery tickets, rewinding", "`experiments.tickets.rounds`; `analysis.connectivity.line`", "a run per level", "state at step k", "see the page"],
+    ["Lottery tickets, rewinding", "`experiments.tickets.rounds`; `analysis.connectivity.line`", "a run per level", "state at step k", "late rewinding wins where runs from 0 are not connected: holds"],
     ["AP", "`rounds(prune=by_magnitude(p, activate=q))`", "as the rounds", "weights at the start of a round", "fewer dead neurons: holds; accuracy within a deviation"],
     ["Edge-Popup", "`edge_popup(tx, s)`, `signed_constant()`", "dense gradients", "weights twice, scores, their slots", "rises with width, stays below a trained network of the same width"],
     ["Movement pruning", "`movement`, `soft_movement`", "dense gradients", "weights twice, scores, their slots", "see [the comparison](results/compare_mnist1d_mlp.md)"],
@@ -35,8 +35,8 @@ ROWS = [
     ["Random search", "`experiments.tickets.random_search`", "R forward passes", "-", "no better after training: holds"],
     ["Tickets of evolution strategies", "`experiments.tickets.evolution`", "a search per level", "mean and spread of kept weights", "card: steep directions are kept"],
     ["Plant 'n' Seek", "`experiments.tickets.plant`", "a run per level", "the planted truth", "found at moderate, missed at extreme sparsity: holds"],
-    ["Sparse model soups", "`experiments.tickets.averages.sparse_soups`, `tickets.greedy_soup`", "m runs per phase", "m networks", "see the page"],
-    ["SWAMP", "`experiments.tickets.averages.swamp`", "m runs per level", "m networks, their averages", "see the page"],
+    ["Sparse model soups", "`experiments.tickets.averages.sparse_soups`, `tickets.greedy_soup`", "m runs per phase", "m networks", "soup as its members: fails here"],
+    ["SWAMP", "`experiments.tickets.averages.swamp`", "m runs per level", "m networks, their averages", "average as a particle: fails here"],
     ["Transfer of tickets", "`experiments.tickets.transfer`: prompts, probes, calibration", "steps on a border or a head", "program and label map", "card"],
     # Fixed weights
     ["FISH mask", "`anchored(tx, tickets.fish_mask(fisher(...), params, 0.005), compact=True)`", "a gradient per example", "places and values of trained weights", "card: counts, closed form of the Fisher information"],

@@ -3,6 +3,7 @@
   python -m experiments.studies.claims shuffle
   python -m experiments.studies.claims gradient_flow
   python -m experiments.studies.claims collapse
+  python -m experiments.studies.claims connected
   python -m experiments.studies.claims rewind
   python -m experiments.studies.claims edge_popup
   python -m experiments.studies.claims planted
@@ -30,7 +31,14 @@ from experiments.studies.claims_before_training import (
     shuffle,
 )
 from experiments.studies.claims_groups import ceag
-from experiments.studies.claims_over_runs import activate, planted, rewind, soup, swamp
+from experiments.studies.claims_over_runs import (
+    activate,
+    connected,
+    planted,
+    rewind,
+    soup,
+    swamp,
+)
 from experiments.studies.claims_tables import Rows
 
 # (experiment, seeds, steps)
@@ -38,7 +46,8 @@ CLAIMS: dict[str, tuple[Callable[[Sequence[int], int], Rows], int, int]] = {
     "shuffle": (shuffle, 5, 1500),
     "gradient_flow": (gradient_flow, 5, 0),
     "collapse": (collapse, 5, 0),
-    "rewind": (rewind, 3, 1000),
+    "connected": (connected, 3, 500),
+    "rewind": (rewind, 3, 500),
     "edge_popup": (edge_popup, 3, 1500),
     "planted": (planted, 5, 2000),
     "soup": (soup, 5, 1000),

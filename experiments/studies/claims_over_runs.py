@@ -1,6 +1,5 @@
 """Claims about tickets and averages: `experiments.studies.claims` runs them."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,33 +14,39 @@ from experiments.tickets.rounds import by_magnitude, rounds
 from jaxsparse.analysis import connectivity
 
 
-def rewind(seeds: Sequence[int], steps: int) -> Rows:
-    """Tickets rewound to step k beat those rewound to 0 where runs from step k are linearly connected."""
+def connected(seeds: Sequence[int], steps: int) -> Rows:
+    """Runs from a late enough step are linearly connected; how late depends on the noise of training."""
     found, keys = [], jnp.asarray(seeds)
-    places = [(0.1, 0), *((0.4, steps * p // 100) for p in (0, 5, 20))]
-    for rate, k in places:
+    for rate, part in ((0.1, 0), (0.4, 0), (0.4, 5), (0.4, 20)):
         problem = make_problem(steps=steps, optimizer="sgd", learning_rate=rate, warmup_steps=0)
-        begin = lambda s, k=k, p=problem: p.train(p.init(s), s, 0, k).state
-        early = jax.jit(jax.vmap(problem.init if k == 0 else begin))(keys)
+        k = steps * part // 100
 
         @jax.jit
         @jax.vmap
-        def pair(state, seed, k=k, problem=problem):
-            ends = [problem.train(state, seed + 1000 * i, k, problem.steps).state for i in (1, 2)]
-            return ends[0].params, ends[1].params
+        def pair(seed, k=k, problem=problem):
+            early = problem.train(problem.init(seed), seed, 0, k).state if k else problem.init(seed)
+            orders = seed + 1000 * jnp.arange(1, 3)
+            run = lambda order: problem.train(early, order, k, problem.steps).state.params
+            ends = jax.vmap(run)(orders)
+            return jax.tree.map(lambda x: x[0], ends), jax.tree.map(lambda x: x[1], ends)
 
-        dense = _barriers(problem, *pair(early, keys))
-        run = rounds(problem, levels=12, seeds=seeds, rewind_to=k)
-        masks = problem.masks(run.final)
-        sparse = _barriers(problem, *pair(jax.vmap(problem.with_masks)(early, masks), keys))
-        row: dict[str, Any] = {"learning rate": rate, "k": k, "barrier, dense": percent(dense)}
-        for level in (0, 4, 8, 12):
-            now = run.levels[level]
-            row[f"{now.density:.0%} left"] = percent(now.accuracy)
-        row["barrier, ticket"] = percent(sparse)
+        barriers = _barriers(problem, *pair(keys))
+        found.append({"learning rate": rate, "k": k, "barrier of the error": percent(barriers)})
+        print(found[-1], flush=True)
+    return found
+
+
+def rewind(seeds: Sequence[int], steps: int) -> Rows:
+    """Tickets rewound to step k beat those rewound to 0 where runs from 0 are not linearly connected."""
+    problem = make_problem(steps=steps, optimizer="sgd", learning_rate=0.4, warmup_steps=0)
+    found = []
+    for part in (0, 20):
+        k = steps * part // 100
+        run = rounds(problem, levels=6, seeds=seeds, rewind_to=k, prune=by_magnitude(0.4))
+        row: dict[str, Any] = {"k": k}
+        row |= {f"{x.density:.0%} left": percent(x.accuracy) for x in run.levels[::2]}
         found.append(row)
         print(row, flush=True)
-        jax.clear_caches()
     return found
 
 
@@ -102,12 +107,8 @@ def planted(seeds: Sequence[int], steps: int) -> Rows:
 def soup(seeds: Sequence[int], steps: int) -> Rows:
     """A soup of siblings is at least its best member."""
     found = []
-    settings: dict[str, dict[str, Any]] = {
-        "AdamW": {},
-        "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
-    }
-    for (name, changes), dataset in itertools.product(settings.items(), ("mnist1d", "digits")):
-        problem = make_problem(dataset, "mlp", steps=steps, **changes)
+    for dataset in ("mnist1d", "digits"):
+        problem = make_problem(dataset, "mlp", steps=steps)
         phases = averages.sparse_soups(
             problem, sparsity=0.95, phases=3, members=3, seeds=seeds, retrain_from=steps // 2
         )
@@ -117,7 +118,6 @@ def soup(seeds: Sequence[int], steps: int) -> Rows:
             found.append(
                 {
                     "data": dataset,
-                    "optimizer": name,
                     "left": f"{phase.density:.1%}",
                     "members": percent(members),
                     "best member": percent(best),
@@ -132,8 +132,7 @@ def soup(seeds: Sequence[int], steps: int) -> Rows:
 def swamp(seeds: Sequence[int], steps: int) -> Rows:
     """An average of particles beats a particle; at low sparsity it can be worse."""
     early, last = steps // 20, 3 * steps // 4
-    sgd: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
-    problem = make_problem(steps=steps, constant_from=last, constant_rate=0.02, **sgd)
+    problem = make_problem(steps=steps, constant_from=last, constant_rate=5e-4)
     found = averages.swamp(
         problem, levels=10, particles=3, seeds=seeds, rewind_to=early, average_from=last
     )
