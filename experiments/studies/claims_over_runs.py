@@ -1,5 +1,6 @@
 """Claims about tickets and averages: `experiments.studies.claims` runs them."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,8 +108,12 @@ def planted(seeds: Sequence[int], steps: int) -> Rows:
 def soup(seeds: Sequence[int], steps: int) -> Rows:
     """A soup of siblings is at least its best member."""
     found = []
-    for dataset in ("mnist1d", "digits"):
-        problem = make_problem(dataset, "mlp", steps=steps)
+    settings: dict[str, dict[str, Any]] = {
+        "AdamW": {},
+        "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
+    }
+    for (name, changes), dataset in itertools.product(settings.items(), ("mnist1d", "digits")):
+        problem = make_problem(dataset, "mlp", steps=steps, **changes)
         phases = averages.sparse_soups(
             problem, sparsity=0.95, phases=3, members=3, seeds=seeds, retrain_from=steps // 2
         )
@@ -118,6 +123,7 @@ def soup(seeds: Sequence[int], steps: int) -> Rows:
             found.append(
                 {
                     "data": dataset,
+                    "optimizer": name,
                     "left": f"{phase.density:.1%}",
                     "members": percent(members),
                     "best member": percent(best),
