@@ -27,6 +27,7 @@ def make_config(data_dir, **changes):
     return c
 
 
+@pytest.mark.slow
 def test_a_stored_run_resumes_to_the_bit_and_reports_the_matrices(data_dir, tmp_path):
     whole = train.train(make_config(data_dir), tmp_path / "whole")
     config = make_config(data_dir, keep_checkpoints=5)

@@ -37,7 +37,8 @@ def step(model, optimizer):
     optimizer.update(model, grads)
 
 
-@pytest.mark.parametrize("stop", [20, 23])  # at a step that moves blocks, and between two
+# At a step that moves blocks, and between two.
+@pytest.mark.parametrize("stop", [20, pytest.param(23, marks=pytest.mark.slow)])
 def test_a_masked_run_goes_on_as_stored_along_the_same_trajectory(stop):
     model = Model()
     tx = jaxsparse.rigl(INNER, 0.5, structure="block:4x4", allocation="uniform", **OPTIONS)

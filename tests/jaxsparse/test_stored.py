@@ -273,6 +273,7 @@ def test_it_moves_inside_of_the_wrappers_of_optax(name):
     assert bool((params["places"] != layer().places[...]).any())
 
 
+@pytest.mark.slow
 def test_multi_steps_of_equal_batches_is_the_plain_run_with_each_step_twice():
     plain, _, _ = train(moving(optax.adam(1e-2)), steps=6)
     twice, _, _ = train(WRAPPERS["MultiSteps"](), steps=12)
