@@ -147,7 +147,7 @@ def swamp(seeds: Sequence[int], steps: int) -> Rows:
         rows.append(
             {
                 "left": f"{phase.density:.0%}",
-                "a particle (averaged over time)": percent(np.asarray(phase.members).mean(axis=1)),
+                "a particle (averaged over time)": percent(np.asarray(phase.members)),
                 "their average": percent(phase.soup),
             }
         )
