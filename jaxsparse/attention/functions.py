@@ -105,9 +105,8 @@ def attend(
         out = jnp.where(there[:, None, :, None], out, 0)
     if not with_info:
         return out
-    if scale is not None:
-        raise ValueError(f"with_info=True: recall takes the default scale, not scale={scale}")
-    return out, inform(q, k, v, mask, lse, causal=choose.layout.causal, samples=samples)
+    causal = choose.layout.causal
+    return out, inform(q, k, v, mask, lse, causal=causal, samples=samples, scale=scale)
 
 
 def _check_lengths(lengths: Array, q: Array) -> None:

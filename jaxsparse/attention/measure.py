@@ -103,10 +103,18 @@ def relative_error(out: Array, dense: Array) -> Array:
 
 
 def inform(
-    q: Array, k: Array, v: Array, mask: BlockMask, kept_lse: Array, *, causal: bool, samples: int
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    kept_lse: Array,
+    *,
+    causal: bool,
+    samples: int,
+    scale: float | None = None,
 ) -> Info:
     """`Info` about attention that gave this log-sum-exp."""
-    r = recall(q, k, kept_lse, causal=causal, samples=samples)
+    r = recall(q, k, kept_lse, causal=causal, samples=samples, scale=scale)
     bound = error_bound(r, v).mean(-1)
     return Info(density(mask, causal=causal), r.mean(-1), bound, mask.dropped)
 
