@@ -31,17 +31,15 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "TopK": [{"k": k} for k in (2, 3, 5)],
         "BatchTopK": [{"k": k} for k in (2, 3, 5)],
         "MatryoshkaTopK": [{"ks": (1, k), "k": k} for k in (2, 3, 5)],
-        "MutualChoice": [{"k": k} for k in (2, 3, 5)],
         "FeatureChoice": [{"k": k} for k in (2, 3, 5)],
-        "ReLU": [{"l1": x} for x in (0.4, 0.2, 0.1)],
-        "Gated": [{"l1": x} for x in (0.4, 0.2, 0.1)],
-        "JumpReLU": [{"target_l0": float(k), "l0": 0.3} for k in (2, 3, 5)],
+        "ReLU": [{"l1": x} for x in (1.6, 0.8, 0.4)],
+        "Gated": [{"l1": x} for x in (6.4, 3.2, 1.6)],
+        "JumpReLU": [{"target_l0": float(k), "l0": 3.0} for k in (2, 3, 5)],
     },
     "smollm2": {
         "TopK": [{"k": k} for k in (16, 32, 64)],
         "BatchTopK": [{"k": k} for k in (16, 32, 64)],
         "MatryoshkaTopK": [{"ks": (k // 2, k), "k": k} for k in (16, 32, 64)],
-        "MutualChoice": [{"k": k} for k in (16, 32, 64)],
         "FeatureChoice": [{"k": k} for k in (16, 32, 64)],
         "ReLU": [{"l1": x} for x in (8.0, 4.0, 2.0)],
         "Gated": [{"l1": x} for x in (8.0, 4.0, 2.0)],
@@ -57,7 +55,7 @@ def configuration(
     """The config of one run."""
     config: Any = (sae_planted if data == "planted" else sae_smollm2).get_config()
     config.steps = steps or config.steps
-    if family in ("BatchTopK", "MutualChoice", "FeatureChoice"):
+    if family in ("BatchTopK", "FeatureChoice"):
         options = options | {"threshold_from": config.steps // 2}
     with config.unlocked():
         config.options = config_dict.ConfigDict(options, convert_dict=False)

@@ -54,7 +54,7 @@ def successes(key: Array, *, rows: int, columns: int, k: int, trials: int) -> Ar
         found = (
             coding.omp(a, y, min(k, rows)),
             coding.fista(op, y, strength, steps=4000),
-            coding.sbl(a, y, 1e-8, steps=150, rule="fixed_point").mean,
+            coding.sbl(a, y, 1e-8, steps=150, rule="fixed_point", prune=1e-8).mean,
         )
         error = lambda z: jnp.linalg.norm(z - x) / jnp.linalg.norm(x)
         return jnp.stack([error(z) < NEAR for z in found])
