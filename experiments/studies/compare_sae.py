@@ -171,7 +171,6 @@ def main(argv: list[str] | None = None) -> None:
     rows = study(args.data, families, args.seeds, args.steps, args.whole)
     found = means(rows, args.data)
     (args.out / f"sae_{args.data}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.out / f"sae_{args.data}.md").write_text(table(found, args.data) + "\n")
     plot(found, args.data, args.out / f"sae_{args.data}.png")
     print(table(found, args.data))
 
