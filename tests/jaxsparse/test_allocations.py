@@ -143,7 +143,7 @@ def test_stacked_layers_are_put_on_one_scale_each():
             "no pattern matches 'layer_1/",
         ),
         (lambda: Uniform(dense=("no",)).sparsities(LEAVES, 0.9), "no leaf matches 'no'"),
-        (lambda: Global(normalize="l1"), "use None, 'l2', 'mean' or 'lamp'"),
+        (lambda: Global(normalize="l1"), "use None, 'l2', 'rms', 'mean' or 'lamp'"),
         (lambda: Global(minimum=-1), "must not be negative"),
     ],
 )
