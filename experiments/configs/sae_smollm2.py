@@ -7,7 +7,7 @@ def get_config():
     c = sae_planted.get_config()
     c.data = "smollm2"
     c.d_sae, c.options.k = 2304, 32
-    c.tokens, c.batch_size, c.steps = 60_000, 1024, 1000
+    c.tokens, c.batch_size, c.steps = 55_000, 1024, 1000
     c.learning_rate = 1e-3
     c.checkpoint_every = 250
     return c

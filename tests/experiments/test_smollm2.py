@@ -77,3 +77,13 @@ def test_the_whole_model_speaks_english_and_the_wrong_order_of_rows_does_not():
     right = smollm2.nats_per_token(model, tokens)
     wrong = smollm2.nats_per_token(smollm2.load(rope="halves")[0], tokens)
     assert right < 3.6 and wrong > right + 1.0, (right, wrong)
+
+
+def test_the_text_is_long_enough_for_the_autoencoders_config(slice_of_four):
+    from experiments.configs import sae_smollm2
+
+    config = sae_smollm2.get_config()
+    count = -(-config.tokens // (config.length - 1))
+    _, tokenizer = slice_of_four
+    assert smollm2.batches(tokenizer, "calibration", count, config.length)
+    assert smollm2.batches(tokenizer, "evaluation", config.eval_sequences, config.length)
