@@ -33,6 +33,7 @@ from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.datasets.planted import planted
 from experiments.fields import SEEDS, Rule, check_by, integer, number, one_of, text, yes_or_no
 from experiments.logs import Logs, read
+from experiments.models import smollm2
 from experiments.stopping import Diverged, StopSignal
 from jaxsparse import sae
 
@@ -133,8 +134,6 @@ def load(config: Any) -> Data:
             active=tuple(config.active), noise=config.noise, seed=config.seed,
         )  # fmt: skip
         return Data(made.rows[4096:], made.rows[:4096], made.atoms)
-    from experiments.models import smollm2
-
     network, tokenizer = smollm2.load(config.layers)
     count = -(-config.tokens // (config.length - 1))
     training = smollm2.batches(tokenizer, "calibration", count, config.length)
@@ -281,18 +280,12 @@ def evaluate(config: Any, model: sae.SAE, data: Data) -> dict[str, float]:
         found |= {"recovery": float(cosines.mean()), "recovered": float(np.mean(cosines > 0.9))}
     if data.network is not None:
         loss = sae.loss_recovered(
-            data.network, config.site, model, data.tokens, next_token_loss, skip_first=1
+            data.network, config.site, model, data.tokens, smollm2.next_token_loss, skip_first=1
         )
         found |= {"loss_recovered": loss.fraction} | {
             f"loss_{k}": v for k, v in dataclasses.asdict(loss).items()
         }
     return found
-
-
-def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Nats per token."""
-    p = jax.nn.log_softmax(logits[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(p, tokens[:, 1:, None], axis=-1))
 
 
 def report(

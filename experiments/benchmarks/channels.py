@@ -12,7 +12,6 @@ multiples of 128, and the figures are XLA's own estimate for one chip of v5e, co
 """
 
 import argparse
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from flax import nnx
 
 from experiments import models
 from experiments.benchmarks import timing
+from experiments.benchmarks.pod_compile import devices_of
 from experiments.models import efficientnet
 from jaxsparse import channels
 from tools.tpu_static import hlo
@@ -97,12 +97,8 @@ def seconds_on_cpu(dense: Program, shrunk: Program, limit: float) -> tuple[float
 
 def cycles_on_tpu(program: Program) -> float:
     """XLA's estimate of the cycles of one call on one chip of v5e; operations without one count nothing."""
-    from jax.experimental import topologies
-
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     function, args = program
-    at = jax.sharding.SingleDeviceSharding(chip)
+    at = jax.sharding.SingleDeviceSharding(devices_of("v5e:2x2").flat[0])
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), args)
     text = jax.jit(function).lower(*placed).compile().as_text() or ""
     return float(hlo.parse_hlo(text)["estimated_cycles"])

@@ -80,10 +80,13 @@ class Block(nnx.Module):
         self.up = linear(config.width, config.hidden)
         self.down = linear(config.hidden, config.width)
 
+    def hidden(self, h_BTD):
+        """The units of the perceptron: what `down` reads."""
+        return jax.nn.silu(self.gate(h_BTD)) * self.up(h_BTD)
+
     def __call__(self, x_BTD):
         x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
-        h_BTD = self.norm2(x_BTD)
-        return x_BTD + self.down(jax.nn.silu(self.gate(h_BTD)) * self.up(h_BTD))
+        return x_BTD + self.down(self.hidden(self.norm2(x_BTD)))
 
 
 class SmolLM2(nnx.Module):

@@ -92,8 +92,7 @@ def finish(layer: smollm2.Block, x_BTD: Array, out_BHTK: Array) -> Array:
     """The rest of a layer after attention."""
     y = jnp.swapaxes(out_BHTK, 1, 2).reshape(*x_BTD.shape[:2], -1)
     x_BTD = x_BTD + layer.attention.out(y)
-    h = layer.norm2(x_BTD)
-    return x_BTD + layer.down(jax.nn.silu(layer.gate(h)) * layer.up(h))
+    return x_BTD + layer.down(layer.hidden(layer.norm2(x_BTD)))
 
 
 def dense(h: Heads) -> Array:

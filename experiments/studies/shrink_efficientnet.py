@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.models import efficientnet
+from experiments.studies.least_squares import solve_towards
 from jaxsparse import channels
 from jaxsparse.channels import Groups, Shrunk
 from jaxsparse.post_training import refit_core
@@ -64,11 +65,9 @@ def reconstruct(
     for i, block in enumerate(small.blocks):
         own, _ = inputs_and_outputs(small, jnp.asarray(x))[i]
         gram, cross = np.asarray(own.T @ own, np.float64), np.asarray(own.T @ wanted[i], np.float64)
-        ridge = DAMPING * np.trace(gram) / len(gram) * np.eye(len(gram))
-        # Towards the weights that are there: directions without data stay.
-        old = np.asarray(block.project.conv.kernel[...], np.float64)[0, 0]
-        new = np.linalg.solve(gram + ridge, cross + ridge @ old)
-        block.project.conv.kernel.set_value(jnp.asarray(new[None, None], jnp.float32))
+        kernel = block.project.conv.kernel
+        new = solve_towards(kernel[...][0, 0], gram, cross, DAMPING)
+        kernel.set_value(jnp.asarray(new[None, None]))
 
 
 def refit(

@@ -27,6 +27,7 @@ from flax import nnx
 
 from experiments.models import smollm2
 from experiments.models.smollm2 import Block, SmolLM2
+from experiments.studies.least_squares import solve_towards
 from jaxsparse import channels
 
 KINDS = ("hidden", "groups", "width", "layers")
@@ -43,8 +44,7 @@ def attention_half(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array
 @nnx.jit
 def perceptron_half(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the last kernel of the perceptron reads, and the stream after it."""
-    z = block.norm2(x_BTD)
-    hidden = jax.nn.silu(block.gate(z)) * block.up(z)
+    hidden = block.hidden(block.norm2(x_BTD))
     return hidden, x_BTD + block.down(hidden)
 
 
@@ -91,10 +91,7 @@ def solve(
                 a, b = _sums(half(block, x)[0], jnp.asarray(w[..., stays]) - x)
                 gram, cross = gram + np.asarray(a, np.float64), cross + np.asarray(b, np.float64)
             kernel = kernel_of(block).kernel
-            # Towards the weights that are there: directions without data stay.
-            ridge = DAMPING * np.trace(gram) / len(gram) * np.eye(len(gram))
-            old = np.asarray(kernel[...], np.float64)
-            kernel.set_value(jnp.asarray(np.linalg.solve(gram + ridge, cross + ridge @ old), "f"))
+            kernel.set_value(jnp.asarray(solve_towards(kernel[...], gram, cross, DAMPING)))
             xs = [half(block, x)[1] for x in xs]
 
 

@@ -24,8 +24,7 @@ from jax import Array
 
 import jaxsparse
 from experiments.task import State
-from experiments.tickets.problem import Trained
-from jaxsparse import masking
+from experiments.tickets.problem import Masked, Trained
 
 Task = Literal["relu", "circle", "helix"]
 Layers = list[tuple[np.ndarray, np.ndarray]]  # weights [in, out], biases [out]
@@ -189,7 +188,7 @@ def recall(found: Any, truth: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PlantedProblem:
+class PlantedProblem(Masked):
     """A planted task in the form that `experiments.tickets.rounds` trains: biases are pruned like weights.
 
     Args:
@@ -236,16 +235,6 @@ class PlantedProblem:
         pick = lambda x: jnp.asarray(x)[seed % self.plants]
         params, scale = jax.tree.map(pick, self.planted.params), pick(self.planted.scale)
         return State(jnp.zeros((), jnp.int32), params, scale, self.tx.init(params))
-
-    def masks(self, state: State) -> Any:
-        """The masks of a state."""
-        return jaxsparse.get_masks(state.opt_state)
-
-    def with_masks(self, state: State, masks: Any) -> State:
-        """The state with other masks, and with zeros where they have them."""
-        opt: Any = state.opt_state
-        params = masking.apply(state.params, masks)
-        return state._replace(params=params, opt_state=opt._replace(masks=masks))
 
     def loss(self, params: Any, batch: tuple[Array, Array], scale: Array) -> Array:
         """Cross entropy, or the mean squared error, of outputs divided by their scale."""

@@ -49,8 +49,23 @@ class Trains(Protocol):
     def recalibrate(self, params: Any, stats: Any, order: Any = 0, batches: int = 40) -> Any: ...
 
 
+class Masked:
+    """A problem whose optimizer is `jaxsparse.static`: the state holds the masks."""
+
+    def masks(self, state: State) -> Any:
+        """The masks of a state, None at dense leaves."""
+        return jaxsparse.get_masks(state.opt_state)
+
+    def with_masks(self, state: State, masks: Any) -> State:
+        """The state with other masks, and with zeros where they have them."""
+        opt: Any = state.opt_state
+        return state._replace(
+            params=masking.apply(state.params, masks), opt_state=opt._replace(masks=masks)
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
+class Problem(Masked):
     """A data set in memory, a model, an optimizer under masks; made by `make_problem`.
 
     Functions take one run; `jax.vmap` makes many of them.
@@ -82,17 +97,6 @@ class Problem:
     def init(self, seed: Any) -> State:
         """A dense network at step 0, with initial weights of this seed."""
         return make_task(self.config, self.data, seed=seed, tx=self.tx).init()
-
-    def masks(self, state: State) -> Any:
-        """The masks of a state, None at dense leaves."""
-        return jaxsparse.get_masks(state.opt_state)
-
-    def with_masks(self, state: State, masks: Any) -> State:
-        """The state with other masks, and with zeros where they have them."""
-        opt: Any = state.opt_state
-        return state._replace(
-            params=masking.apply(state.params, masks), opt_state=opt._replace(masks=masks)
-        )
 
     def train(
         self, state: State, order: Any, start: int, stop: int, average_from: int | None = None

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
-from jaxsparse.attention import budgets
+from jaxsparse._control import is_concrete
+from jaxsparse.attention import budgets, select
 from jaxsparse.attention.layout import check_heads, group
 from jaxsparse.attention.policies import DynamicKV, Entries, Policy, Seen
 from jaxsparse.selection import topk_mask
@@ -113,6 +113,16 @@ class Cache:
         """Entries per head, int32 `[batch, kv_heads]`."""
         return jnp.sum(self.positions >= 0, -1, dtype=jnp.int32)
 
+    @property
+    def _fields(self) -> dict[str, Array]:
+        """What is kept of each entry."""
+        names = "k", "v", "positions", "scores", "visits"
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def _entries(self) -> Entries:
+        return Entries(self.positions, self.scores, self.visits, self.lengths)
+
     def prefill(
         self,
         q: Array,
@@ -201,10 +211,9 @@ class Cache:
         """The cache with as much room as its fullest head needs, and for so many tokens more, but no more than it had:
         memory that is really given back. Outside of `jit`."""
         size = min(self.capacity, max(1, int(self.counts.max()) + room))
-        cut = lambda x: x[:, :, :size]
         return dataclasses.replace(
             self,
-            **{n: cut(getattr(self, n)) for n in ("k", "v", "positions", "scores", "visits")},
+            **{name: x[:, :, :size] for name, x in self._fields.items()},
             policy=dataclasses.replace(self.policy, budget=min(self.policy.budget, size)),
         )
 
@@ -228,7 +237,7 @@ class Cache:
             raise ValueError(
                 f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; give integers [{batch}]"
             )
-        elif _concrete(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > n):
+        elif is_concrete(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > n):
             raise ValueError(
                 f"lengths={np.asarray(lengths).tolist()} must lie in [0, {n}], the tokens of this call"
             )
@@ -273,11 +282,7 @@ class Cache:
         s = jnp.einsum(
             "bgrqd,bgkd->bgrqk", group(q, kv_heads), keys, preferred_element_type=jnp.float32
         ) * (sizes.dim**-0.5 if scale is None else scale)
-        seen = visible[:, :, None]
-        top = jnp.max(jnp.where(seen, s, -jnp.inf), -1, keepdims=True)
-        w = jnp.where(seen, jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top)), 0.0)
-        total = w.sum(-1, keepdims=True)
-        p = w / jnp.where(total == 0, 1.0, total)
+        p = select.masses(s, visible[:, :, None])
         values = fields["v"].astype(q.dtype)
         out = jnp.einsum("bgrqk,bgke->bgrqe", p.astype(values.dtype), values)
         out = out.reshape(*q.shape[:3], -1).astype(q.dtype)
@@ -298,12 +303,12 @@ class Cache:
 
     def _make_room(self, coming: Array) -> Cache:
         """Entries beside which the coming tokens fit the budget; attention does not see the others."""
-        entries = Entries(self.positions, self.scores, self.visits, self.lengths)
+        entries = self._entries
         number = self.policy.budget - coming[:, None, None]
         keep = self.policy.keep(entries, number, self.capacity)
         full = self.counts[..., None] > number
-        fields = {name: getattr(self, name) for name in ("k", "v", "positions", "scores", "visits")}
-        return self._store(fields, keep | (entries.filled & ~full), self.lengths, self.overflow)
+        kept = keep | (entries.filled & ~full)
+        return self._store(self._fields, kept, self.lengths, self.overflow)
 
     def _insert(self, k: Array, v: Array, positions: Array, n: int) -> dict[str, Array]:
         """All fields with n more places, the new tokens right behind the filled entries."""
@@ -333,7 +338,7 @@ class Cache:
         batch, kv_heads, capacity = self.positions.shape
         m = keep.shape[-1]
         more = jnp.maximum(keep.sum(-1, dtype=jnp.int32) - capacity, 0)
-        if _concrete(more) and (worst := int(more.max())):
+        if is_concrete(more) and (worst := int(more.max())):
             raise ValueError(
                 f"the cache is full: {worst} entries of a head do not fit capacity={capacity}; give more, or a policy that "
                 "evicts"
@@ -368,7 +373,7 @@ def rebalance(caches: Sequence[Cache]) -> list[Cache]:
     policy = caches[0].policy if caches else None
     if not isinstance(policy, DynamicKV) or any(c.policy != policy for c in caches):
         raise ValueError(f"caches must share one policy of attention.dynamickv, not {policy}")
-    entries = [Entries(c.positions, c.scores, c.visits, c.lengths) for c in caches]
+    entries = [c._entries for c in caches]
     before = [e.filled & ~e.last(policy.window) for e in entries]
     scores = [jnp.where(b, policy.pooled(e), -jnp.inf) for b, e in zip(before, entries)]
     stacked = jnp.stack(scores, 1)  # [batch, layers, heads, capacity]
@@ -379,10 +384,5 @@ def rebalance(caches: Sequence[Cache]) -> list[Cache]:
     for i, cache in enumerate(caches):
         kept = topk_mask(scores[i], lengths[:, i, None], axis=-1, where=before[i])
         keep = kept | entries[i].last(policy.window)
-        fields = {n: getattr(cache, n) for n in ("k", "v", "positions", "scores", "visits")}
-        result.append(cache._store(fields, keep, cache.lengths, cache.overflow))
+        result.append(cache._store(cache._fields, keep, cache.lengths, cache.overflow))
     return result
-
-
-def _concrete(x: Array) -> bool:
-    return not isinstance(x, Tracer)

@@ -76,17 +76,17 @@ def attend(
         raise ValueError(
             f"with_info=True: recall knows no softcap={softcap} and no lengths; leave one out"
         )
-    segments = None
+    segments = there = None
     if lengths is not None:
         _check_lengths(lengths, q)
-        there = jnp.arange(k.shape[2]) < lengths[:, None]
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"lengths with q_len={q.shape[2]} and kv_len={k.shape[2]}: they must be the same"
             )
-        segments = jnp.where(there, 0, 1 + jnp.arange(k.shape[2]))  # padding meets itself alone
-        k = jnp.where(there[:, None, :, None], k, 0)
-        q = jnp.where(there[:, None, :, None], q, 0)
+        index = jnp.arange(k.shape[2])
+        there = (index < lengths[:, None])[:, None, :, None]
+        segments = jnp.where(there[:, 0, :, 0], 0, 1 + index)  # padding meets itself alone
+        q, k = (jnp.where(there, x, 0) for x in (q, k))
         state = (State() if state is None else state)._replace(lengths=lengths)
     mask = choose(q, k, v, state)
     out, lse = block_sparse_attention(
@@ -100,9 +100,8 @@ def attend(
         return_lse=True,
         implementation=implementation,
     )
-    if lengths is not None:
-        there = jnp.arange(k.shape[2]) < lengths[:, None]
-        out = jnp.where(there[:, None, :, None], out, 0)
+    if there is not None:
+        out = jnp.where(there, out, 0)
     if not with_info:
         return out
     causal = choose.layout.causal

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsparse.attention import select
 from jaxsparse.attention.layout import Layout, check_heads, group
 
 
@@ -70,10 +71,7 @@ def block_mass(
         block = group(lax.dynamic_index_in_dim(q_cut, i, 2, keepdims=False), sizes.kv_heads)
         s = jnp.einsum("bgrqd,bgkd->bgrqk", block, k_all, preferred_element_type=jnp.float32) * c
         if known is None:
-            top = jnp.max(jnp.where(seen, s, -jnp.inf), -1, keepdims=True)
-            w = jnp.where(seen, jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top)), 0.0)
-            total = w.sum(-1, keepdims=True)
-            w = w / jnp.where(total == 0, 1.0, total)
+            w = select.masses(s, seen)
         else:
             level = group(lax.dynamic_index_in_dim(known, i, 2, keepdims=False), sizes.kv_heads)
             w = jnp.where(seen, jnp.exp(jnp.minimum(s - level[..., None], 0.0)), 0.0)
@@ -139,8 +137,4 @@ def sample_scores(
     if lengths is not None:
         seen = seen & (key < lengths[:, None, None])
     seen = (seen & there[..., None])[:, None, None]
-    s = jnp.where(seen, s * c, -jnp.inf)
-    top = jnp.max(s, -1, keepdims=True)
-    w = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
-    total = w.sum(-1, keepdims=True)
-    return (w / jnp.where(total == 0, 1.0, total)).reshape(*q.shape[:2], number, sizes.kv_len)
+    return select.masses(s * c, seen).reshape(*q.shape[:2], number, sizes.kv_len)

@@ -215,8 +215,8 @@ def keep(logits: Array, rule: Rule, visible: np.ndarray, forced: np.ndarray) -> 
     return best(ranked, counts)
 
 
-def masses(logits: Array, visible: np.ndarray) -> Array:
-    """The softmax over the visible blocks of each row; rows that see nothing are 0."""
+def masses(logits: Array, visible: Array | np.ndarray) -> Array:
+    """The softmax over what each row sees (bool that broadcasts to the logits); rows that see nothing are 0."""
     logits = jnp.where(visible, logits, -jnp.inf)
     top = jnp.max(logits, -1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))

@@ -33,7 +33,6 @@ from jaxsparse.coding.low_rank import (
     Separated,
     separate,
     singular_soft,
-    total_variation,
     truncated_svd,
 )
 from jaxsparse.coding.maintained import Maintained, maintain, reweigh
@@ -161,7 +160,6 @@ __all__ = [
     "soft_nonnegative",
     "spline_matrix",
     "term_weights",
-    "total_variation",
     "transport_plan",
     "truncated_svd",
     "unit_atoms",

@@ -53,7 +53,7 @@ def ksvd(signals: Array, dictionary: Array, k: int, *, steps: int = 30, powers: 
         d, z = refit_atoms(signals, d, omp(d, signals, k), powers=powers)
         return _replace(signals, d, z)
 
-    start = _unit(dictionary.astype(signals.dtype))
+    start = unit_columns(dictionary.astype(signals.dtype))
     d = jax.lax.fori_loop(0, steps, step, start)
     return Learned(d, omp(d, signals, k))
 
@@ -87,7 +87,7 @@ def refit_atoms(signals: Array, dictionary: Array, codes: Array, *, powers: int 
         use = uses[:, j]
         error = jnp.where(use[:, None], rest + z[:, j, None] * d[:, j], 0)
         atom = d[:, j]
-        power = lambda _, atom: _unit(error.T @ (error @ atom), atom)
+        power = lambda _, atom: unit_columns(error.T @ (error @ atom), atom)
         atom = jax.lax.fori_loop(0, powers, power, atom)
         values = error @ atom
         # The atom of a signal that uses it stays in use, even at 0: the support is of `uses`.
@@ -99,7 +99,7 @@ def refit_atoms(signals: Array, dictionary: Array, codes: Array, *, powers: int 
     return Learned(d, z)
 
 
-def _unit(x: Array, otherwise: Array | float = 0.0) -> Array:
+def unit_columns(x: Array, otherwise: Array | float = 0.0) -> Array:
     """Columns of norm 1; of zeros: what is given."""
     norm = jnp.linalg.norm(x, axis=0)
     return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), otherwise)
@@ -115,7 +115,7 @@ def _replace(signals: Array, d: Array, z: Array) -> Array:
         cosines = jnp.where(jnp.arange(d.shape[1]) < j, jnp.abs(d[:, j] @ d), 0)
         worst = jnp.argmax(errors)
         poor = (~jnp.any(z[:, j] != 0) | jnp.any(cosines > 0.99)) & (errors[worst] > 0)
-        atom = jnp.where(poor, _unit(signals[worst], d[:, j]), d[:, j])
+        atom = jnp.where(poor, unit_columns(signals[worst], d[:, j]), d[:, j])
         return d.at[:, j].set(atom), errors.at[worst].set(jnp.where(poor, 0, errors[worst]))
 
     return jax.lax.fori_loop(0, d.shape[1], visit, (d, errors))[0]

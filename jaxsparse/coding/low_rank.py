@@ -22,41 +22,6 @@ def singular_soft(v: Array, t: Array | float) -> Array:
     return jnp.matmul(u * jnp.maximum(s - t, 0)[..., None, :], vt, precision="highest")
 
 
-def total_variation(v: Array, t: float, *, steps: int = 200) -> Array:
-    r"""$\arg\min_x \frac12\|x - v\|^2 + t \sum_i |x_{i+1} - x_i|$ along the last axis, by accelerated projected
-    gradient on the dual: $x = v - D^T p$, $|p| \le t$.
-
-    Args:
-      v: `[..., n]`.
-      t: at least 0.
-      steps: how many.
-
-    Raises:
-      ValueError: a negative t.
-
-    >>> [f"{x:.3f}" for x in total_variation(jnp.array([0.0, 0.0, 1.0, 1.0]), 0.5)]
-    ['0.250', '0.250', '0.750', '0.750']
-
-    Source: Beck, Teboulle, "Fast gradient-based algorithms for constrained total variation image denoising and
-    deblurring problems", 2009.
-    """
-    check_positive("t", t, zero=True)
-    adjoint = lambda p: (
-        jnp.pad(-p, [(0, 0)] * (p.ndim - 1) + [(0, 1)])
-        + jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(1, 0)])
-    )
-
-    def step(_, carry):
-        p, ahead, a = carry
-        new = jnp.clip(ahead + jnp.diff(v - adjoint(ahead), axis=-1) / 4, -t, t)
-        later = (1 + jnp.sqrt(1 + 4 * a * a)) / 2
-        return new, new + (a - 1) / later * (new - p), later
-
-    zeros = jnp.zeros((*v.shape[:-1], v.shape[-1] - 1), v.dtype)
-    p = jax.lax.fori_loop(0, steps, step, (zeros, zeros, jnp.ones((), v.dtype)))[0]
-    return v - adjoint(p)
-
-
 class Separated(NamedTuple):
     """A part of low rank and a sparse part, of the shape of their sum."""
 
@@ -130,8 +95,8 @@ class GrowingSVD(NamedTuple):
 
     @property
     def condition(self) -> Array:
-        """The larger condition number of the turns. They get worse with many updates: where it nears the
-        inverse of the precision, `refresh`."""
+        """The larger condition number of the turns. They get worse with many updates; where one passes the
+        inverse root of the precision an update makes them identities, as `refresh` does."""
         return jnp.maximum(*(jnp.linalg.cond(k) for k in (self.left_turn, self.right_turn)))
 
     def refresh(self) -> GrowingSVD:
@@ -157,11 +122,22 @@ class GrowingSVD(NamedTuple):
         new, turn_left, tail_left, turn_right, rows = self._grown(
             columns, values, self.right, self.right_turn
         )
-        left_turn = _dot(self.left_turn, turn_left)
-        left = jnp.concatenate([self.left, _divide(tail_left, left_turn)])
-        right_turn = _dot(self.right_turn, turn_right)
-        right = self.right.at[columns].add(_divide(rows, right_turn))
-        return GrowingSVD(left, left_turn, new, right, right_turn)
+        eye = jnp.eye(len(new), dtype=new.dtype)
+
+        def grown(left, left_turn, right, right_turn):
+            left = jnp.concatenate([left, _divide(tail_left, left_turn)])
+            return GrowingSVD(
+                left, left_turn, new, right.at[columns].add(_divide(rows, right_turn)), right_turn
+            )
+
+        # A direction that goes leaves a turn that cannot be divided by: then the turns are multiplied out.
+        left_turn, right_turn = _dot(self.left_turn, turn_left), _dot(self.right_turn, turn_right)
+        worst = jnp.maximum(jnp.linalg.cond(left_turn), jnp.linalg.cond(right_turn))
+        return jax.lax.cond(
+            worst < jnp.finfo(new.dtype).eps ** -0.5,
+            lambda: grown(self.left, left_turn, self.right, right_turn),
+            lambda: grown(_dot(self.left, left_turn), eye, _dot(self.right, right_turn), eye),
+        )
 
     def add_columns(self, rows: Array, values: Array) -> GrowingSVD:
         """The same for new columns that are zero but in some rows; `values` is `[s, r]`, a column in each row."""

@@ -72,16 +72,18 @@ def reweigh(
         that of this many.
 
     Raises:
-      ValueError: weights that are not positive, a negative factor, most out of range.
+      ValueError: weights that are not positive or of another shape, a negative factor, most out of range.
 
     >>> state = maintain(jnp.array([[1.0, 1.0]]), jnp.ones(2))
     >>> later = reweigh(state, jnp.array([3.0, 1.05]))
     >>> later.weights.tolist(), round(float(later.inverse[0, 0]), 6)
     ([3.0, 1.0], 0.25)
     """
+    n = state.weights.shape[0]
+    if weights.shape != (n,):
+        raise ValueError(f"weights have shape {weights.shape}: must be {(n,)}, as at the start")
     check_positive("weights", weights)
     check_positive("factor", factor, zero=True)
-    n = state.weights.shape[0]
     most = n if most is None else most
     check_count("most", most, n)
     change = jnp.abs(weights / state.weights - 1)

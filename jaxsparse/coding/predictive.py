@@ -14,8 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_matrix, check_positive, check_signals, dense
-from jaxsparse.coding.thresholds import soft
+from jaxsparse.coding.dictionary import unit_columns
+from jaxsparse.coding.operators import (
+    Operator,
+    check_matrix,
+    check_positive,
+    check_signals,
+    dense,
+)
+from jaxsparse.coding.proximal import fista
 
 
 class Encoder(NamedTuple):
@@ -77,18 +84,17 @@ def psd_codes(
             f"predicted has shape {predicted.shape}: must be "
             f"{(*signals.shape[:-1], dictionary.shape[1])}, a code for each signal"
         )
-    op = dense(dictionary)
-    rate = 1 / (2 * (op.norm**2 + alpha))
-
-    def step(_, carry):
-        z, ahead, t = carry
-        gradient = 2 * op.adjoint(op.forward(ahead) - signals) + 2 * alpha * (ahead - predicted)
-        new = soft(ahead - rate * gradient, rate * strength)
-        later = (1 + jnp.sqrt(1 + 4 * t * t)) / 2
-        return new, new + (t - 1) / later * (new - z), later
-
-    start = predicted, predicted, jnp.ones((), predicted.dtype)
-    return jax.lax.fori_loop(0, steps, step, start)[0]
+    # Half of it is the LASSO of the dictionary above sqrt(alpha) I, of the signals above sqrt(alpha) F.
+    op, m, root = dense(dictionary), dictionary.shape[0], jnp.sqrt(alpha)
+    both = Operator(
+        lambda z: jnp.concatenate([op.forward(z), root * z], -1),
+        lambda r: op.adjoint(r[..., :m]) + root * r[..., m:],
+        jnp.sqrt(op.norm**2 + alpha),
+        m + op.columns,
+        op.columns,
+    )
+    goal = jnp.concatenate([signals, root * predicted], -1)
+    return fista(both, goal, strength / 2, steps=steps, init=predicted)
 
 
 def psd_loss(
@@ -122,4 +128,4 @@ def unit_atoms(dictionary: Array) -> Array:
     >>> [f"{x:.1f}" for x in unit_atoms(jnp.array([[3.0], [4.0]])).ravel()]
     ['0.6', '0.8']
     """
-    return dictionary / jnp.linalg.norm(dictionary, axis=0, keepdims=True)
+    return unit_columns(dictionary)

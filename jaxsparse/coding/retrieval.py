@@ -131,8 +131,10 @@ def local_codes(dictionary: Array, signals: Array, k: int, *, ridge: float = 1e-
         near, _ = topk_indices(-distance, k)
         z = dictionary[:, near].T - y  # [k, m]
         gram = jnp.matmul(z, z.T, precision="highest")
-        trace = jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
-        c = jnp.linalg.solve(gram + ridge * trace * jnp.eye(k, dtype=gram.dtype), jnp.ones(k))
+        trace = jnp.trace(gram)
+        trace = jnp.where(trace > 0, trace, 1)  # the signal is each of these atoms
+        small = gram + ridge * trace * jnp.eye(k, dtype=gram.dtype)
+        c = jnp.linalg.solve(small, jnp.ones(k, gram.dtype))
         return jnp.zeros(dictionary.shape[1], gram.dtype).at[near].set(c / c.sum())
 
     codes = jax.vmap(one)(flat)

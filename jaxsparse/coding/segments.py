@@ -94,9 +94,10 @@ def _moved(found: list[int], n: int, cost: Cost, buffer: int) -> list[int]:
     bounds, moved = [0, *found, n], []
     for before, here, after in zip(bounds, bounds[1:], bounds[2:]):
         start, stop = round((2 * before + here) / 3), round((here + 2 * after) / 3)
-        splits = range(start + buffer, stop - buffer + 1)
+        edge = max(buffer, 1)  # no side is empty
+        splits = [here, *range(start + edge, stop - edge + 1)]  # where it is, if no other is better
         values = [cost(start, s) + cost(s, stop) for s in splits]
-        moved.append(splits[int(np.argmin(values))] if values else here)
+        moved.append(splits[int(np.argmin(values))])
     return moved
 
 

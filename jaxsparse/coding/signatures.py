@@ -30,7 +30,7 @@ def signature(path: Array, order: int) -> list[Array]:
       Level k as `[d, ..., d]` (k axes).
 
     Raises:
-      ValueError: an order below 1, less than two points.
+      ValueError: an order below 1, less than two points, integers.
 
     >>> first, second = signature(jnp.array([[0.0, 0.0], [1.0, 2.0]]), 2)
     >>> first.tolist(), second.tolist()
@@ -40,6 +40,8 @@ def signature(path: Array, order: int) -> list[Array]:
         raise ValueError(f"order={order}: use an integer from 1")
     if path.ndim != 2 or path.shape[0] < 2:
         raise ValueError(f"path has shape {path.shape}: give [points, d] with at least two points")
+    if not jnp.issubdtype(path.dtype, jnp.floating):
+        raise ValueError(f"path has dtype {path.dtype}: give floats")
     outer = lambda a, b: jnp.tensordot(a, b, 0)
 
     def segment(v):
@@ -53,7 +55,7 @@ def signature(path: Array, order: int) -> list[Array]:
         found = []
         for k in range(1, order + 1):
             mixed = [outer(levels[i - 1], new[k - i - 1]) for i in range(1, k)]
-            found.append(levels[k - 1] + new[k - 1] + sum(mixed, jnp.zeros(())))
+            found.append(sum(mixed, levels[k - 1] + new[k - 1]))
         return found, None
 
     zeros = [jnp.zeros((path.shape[1],) * k, path.dtype) for k in range(1, order + 1)]

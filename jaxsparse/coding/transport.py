@@ -68,7 +68,7 @@ def sinkhorn(
     >>> float(found.error) < 1e-6
     True
     """
-    _check(cost, rows, columns, eta)
+    cost, rows, columns = _checked(cost, rows, columns, eta)
     log_r, log_c = jnp.log(rows), jnp.log(columns)
 
     def sweep(carry):
@@ -128,6 +128,7 @@ def sinkhorn_newton(
     density = 2 / n if density is None else density
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: use a share in (0, 1]")
+    cost, rows, columns = _checked(cost, rows, columns, eta)
     start = sinkhorn(cost, rows, columns, eta, steps=warmup, tolerance=tolerance)
     kept = min(m * n, math.ceil(density * m * n))
 
@@ -167,7 +168,8 @@ def _error(found: Transport, cost: Array, rows: Array, columns: Array, eta: floa
     return jnp.maximum(jnp.abs(p.sum(1) - rows).max(), jnp.abs(p.sum(0) - columns).max())
 
 
-def _check(cost: Array, rows: Array, columns: Array, eta: float) -> None:
+def _checked(cost: Array, rows: Array, columns: Array, eta: float) -> tuple[Array, Array, Array]:
+    """The three in one floating type, float32 at least."""
     if cost.ndim != 2 or (*rows.shape, *columns.shape) != cost.shape:
         raise ValueError(
             f"cost has shape {cost.shape}, rows {rows.shape}, columns {columns.shape}: "
@@ -180,3 +182,5 @@ def _check(cost: Array, rows: Array, columns: Array, eta: float) -> None:
         r, c = float(np.asarray(rows).sum()), float(np.asarray(columns).sum())
         if abs(r - c) > 1e-4 * max(r, c):
             raise ValueError(f"rows sum to {r:g} and columns to {c:g}: they must be equal")
+    dtype = jnp.promote_types(jnp.result_type(cost, rows, columns), jnp.float32)
+    return cost.astype(dtype), rows.astype(dtype), columns.astype(dtype)

@@ -80,7 +80,8 @@ def anchored(
         tree = trained(params) if callable(trained) else trained
         masks = _like(tree, params)
         if not compact:
-            return AnchoredState(tuple(masks), inner.init(params))
+            own = [None if m is None else jnp.array(m, copy=True) for m in masks]
+            return AnchoredState(tuple(own), inner.init(params))
         if not is_concrete(*[m for m in masks if m is not None]):
             raise ValueError("compact=True: the number of trained weights must be known at init")
         found = [None if m is None else np.flatnonzero(np.asarray(m)) for m in masks]
@@ -201,7 +202,7 @@ def restore(reference: Any, stored: Changes) -> Any:
     leaves = []
     for path, x in named:
         if path in stored.values:
-            new, at = np.array(x), stored.places[path]
+            new, at = np.array(x, order="C"), stored.places[path]
             new.reshape(-1)[slice(None) if at is None else at] = stored.values[path].ravel()
             x = jnp.asarray(new)
         leaves.append(x)

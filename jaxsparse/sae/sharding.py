@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
@@ -42,7 +43,7 @@ def shardings(tree: Tree, mesh: Mesh, d_sae: int, *, axis: str = "features") -> 
         )
 
     def one(leaf) -> NamedSharding:
-        cut = [axis if n == d_sae else None for n in leaf.shape]
+        cut = [axis if n == d_sae else None for n in jnp.shape(leaf)]
         first = cut.index(axis) if axis in cut else len(cut)
         return NamedSharding(
             mesh, PartitionSpec(*(a if i == first else None for i, a in enumerate(cut)))

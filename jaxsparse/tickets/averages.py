@@ -48,7 +48,13 @@ def average(networks: Sequence[Any], *, same_zeros: bool = True) -> Any:
                         "same_zeros=False for a mean that is less sparse"
                     )
     count = len(networks)
-    mean = lambda *xs: jnp.asarray(sum(x / count for x in xs), xs[0].dtype)
+
+    def mean(*xs):
+        wide = jnp.promote_types(jnp.result_type(xs[0]), jnp.float32)
+        total = jnp.asarray(sum(jnp.asarray(x, wide) for x in xs)) / count
+        whole = jnp.issubdtype(jnp.result_type(xs[0]), jnp.integer)
+        return (jnp.round(total) if whole else total).astype(jnp.result_type(xs[0]))
+
     return jax.tree.map(mean, *networks)
 
 
@@ -57,19 +63,23 @@ def greedy_soup(networks: Sequence[Any], evaluate: Callable[[Any], Any]) -> Soup
 
     Args:
       networks: trees of parameters with one mask.
-      evaluate: a number that is higher for better networks, on validation data; it recalibrates norms.
+      evaluate: a number that is higher for better networks, on validation data; it recalibrates norms. A
+        network whose number is NaN is not taken.
 
     >>> networks = [{"w": jnp.array([x])} for x in (1.0, -1.0, 8.0)]
     >>> greedy_soup(networks, lambda p: -jnp.abs(p["w"][0])).members
     (0, 1)
 
     Raises:
-      ValueError: as `average`.
+      ValueError: as `average`; no network whose number is not NaN.
     """
     if not networks:
         raise ValueError("networks: there are none")
     scores = [float(evaluate(p)) for p in networks]
-    order = sorted(range(len(networks)), key=lambda i: (-scores[i], i))
+    sound = [i for i, s in enumerate(scores) if not np.isnan(s)]
+    if not sound:
+        raise ValueError(f"networks: evaluate gives {scores}; at least one must not be NaN")
+    order = sorted(sound, key=lambda i: (-scores[i], i))
     members, best = [order[0]], scores[order[0]]
     for i in order[1:]:
         now = float(evaluate(average([networks[j] for j in (*members, i)])))

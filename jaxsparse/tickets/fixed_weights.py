@@ -50,21 +50,26 @@ def fish_mask(fisher: Any, params: Any, density: float, *, head: str | None = No
 
     Raises:
       ValueError: a density that is not in (0, 1), or less than the head alone; a pattern that matches
-        nothing.
+        nothing; another tree.
     """
     if not 0 < density < 1:
         raise ValueError(f"density={density}: must be in (0, 1); it is the trained fraction")
     paths = [path for path, _ in named_leaves(params)]
     scores, treedef = jax.tree.flatten(fisher)
+    if [path for path, _ in named_leaves(fisher)] != paths:
+        raise ValueError(
+            f"fisher: must be a tree like the parameters, with leaves {', '.join(paths[:4])}"
+        )
     if head is not None:
         check_matched("head", [head], paths)
     always = [head is not None and re.search(head, path) is not None for path in paths]
     total = sum(s.size for s in scores)
-    k = scale_count(total, density) - sum(s.size for s, a in zip(scores, always) if a)
+    in_head = sum(s.size for s, a in zip(scores, always) if a)
+    k = scale_count(total, density) - in_head
     if k < 0:
         raise ValueError(
             f"density={density}: {scale_count(total, density)} weights of {total} are less than the head "
-            f"has; the head alone is {1 - (total - sum(s.size for s, a in zip(scores, always) if a)) / total:.3g}"
+            f"has; the head alone is {in_head / total:.3g}"
         )
     body = [s for s, a in zip(scores, always) if not a]
     chosen = iter(selection.topk_masks(body, k, together=True))

@@ -241,6 +241,8 @@ def prune_within(
     held = masking.at_leaves(masks, params)
     flat, treedef = jax.tree.flatten(params)
     at = [i for i, m in enumerate(held) if m is not None]
+    if not at:
+        raise ValueError("masks: no leaf has one, so there is nothing to prune within")
     sizes = [np.abs(np.asarray(flat[i], np.float64)) for i in at]
     old = [np.asarray(masking.unpack(held[i])) for i in at]
     order = np.sort(np.concatenate([s[m] for s, m in zip(sizes, old)]))

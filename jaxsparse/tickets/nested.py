@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse import leaves, masking
+from jaxsparse import leaves, masking, selection
 from jaxsparse.typing import Targets
 
 
@@ -137,7 +137,7 @@ def to_prefixes(kernel: Array, density: float) -> Prefixes:
     w = np.asarray(kernel)
     flat = w.reshape(-1, w.shape[-1])
     kept = _inputs(w.shape, density, "kernel")
-    places = np.argsort(-np.abs(flat), axis=0, kind="stable")[:kept].T
+    places = np.asarray(selection.topk_indices(jnp.abs(flat.T), kept)[0])
     return Prefixes(places, np.take_along_axis(flat.T, places, axis=1), w.shape)
 
 

@@ -76,7 +76,9 @@ def sample_spectrum(
         fewer = jnp.sum(jnp.minimum(1.0, jnp.exp2(mid) * worth)) < left
         low, high = jnp.where(fewer, mid, low), jnp.where(fewer, high, mid)
     p = jnp.minimum(1.0, jnp.exp2(high) * worth) if left else jnp.zeros_like(worth)
-    u = jax.random.uniform(jax.random.key(selection.as_seed(seed)), w.shape)
+    # Not the key itself: the weights may have been drawn from it.
+    key = jax.random.fold_in(jax.random.key(selection.as_seed(seed)), 0x5BEC)
+    u = jax.random.uniform(key, w.shape)
     drawn = (u < p) & ~sure
     factor = jnp.where(drawn & unbiased, 1.0 / jnp.maximum(p, 1.0 / largest), 1.0)
     mask = sure | drawn

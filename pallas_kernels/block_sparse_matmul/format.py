@@ -308,8 +308,7 @@ class BlockSparse:
         block_mask = jnp.asarray(block_mask).astype(bool)
         if block_mask.shape != self.grid:
             raise ValueError(f"block_mask.shape={block_mask.shape} must be {self.grid}")
-        n = self.num_blocks
-        places = _places_of_mask(block_mask, n)
+        n = _room(block_mask, self.num_blocks)
         if self.places.shape[0] == 4:
             places, kept = rewire(self._places, block_mask)
             values = jnp.where(kept[:, None, None], self.values, jnp.zeros((), self.dtype))
@@ -317,6 +316,7 @@ class BlockSparse:
         rows = jnp.where(self.used, self.block_rows, self.grid[0])
         index = jnp.arange(n, dtype=jnp.int32)
         where = jnp.full(self.grid, n, jnp.int32).at[rows, self.block_cols].set(index, mode="drop")
+        places = of_mask(block_mask, n)
         new_rows, new_cols, _ = places
         source = where.at[new_rows, new_cols].get(mode="fill", fill_value=n)
         values = self.values.at[source].get(mode="fill", fill_value=0)
@@ -351,7 +351,11 @@ class BlockSparse:
 
 
 def _places_of_mask(block_mask: Array, num_blocks: int | None) -> Array:
-    """The places of a block mask, without sorting: that of a block is a running count."""
+    return of_mask(block_mask, _room(block_mask, num_blocks))
+
+
+def _room(block_mask: Array, num_blocks: int | None) -> int:
+    """How many blocks there is room for, checked to be enough as far as the mask is known."""
     if concrete(block_mask):
         count = int(np.asarray(block_mask).sum())
         num_blocks = count if num_blocks is None else num_blocks
@@ -361,7 +365,7 @@ def _places_of_mask(block_mask: Array, num_blocks: int | None) -> Array:
             )
     elif num_blocks is None:
         raise ValueError("num_blocks=None must be a number where the pattern is not known (jit)")
-    return of_mask(block_mask, num_blocks)
+    return num_blocks
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -63,8 +63,7 @@ def condensed_matmul(
     if w.values.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), dtype)
     rows, w = vary_alike(rows, w)
-    values = jnp.where(w.filled, 0, w.values)
-    y = _product((name, precision), rows, values, dataclasses.replace(w, values=None))
+    y = _product((name, precision), rows, w.values, dataclasses.replace(w, values=None))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 

@@ -16,4 +16,5 @@ def gradients(x: Array, dy: Array, w: Condensed, *, precision=None) -> tuple[Arr
     """`dy w^T`, and the stored elements of `x^T dy`, in the dtypes of x and w."""
     dx = jnp.matmul(dy, w.to_dense().T, precision=precision, preferred_element_type=jnp.float32)
     full = jnp.matmul(x.T, dy, precision=precision, preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), full[w.rows, w.outputs[:, None]].astype(w.dtype)
+    dvalues = jnp.where(w.filled, 0, full[w.rows, w.outputs[:, None]])
+    return dx.astype(x.dtype), dvalues.astype(w.dtype)

@@ -29,6 +29,7 @@ def matmul(x: Array, w: Condensed, *, precision=None) -> Array:
     """`x @ w`, summed in float32, in the dtype of x."""
     if dense_is_faster(w):
         return reference.matmul(x, w, precision=precision)
+    w = w.with_values(jnp.where(w.filled, 0, w.values))
     y = (_row_by_row if x.shape[0] < _FEW_ROWS else _set_by_set)(x, w).astype(x.dtype)
     if w.values.shape[0] == w.shape[1]:
         return y

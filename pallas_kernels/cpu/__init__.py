@@ -12,7 +12,6 @@ import hashlib
 import os
 import pathlib
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +24,8 @@ from jaxlib import version as jaxlib_version
 from pallas_kernels._dispatch import target_platform, vary, vary_alike, varying_axes
 from pallas_kernels._formats import Array
 
-_SOURCES = pathlib.Path(__file__).parent
+SOURCES = pathlib.Path(__file__).parent
+"""Where the C++ is."""
 _TARGETS = (
     "CondensedMatmul",
     "CondensedMatmulTransposed",
@@ -106,7 +106,7 @@ def _build_and_register() -> str | None:
 
 def _built(cxx: str) -> pathlib.Path:
     """The path of the library, which is compiled unless it has been."""
-    sources = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".h", ".cc"))
+    sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cc"))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     parts = [p.read_text() for p in sources] + [version, " ".join(FLAGS), _processor()]
     key = hashlib.sha256("\0".join([*parts, jaxlib_version.__version__]).encode()).hexdigest()[:16]
@@ -116,7 +116,7 @@ def _built(cxx: str) -> pathlib.Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = pathlib.Path(scratch) / path.name
             command = [cxx, *FLAGS, "-fPIC", "-shared", "-isystem", jax.ffi.include_dir()]
-            command += [str(_SOURCES / "ffi.cc"), "-o", str(made), "-pthread"]
+            command += [str(SOURCES / "ffi.cc"), "-o", str(made), "-pthread"]
             subprocess.run(command, capture_output=True, text=True, check=True)
             made.replace(path)  # whole or not at all: other processes build it too
     return path
@@ -133,11 +133,3 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return f"{platform.machine()} {platform.processor()} {flags}"
-
-
-def command_line(source: pathlib.Path, program: pathlib.Path, *flags: str) -> list[str]:
-    """The command that compiles a program of one's own on the kernels, without XLA: for tests."""
-    cxx = compiler()
-    if cxx is None:
-        raise ValueError("no C++ compiler was found (CXX, c++, g++, clang++)")
-    return [*shlex.split(cxx), *FLAGS, *flags, f"-I{_SOURCES}", str(source), "-o", str(program)]

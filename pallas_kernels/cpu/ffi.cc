@@ -84,41 +84,22 @@ ffi::Error blocks_value_gradient(ffi::ThreadPool pool, Floats x, Floats dy, Inte
   return ffi::Error::Success();
 }
 
+// Two arrays of numbers, one of places, and a result, on XLA's threads.
+auto three_operands() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Integers>()
+      .Ret<Floats>();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CondensedMatmul, condensed_matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Integers>()
-                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CondensedMatmul, condensed_matmul, three_operands());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CondensedMatmulTransposed, condensed_matmul_transposed,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Integers>()
-                                  .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CondensedValueGradient, condensed_value_gradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Integers>()
-                                  .Ret<Floats>());
+                              three_operands());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CondensedValueGradient, condensed_value_gradient, three_operands());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BlocksMatmul, blocks_matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Integers>()
-                                  .Ret<Floats>()
-                                  .Attr<bool>("transposed"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BlocksValueGradient, blocks_value_gradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Integers>()
-                                  .Ret<Floats>());
+                              three_operands().Attr<bool>("transposed"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BlocksValueGradient, blocks_value_gradient, three_operands());

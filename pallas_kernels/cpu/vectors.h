@@ -14,6 +14,7 @@
 #include <mutex>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 namespace kernels {
 
@@ -27,67 +28,49 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector all(float a) { return Vector{} + a; }
 
-#define KERNELS_PAIRS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+// Lanes of two vectors exchanged in groups of `w`, the step of a transposition: the groups at even places
+// of both, or those at odd places.
+template <size_t w, size_t... i>
+Vector even_groups(Vector a, Vector b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (i & w ? kLanes + i - w : i)...);
+}
+template <size_t w, size_t... i>
+Vector odd_groups(Vector a, Vector b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (i & w ? kLanes + i : i + w)...);
+}
+template <size_t w>
+Vector even(Vector a, Vector b) { return even_groups<w>(a, b, std::make_index_sequence<kLanes>()); }
+template <size_t w>
+Vector odd(Vector a, Vector b) { return odd_groups<w>(a, b, std::make_index_sequence<kLanes>()); }
 
-// Rows a and b of two vectors, exchanged in groups of 1, 2, 4, 8 lanes: the steps of a transposition.
-inline Vector low1(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-}
-inline Vector high1(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-inline Vector low2(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-}
-inline Vector high2(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-inline Vector low4(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-}
-inline Vector high4(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-}
-inline Vector low8(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-}
-inline Vector high8(Vector a, Vector b) {
-  return KERNELS_PAIRS(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-
-#undef KERNELS_PAIRS
-
-#define KERNELS_STEP(width)                        \
-  for (int i = 0; i < kLanes; ++i) {               \
-    if (i & width) continue;                       \
-    Vector a = rows[i], b = rows[i + width];       \
-    rows[i] = low##width(a, b);                    \
-    rows[i + width] = high##width(a, b);           \
+template <size_t w>
+void exchange(Vector (&rows)[kLanes]) {
+  for (size_t i = 0; i < kLanes; ++i) {
+    if (i & w) continue;
+    Vector a = rows[i], b = rows[i + w];
+    rows[i] = even<w>(a, b);
+    rows[i + w] = odd<w>(a, b);
   }
+}
 
 // The transpose of a 16 x 16 matrix, in place.
 inline void transpose(Vector (&rows)[kLanes]) {
-  KERNELS_STEP(1)
-  KERNELS_STEP(2)
-  KERNELS_STEP(4)
-  KERNELS_STEP(8)
+  exchange<1>(rows), exchange<2>(rows), exchange<4>(rows), exchange<8>(rows);
 }
 
-#undef KERNELS_STEP
+// The first half of `rows`, each the sum of groups of `w` lanes of two neighbours.
+template <size_t w>
+void add_pairs(Vector (&rows)[kLanes]) {
+  for (size_t i = 0; i < kLanes / 2 / w; ++i) {
+    Vector a = rows[2 * i], b = rows[2 * i + 1];
+    rows[i] = even<w>(a, b) + odd<w>(a, b);
+  }
+}
 
-// The sums of 16 vectors, as one vector.
+// The sums of 16 vectors, as one vector; they are overwritten.
 inline Vector sums(Vector (&rows)[kLanes]) {
-  Vector half[8], quarter[4], two[2];
-  for (int i = 0; i < 8; ++i) {
-    half[i] = low1(rows[2 * i], rows[2 * i + 1]) + high1(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    quarter[i] = low2(half[2 * i], half[2 * i + 1]) + high2(half[2 * i], half[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    two[i] = low4(quarter[2 * i], quarter[2 * i + 1]) + high4(quarter[2 * i], quarter[2 * i + 1]);
-  }
-  return low8(two[0], two[1]) + high8(two[0], two[1]);
+  add_pairs<1>(rows), add_pairs<2>(rows), add_pairs<4>(rows), add_pairs<8>(rows);
+  return rows[0];
 }
 
 // to[column, row] = from[row, column], for matrices of any size; rows past `rows` become zeros up to

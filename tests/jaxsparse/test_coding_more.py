@@ -244,7 +244,7 @@ def test_singular_values_shrink_and_steps_shrink(double):
     step = jnp.asarray(
         np.repeat([0.0, 4.0], [5, 3])
     )  # levels move by t / length towards each other
-    found = coding.total_variation(step, 0.6, steps=2000)
+    found = coding.fused(step, 0.6, steps=2000)
     np.testing.assert_allclose(found, np.repeat([0.6 / 5, 4 - 0.6 / 3], [5, 3]), atol=1e-6)
 
 
@@ -380,3 +380,51 @@ REFUSED = [
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- what a fresh pair of eyes broke --------------------------------------------------------------
+
+
+def test_a_new_direction_may_take_the_place_of_an_old_one():
+    svd = coding.truncated_svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2)
+    grown = jax.jit(lambda s: s.add_rows(jnp.array([2]), jnp.array([[10.0]])))(svd)
+    np.testing.assert_allclose(grown.values, [10, 3], rtol=1e-6)
+    want = np.zeros((4, 3))
+    want[3, 2], want[0, 0] = 10, 3
+    np.testing.assert_allclose((grown.u * grown.values) @ grown.v.T, want, atol=1e-5)
+    flat = coding.truncated_svd(jnp.outer(jnp.arange(1.0, 5), jnp.ones(3)), 2)  # of rank 1
+    flat = flat.add_rows(jnp.array([0, 1]), jnp.array([[1.0, 2.0]]))
+    np.testing.assert_allclose(((flat.u * flat.values) @ flat.v.T)[-1], [1, 2, 0], atol=1e-4)
+
+
+def test_the_code_of_an_atom_is_that_atom():
+    assert coding.local_codes(jnp.eye(3), jnp.eye(3)[0], 1).tolist() == [1, 0, 0]
+    twice = coding.local_codes(jnp.array([[1.0, 1, 0], [0, 0, 1]]), jnp.array([1.0, 0]), 2)
+    np.testing.assert_allclose(twice, [0.5, 0.5, 0], atol=1e-6)
+    with jax.enable_x64(True):
+        one = coding.local_codes(jnp.eye(3, dtype="float32"), jnp.eye(3, dtype="float32")[1], 2)
+        assert one.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("first, buffer", [(15, 0), (12, 10)])
+def test_moving_a_change_never_makes_it_worse(first, buffer):
+    cost = coding.mean_cost([0.0] * first + [5.0] * (100 - first))
+    assert coding.change_points(cost, 100, 1.0, grid=99, buffer=buffer) == [first]
+
+
+def test_types_of_paths_and_of_costs():
+    with jax.enable_x64(True):
+        first, _ = coding.signature(jnp.array([[0.0, 0], [1, 2]], jnp.float32), 2)
+        assert first.dtype == jnp.float32
+    assert coding.signature(jnp.ones((2, 2), jnp.bfloat16), 2)[1].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="path has dtype int32: give floats"):
+        coding.signature(jnp.ones((2, 2), jnp.int32), 2)
+    for cost in (jnp.array([[0, 1], [1, 0]]), jnp.array([[0, 1], [1, 0]], jnp.bfloat16)):
+        for solve in (coding.sinkhorn, coding.sinkhorn_newton):
+            assert float(solve(cost, jnp.ones(2), jnp.ones(2), 2.0).error) < 1e-5
+
+
+def test_a_projection_is_given_as_many_weights_as_it_has():
+    state = coding.maintain(jnp.eye(3), ONES)
+    with pytest.raises(ValueError, match=r"weights have shape \(1,\): must be \(3,\)"):
+        coding.reweigh(state, jnp.ones(1))

@@ -51,3 +51,17 @@ def test_there_is_no_barrier_in_a_bowl_nor_between_copies_and_one_between_valley
     assert connectivity.line(wells, low, high).barrier == pytest.approx(3, rel=1e-3)
     with pytest.raises(ValueError, match="points=2"):
         connectivity.line(bowl, a, b, points=2)
+
+
+def test_a_network_that_diverged_is_in_no_soup():
+    networks = [{"w": jnp.array([x])} for x in (jnp.nan, 1.0, 1.5)]
+    assert greedy_soup(networks, lambda p: -jnp.abs(p["w"][0])).members == (1,)
+    with pytest.raises(ValueError, match="at least one must not be NaN"):
+        greedy_soup(networks[:1], lambda p: p["w"][0])
+
+
+def test_copies_average_to_themselves_in_every_type():
+    assert [int(average([{"s": jnp.int32(n)}] * 6)["s"]) for n in (7, 14, 25)] == [7, 14, 25]
+    x = jnp.asarray(RNG.normal(size=1000), jnp.bfloat16)
+    found = average([{"w": x}] * 3)["w"]
+    assert found.dtype == jnp.bfloat16 and bool((found == x).all())

@@ -204,3 +204,22 @@ def test_anchored_masks_work_in_wrappers_sharded_and_with_bad_input_refused():
         anchored(optax.sgd(0.1), {"a": None}).init(start)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(start, tx.init(start))
+
+
+def test_changes_are_restored_into_references_of_any_memory_order():
+    reference, new = {"w": np.zeros((2, 3), np.float32).T}, {"w": jnp.ones((3, 2)).at[0, 1].set(0)}
+    np.testing.assert_array_equal(restore(reference, changes(new, reference))["w"], new["w"])
+
+
+def test_the_masks_of_the_caller_are_not_given_away():
+    masks = {"w": jnp.array([True, False])}
+    params = {"w": jnp.ones(2)}
+    tx = anchored(optax.adam(1.0), masks)
+    state = tx.init(params)
+    jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=1)(params, state)
+    assert masks["w"].tolist() == [True, False]
+
+
+def test_a_fisher_tree_of_another_network_is_refused():
+    with pytest.raises(ValueError, match="fisher: must be a tree like the parameters"):
+        tickets.fish_mask({"v": jnp.ones(4)}, {"w": jnp.ones(4)}, 0.5)

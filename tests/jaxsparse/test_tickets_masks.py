@@ -360,3 +360,15 @@ def test_teddy_scores_are_those_of_the_card_and_both_directions_go_together():
     assert kept[8:].all() and kept[:4].sum() == 2 and (kept[:4] == kept[4:8]).all() and not kept[2]
     with pytest.raises(ValueError, match="without its other direction"):
         tickets.edge_scores(hub, 5)
+
+
+def test_a_spectrum_is_drawn_apart_from_weights_of_the_same_seed():
+    w = jax.random.normal(jax.random.key(0), (64, 64))
+    found = tickets.sample_spectrum(w, 800, top=0.0)
+    negative = float((found.weights < 0).sum() / found.mask.sum())
+    assert abs(int(found.mask.sum()) - 800) < 100 and abs(negative - 0.5) < 0.1
+
+
+def test_pruning_within_no_mask_is_refused():
+    with pytest.raises(ValueError, match="masks: no leaf has one"):
+        tickets.prune_within(lambda p: 0.0, {"b": jnp.ones(3)}, {"b": None}, tolerance=0.1)

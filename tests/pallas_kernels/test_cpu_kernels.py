@@ -175,7 +175,8 @@ def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
     program = tmp_path / "sanitized"
     source = pathlib.Path(__file__).parent / "sanitized.cc"
     flags = f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-pthread"
-    subprocess.run(cpu.command_line(source, program, *flags), check=True)
+    command = [cpu.compiler(), *cpu.FLAGS, *flags, f"-I{cpu.SOURCES}", source, "-o", program]
+    subprocess.run(command, check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     assert float(done.stdout) < 1e-3
