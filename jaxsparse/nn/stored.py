@@ -30,7 +30,8 @@ BlockRule = Callable[[Step], list[Array]]
 FAULTS = (
     "",
     "places were changed by something else than `stored`: an average, noise or decay outside of it; put "
-    "it inside, around the optimizer of the values",
+    "it inside, around the optimizer of the values. After a model was restored without its optimizer's "
+    "state, or its pattern moved by hand, make the state anew by `init`",
     "the rule asked for more blocks than a layer stores; give the layer a larger density",
 )
 
@@ -266,6 +267,11 @@ def recipe_of(
     if not callable(rule) and rule not in ("rigl", "set", "magnitude"):
         raise ValueError(
             f"rule={rule!r}: give 'rigl', 'set', 'magnitude', 'static', or a function of a Step"
+        )
+    if rule != "magnitude" and is_concrete(initial_sparsity) and initial_sparsity != 0:
+        raise ValueError(
+            f"initial_sparsity={initial_sparsity}: is where rule='magnitude' starts; others keep the number "
+            "of blocks that the layers store"
         )
     if total_steps is None:
         raise ValueError(f"total_steps=None: rule={rule!r} needs the length of the run, in steps")

@@ -71,7 +71,8 @@ def block_sparse_matmul(
 ) -> Array:
     """The product `y = x w` with a block-sparse w: work and memory follow the stored blocks.
 
-    Gradients with respect to x and to the stored blocks, `w.values`, cost the like.
+    Gradients with respect to x and to the stored blocks, `w.values`, cost the like; there are
+    derivatives of any order in reverse mode, and none in forward mode (`jax.jvp`).
     A NaN in a row of x reaches that row of y only.
 
     Args:
@@ -119,28 +120,62 @@ def block_sparse_matmul(
     if w.num_blocks == 0 or x.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype)
     rows = jnp.reshape(x, (-1, w.shape[0]))
-    y = _product(static, *vary_alike(rows, w.values, integer_places("places", w.places)))
+    y = _product(static, False, *vary_alike(rows, w.values, integer_places("places", w.places)))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: _Static, x: Array, values: Array, places: Array) -> Array:
-    return _multiply(static, False, static.out_dtype, x, values, places)
+# The derivatives of a product are products: of x W, of dy W^T and of the stored blocks of x^T dy each leads to
+# the other two, so that there are derivatives of any order in reverse mode.
 
 
-def _product_fwd(static: _Static, x: Array, values: Array, places: Array):
-    return _product(static, x, values, places), (x, values, places)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(static: _Static, transposed: bool, x: Array, values: Array, places: Array) -> Array:
+    """`x W`, or `x W^T` if `transposed`, in the dtype `static.out_dtype`."""
+    return _multiply(static, transposed, static.out_dtype, x, values, places)
 
 
-def _product_bwd(static: _Static, residuals, dy: Array):
+def _product_fwd(static: _Static, transposed: bool, x: Array, values: Array, places: Array):
+    return _product(static, transposed, x, values, places), (x, values, places)
+
+
+def _product_bwd(static: _Static, transposed: bool, residuals, dy: Array):
     x, values, places = residuals
-    dy = dy.astype(x.dtype)
-    dx = _multiply(static, True, x.dtype, dy, values, places)
-    dvalues = _weight_gradient(static, x, dy, values, places)
-    return dx, dvalues, np.zeros(places.shape, jax.dtypes.float0)
+    static, dy = dataclasses.replace(static, out_dtype=x.dtype), dy.astype(x.dtype)
+    dx = _product(static, not transposed, dy, values, places)
+    pair = (dy, x) if transposed else (x, dy)
+    dvalues = _sampled(static, *pair, values, places)
+    return dx, dvalues, _no_gradient(places)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sampled(static: _Static, x: Array, dy: Array, values: Array, places: Array) -> Array:
+    """The stored blocks of `x^T dy`, in the shape and dtype of the values, which it does not depend on."""
+    return _weight_gradient(static, x, dy, values, places)
+
+
+def _sampled_fwd(static: _Static, x: Array, dy: Array, values: Array, places: Array):
+    return _sampled(static, x, dy, values, places), (x, dy, places)
+
+
+def _sampled_bwd(static: _Static, residuals, blocks: Array):
+    x, dy, places = residuals
+    dx = _product(static, True, dy, blocks, places)
+    return (
+        dx,
+        _product(static, False, x, blocks, places),
+        jnp.zeros_like(blocks),
+        _no_gradient(places),
+    )
+
+
+_sampled.defvjp(_sampled_fwd, _sampled_bwd)
+
+
+def _no_gradient(places: Array) -> np.ndarray:
+    return np.zeros(places.shape, jax.dtypes.float0)
 
 
 def _multiply(

@@ -38,7 +38,8 @@ def condensed_matmul(
       precision: of dense products, as in `jax.lax.dot_general`.
 
     Returns:
-      `[..., out]`. Gradients flow to x and to `w.values`.
+      `[..., out]`. Gradients flow to x and to `w.values`: derivatives of any order in reverse mode, none in
+      forward mode (`jax.jvp`).
 
     Raises:
       ValueError: if the shapes do not match, a dtype is not floating point, or the implementation
@@ -59,9 +60,9 @@ def condensed_matmul(
     name = choose(implementation, reasons)
     for field, places in (("rows", w.rows), ("outputs", w.outputs)):
         integer_places(field, places)
-    rows, w = jnp.reshape(x, (-1, w.shape[0])).astype(dtype), w.astype(dtype)
     if w.values.size == 0:
         return jnp.zeros((*x.shape[:-1], w.shape[1]), dtype)
+    rows, w = jnp.reshape(x, (-1, w.shape[0])).astype(dtype), w.astype(dtype)
     rows, w = vary_alike(rows, w)
     y = _product((name, precision), rows, w.values, dataclasses.replace(w, values=None))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))

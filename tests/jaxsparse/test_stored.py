@@ -384,6 +384,7 @@ def test_arguments_are_checked_by_name():
         (dict(rule="snip", total_steps=10), "rule='snip': give 'rigl', 'set'"),
         (dict(rule="magnitude", total_steps=10), "sparsity=None: rule='magnitude' needs"),
         (dict(rule="set", total_steps=10, sparsity=0.5), "sparsity=0.5: .* the layers store"),
+        (dict(rule="rigl", total_steps=10, initial_sparsity=0.5), "initial_sparsity=0.5: is where"),
         (dict(rule="static", groups=0), "groups=0: give a number of groups"),
         (dict(total_steps=10, update_every=1, drop_fraction=2.0), "drop_fraction=2.0"),
         (dict(total_steps=10), "begin_step=100 is not within total_steps=10"),

@@ -101,6 +101,13 @@ def test_nan_in_a_row_of_x_stays_in_that_row():
     np.testing.assert_array_equal(np.delete(y, 4, 0), np.delete(clean, 4, 0))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (0, 0), (4, 0)])
+def test_matrices_without_rows_or_columns(shape):
+    w = Condensed.from_dense(jnp.zeros(shape))
+    assert condensed_matmul(jnp.ones((2, shape[0])), w).tolist() == np.zeros((2, shape[1])).tolist()
+    assert w.to_dense().shape == shape
+
+
 W = Condensed.from_dense(np.eye(4, dtype="f"))
 REFUSED = [
     (lambda: Condensed.from_dense(np.ones((4, 2)), fan_in=3), "fan_in=3 must be at least 4"),

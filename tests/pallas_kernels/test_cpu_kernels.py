@@ -100,6 +100,28 @@ def test_vmap_scan_and_shard_map():
 
 
 @built
+@pytest.mark.parametrize("kind", ["condensed", "blocks"])
+def test_second_derivatives_are_those_of_the_dense_product(kind):
+    x, w, dense = small()
+    multiply = condensed_matmul
+    if kind == "blocks":
+        multiply, w = (
+            block_sparse_matmul,
+            BlockSparse.from_dense(jnp.asarray(dense[:, :64], "f"), (32, 16)),
+        )
+    place = lambda v: w.with_values(v).to_dense()
+
+    def second(product):
+        first = jax.grad(lambda x, v: (product(x, v) ** 3).sum(), (0, 1))
+        size = lambda x, v: sum((g**2).sum() for g in first(x, v))
+        return jax.jit(jax.grad(size, (0, 1)))(x, w.values)
+
+    ours = second(lambda x, v: multiply(x, w.with_values(v), implementation="cpu"))
+    for a, b in zip(ours, second(lambda x, v: x @ place(v))):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+
+
+@built
 def test_it_is_not_chosen_where_xla_would_have_to_partition_it():
     x, w, _ = small()
     assert jax.device_count() > 1  # as everywhere in these tests
