@@ -174,7 +174,7 @@ class Fsdp(Single):
         scan walks through, or the window of a convolution."""
         axes: list[Any] = [None] * len(shape)
         part = path.rpartition("/")[2]
-        if part in ("places", "scores", "due"):  # of a layer that stores blocks
+        if part in ("places", "rows", "outputs", "scores", "due"):  # of a layer that stores
             return PartitionSpec()
         if part == "values" and len(shape) == 3:  # its blocks
             return self._fit([self.names], shape[:1])

@@ -15,7 +15,7 @@ from pallas_kernels.block_sparse_attention import (
 )
 from pallas_kernels.block_sparse_matmul.api import block_sparse_matmul
 from pallas_kernels.block_sparse_matmul.format import BlockSparse
-from pallas_kernels.condensed_matmul.api import condensed_matmul
+from pallas_kernels.condensed_matmul.api import condensed_matmul, score_inputs
 from pallas_kernels.condensed_matmul.format import Condensed
 from pallas_kernels.nm_matmul.api import nm_matmul
 from pallas_kernels.nm_matmul.format import NMSparse
@@ -35,4 +35,5 @@ __all__ = [
     "nm_matmul",
     "ring_block_sparse_attention",
     "score_blocks",
+    "score_inputs",
 ]

@@ -173,8 +173,8 @@ def summarize(params, opt_state=None) -> Summary:
       params: any pytree of concrete arrays, or an `nnx.Module`.
       opt_state: the optimizer state, or an `nnx.Optimizer`, to show the masks as well.
 
-    A matrix that is stored as blocks (`values`, `places`, `scores`, `due`, see `jaxsparse.stored`) is one
-    row: the matrix that it stands for, with the bytes that are stored.
+    A matrix that is stored as blocks or weight by weight (`values`, `due` and so on, see `jaxsparse.stored`)
+    is one row: the matrix that it stands for, of the outputs that are stored, with the bytes that are.
 
     >>> import jax.numpy as jnp
     >>> print(summarize({"kernel": jnp.eye(4)}))
@@ -205,22 +205,30 @@ def summarize(params, opt_state=None) -> Summary:
     return Summary(tuple(_joined(rows, dict(leaves))))
 
 
+PARTS = ("values", "places", "rows", "outputs", "scores", "due")
+"""The leaves of a matrix that is stored, see `jaxsparse.stored`."""
+
+
 def _joined(rows: list[Row], leaves: dict[str, Any]) -> list[Row]:
-    """The rows, with one for the parts of each matrix that is stored as blocks."""
+    """The rows, with one for the parts of each matrix that is stored."""
     by_path, joined = {r.path: r for r in rows}, {}
     for path in by_path:
         parent, _, name = path.rpartition("/")
-        names = [f"{parent}/{n}".lstrip("/") for n in ("values", "places", "scores", "due")]
-        if name != "places" or not all(n in by_path for n in names):
+        parts = {n: f"{parent}/{n}".lstrip("/") for n in PARTS}
+        parts = {n: by_path[p] for n, p in parts.items() if p in by_path}
+        needed = {"places": {"scores"}, "rows": {"outputs"}}.get(name)
+        if needed is None or not needed | {"values", "due"} <= set(parts):
             continue
-        values, _, scores, _ = parts = [by_path[n] for n in names]
-        (gr, gc), (bh, bw) = scores.shape[-2:], values.shape[-2:]
-        used = int(np.count_nonzero(np.asarray(leaves[path])[..., 0, :] < gr))
-        shape = (*scores.shape[:-2], gr * bh, gc * bw)
-        size, stored = int(np.prod(shape)), sum(p.bytes for p in parts)
+        values, *lead, high = parts["values"], *parts["due"].shape
+        places, (tall, wide) = np.asarray(leaves[path]), values.shape[-2:]
+        if name == "places":
+            shape = (*lead, high * tall, parts["scores"].shape[-1] * wide)
+            used = int(np.count_nonzero(places[..., 0, :] < high)) * tall * wide
+        else:
+            shape, used = (*lead, high, tall), int(np.count_nonzero(places < high))
+        size, stored = int(np.prod(shape)), sum(p.bytes for p in parts.values())
         kernel = f"{parent}/kernel".lstrip("/")
-        row = Row(
-            kernel, shape, size, values.nonzeros, size - used * bh * bw, stored, "stored blocks"
-        )
-        joined |= {n: None for n in names} | {names[0]: row}
+        note = "stored blocks" if name == "places" else "stored weights"
+        row = Row(kernel, shape, size, values.nonzeros, size - used, stored, note)
+        joined |= {p.path: None for p in parts.values()} | {values.path: row}
     return [r for r in (joined.get(r.path, r) for r in rows) if r is not None]

@@ -22,6 +22,9 @@ from jaxsparse.engines.step import Step
 from jaxsparse.leaves import Leaf, coupling
 from jaxsparse.schedules import Schedule
 
+GROWTH = 0x9E3779B9
+"""What the seed of a leaf is mixed with, where equal scores of growth are ranked."""
+
 
 def random_start(setup: Setup, fraction: Schedule, first) -> Rule:
     """`random_masks`, for a method that replaces `fraction(step)` of them from step `first` on: warns of
@@ -145,7 +148,7 @@ def refill(
         numbers,
         where=free,
         ties="hash",
-        seed=[salt ^ jnp.uint32(0x9E3779B9) for salt in salts],
+        seed=[salt ^ jnp.uint32(GROWTH) for salt in salts],
         axis=[leaf.axes for leaf in leaves],
     )
     return [leaf.expand(k | g) for leaf, k, g in zip(leaves, keep, grown)]

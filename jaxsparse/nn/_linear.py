@@ -16,8 +16,8 @@ class Pattern(nnx.Variable):
 
 
 class Scores(nnx.Variable):
-    """What the blocks of a weight are worth, stored or not: a variable whose gradient counts, not its
-    value (see `pallas_kernels.score_blocks`)."""
+    """What the parts of a weight are worth, stored or not: a variable whose gradient counts, not its
+    value (see `pallas_kernels.score_blocks` and `score_inputs`)."""
 
 
 Trained = (nnx.Param, Pattern, Scores)
@@ -78,6 +78,22 @@ class SparseLinear(nnx.Module):
             x, w = jnp.asarray(x, self.dtype), w.astype(self.dtype)
         y = self._multiply(x, w)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def count_candidates(candidates: float | int, rows: int, what: str) -> int:
+    """How many of the `rows` are scored.
+
+    Raises:
+      ValueError: a share outside of (0, 1], or a number outside of 1 to `rows`.
+    """
+    if isinstance(candidates, float) and 0.0 < candidates <= 1.0:
+        return max(1, round(candidates * rows))
+    if type(candidates) is int and 1 <= candidates <= rows:
+        return candidates
+    raise ValueError(
+        f"candidates={candidates!r}: give a share of the {rows} {what}, a float in (0, 1], or their number, "
+        f"an integer from 1 to {rows}"
+    )
 
 
 def split_linear(

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse.nn._linear import Pattern, Scores, SparseLinear, split_linear
+from jaxsparse.nn._linear import Pattern, Scores, SparseLinear, count_candidates, split_linear
 from pallas_kernels import BlockSparse, block_sparse_matmul, score_blocks
 
 
@@ -23,9 +23,10 @@ class BlockSparseLinear(SparseLinear):
     Attributes:
       values: the stored blocks, `[num_blocks, bh, bw]`.
       places: where they are, int32 `[4, num_blocks]` (see `pallas_kernels.BlockSparse`).
-      scores: float32 `[block rows, block columns]`, not read; where `due`, its gradient is that of all
-        blocks of W, stored or not, as a norm for each (`pallas_kernels.score_blocks`).
-      due: int32 scalar, 1 in the steps whose gradients a rule is to read.
+      scores: float32 `[candidates, block columns]`, not read; where some are due, its gradient is that of
+        all blocks of W in the block rows that are, stored or not, as a norm for each
+        (`pallas_kernels.score_blocks`).
+      due: int32 `[block rows]`, 1 in the steps whose gradients a rule is to read, at the candidates.
       block_shape: `(bh, bw)`.
 
     Args:
@@ -36,6 +37,8 @@ class BlockSparseLinear(SparseLinear):
       balanced: store as many in every block column.
       weight: W, in place of a random one (then without `density` and `rngs`).
       use_bias: add a bias, zero at first.
+      candidates: how many block rows are scored for growth by gradient, drawn anew in each update: a share
+        of all (float), or a number (int). The scores cost as much of a dense product.
       dtype: of the computation; default: that of x and the parameters, promoted.
       param_dtype: of the parameters.
       precision: of the product, as in `jax.lax.dot_general`.
@@ -46,8 +49,8 @@ class BlockSparseLinear(SparseLinear):
       rngs: key for places and values (`params`).
 
     Raises:
-      ValueError: if not exactly one of `density` with `rngs` and `weight` is given, or the weight has
-        another shape or block shape.
+      ValueError: if not exactly one of `density` with `rngs` and `weight` is given, the weight has
+        another shape or block shape, or there are not so many candidates.
 
     >>> layer = BlockSparseLinear(64, 32, block_shape=(16, 16), density=0.5, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((3, 64))).shape, layer.values[...].shape
@@ -72,6 +75,7 @@ class BlockSparseLinear(SparseLinear):
         balanced: bool = False,
         weight: BlockSparse | None = None,
         use_bias: bool = True,
+        candidates: float | int = 1.0,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
@@ -107,7 +111,9 @@ class BlockSparseLinear(SparseLinear):
         )
         self.places, self.block_shape = Pattern(weight.in_any_order().places), weight.block_shape
         self.rows = rows
-        self.scores, self.due = Scores(jnp.zeros(weight.grid, jnp.float32)), Pattern(jnp.int32(0))
+        scored = count_candidates(candidates, weight.grid[0], "block rows")
+        self.scores = Scores(jnp.zeros((scored, weight.grid[1]), jnp.float32))
+        self.due = Pattern(jnp.zeros(weight.grid[0], jnp.int32))
 
     @classmethod
     def from_dense(
@@ -116,6 +122,7 @@ class BlockSparseLinear(SparseLinear):
         mask: jax.Array | None = None,
         *,
         block_shape: tuple[int, int],
+        candidates: float | int = 1.0,
         implementation: str | None = None,
     ) -> "BlockSparseLinear":
         """The layer that computes what `linear` does with its kernel masked.
@@ -125,6 +132,7 @@ class BlockSparseLinear(SparseLinear):
           mask: bool `[in, out]`, what to keep; default: what is not zero. A block is stored if any
             of it is kept.
           block_shape: `(bh, bw)`.
+          candidates: as of the layer.
           implementation: see `pallas_kernels.block_sparse_matmul`.
 
         Raises:
@@ -141,6 +149,7 @@ class BlockSparseLinear(SparseLinear):
             block_shape=block_shape,
             weight=BlockSparse.from_mask(kernel, mask, block_shape, pad=True),
             use_bias=bias is not None,
+            candidates=candidates,
             dtype=linear.dtype,
             param_dtype=kernel.dtype,
             precision=linear.precision,

@@ -139,7 +139,9 @@ def _sparse_layer(linear: nnx.Linear, mask: np.ndarray, blocks, platform: str):
         break
     fan_in = int(mask.sum(0).max(initial=0))
     if platform == "cpu" and fan_in < CONDENSED_PAYS_BELOW * mask.shape[0]:
-        return CondensedLinear.from_dense(linear, kept), f"at most {fan_in} inputs of an output"
+        return CondensedLinear.from_dense(
+            linear, kept, candidates=0
+        ), f"at most {fan_in} inputs of an output"
     return None, why
 
 

@@ -1,4 +1,4 @@
-"""`store`: a run under masks goes on as a run of stored blocks."""
+"""`store`: a run under masks goes on as a run of what is stored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from flax import nnx
 
 from jaxsparse.masking import by_path
 from jaxsparse.nn._linear import Trained
+from jaxsparse.nn._stored_tree import find
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import replace_module
+from jaxsparse.nn.condensed import CondensedLinear
 from jaxsparse.nn.stored import StoredState, recipe_of, stored
 from jaxsparse.state import find_states, get_masks
 from jaxsparse.targets import named_leaves
@@ -25,19 +27,23 @@ def store(
     opt_state,
     inner: optax.GradientTransformation,
     *,
-    block_shape: tuple[int, int],
+    block_shape: tuple[int, int] | None = None,
+    candidates: float | int = 1.0,
     groups: int = 1,
     **options: Any,
 ) -> tuple[nnx.Module, optax.GradientTransformationExtraArgs, StoredState]:
-    """Takes a run under masks of blocks to where it is trained as stored, at the step where it stands:
-    its masked linear layers become `BlockSparseLinear`, and the slots of the inner optimizer those of
-    the stored blocks. With the same rule, options and seed it goes on along the same trajectory.
+    """Takes a run under masks to where it is trained as stored, at the step where it stands: its masked
+    linear layers become `BlockSparseLinear` or `CondensedLinear`, and the slots of the inner optimizer
+    those of what is stored. With the same rule, options and seed it goes on along the same trajectory,
+    if all is a candidate for growth.
 
     Args:
       model: as trained; it stays as it is.
       opt_state: the state of its masked method, or the `nnx.Optimizer`.
       inner: the inner optimizer of the method, the same as before.
-      block_shape: of the masks.
+      block_shape: of masks of blocks; None: weights are stored one by one, for masks of constant fan-in, or of
+        any kind: each output then keeps its number of weights.
+      candidates: what growth by gradient chooses from, see the layers; 0 of single weights: no such growth.
       groups, **options: of `stored`: rule, total_steps, and so on.
 
     Returns:
@@ -75,20 +81,28 @@ def store(
                 f"model: {path!r} has a mask and is not the kernel of an nnx.Linear; keep it dense with "
                 "targets="
             )
-        new = replace_module(new, at, _layer(path, linear, np.asarray(mask), block_shape))
+        layer = _layer(path, linear, np.asarray(mask), block_shape, candidates)
+        new = replace_module(new, at, layer)
     params = nnx.as_pure(nnx.state(new, Trained))
     tx = stored(inner, groups=groups, **options)
     state: Any = tx.init(params)
-    due = recipe_of(options.pop("rule", "rigl"), **options).due(masked.count)
+    tree, recipe = find(params, groups), recipe_of(options.pop("rule", "rigl"), **options)
+    matrices = {m.leaf.path: m for m in tree.matrices}
     for path in masks:
         _, layer = next(x for x in nnx.iter_modules(new) if _joined(x[0]) == _parent(path))
-        assert isinstance(layer, BlockSparseLinear)
-        layer.due[...] = due.astype(jnp.int32)
+        assert isinstance(layer, BlockSparseLinear | CondensedLinear)
+        layer.due[...] = recipe.flags(matrices[path], masked.count)
     inner_state = _slots(masked.inner, state.inner, params, masks)
     return new, tx, state._replace(count=jnp.copy(masked.count), inner=inner_state)
 
 
-def _layer(path: str, linear: nnx.Linear, mask: np.ndarray, block_shape) -> BlockSparseLinear:
+def _layer(
+    path: str, linear: nnx.Linear, mask: np.ndarray, block_shape, candidates
+) -> BlockSparseLinear | CondensedLinear:
+    if not mask.any():
+        raise ValueError(f"the mask of {path!r} keeps nothing, and a layer stores something")
+    if block_shape is None:
+        return CondensedLinear.from_dense(linear, jnp.asarray(mask), candidates=candidates)
     (rows, cols), (bh, bw) = mask.shape, block_shape
     if rows % bh or cols % bw:
         raise ValueError(f"block_shape={tuple(block_shape)} does not tile {path!r}, {mask.shape}")
@@ -98,11 +112,9 @@ def _layer(path: str, linear: nnx.Linear, mask: np.ndarray, block_shape) -> Bloc
             f"block_shape={tuple(block_shape)}: the mask of {path!r} is no union of such blocks; give "
             "the blocks that the masked method had"
         )
-    if not mask.any():
-        raise ValueError(
-            f"the mask of {path!r} keeps nothing, and a layer stores one block at least"
-        )
-    return BlockSparseLinear.from_dense(linear, jnp.asarray(mask), block_shape=(bh, bw))
+    return BlockSparseLinear.from_dense(
+        linear, jnp.asarray(mask), block_shape=(bh, bw), candidates=candidates
+    )
 
 
 def _slots(before, after, params, masks):
@@ -119,8 +131,12 @@ def _slots(before, after, params, masks):
         if jnp.shape(slot) != jnp.shape(masks[kernels[own]]):
             return jnp.copy(slot) if jnp.shape(slot) == jnp.shape(leaf) else leaf
         parent = _parent(own)
-        rows, cols = at[f"{parent}/places".lstrip("/")][:2]
-        every = jnp.ones(at[f"{parent}/scores".lstrip("/")].shape, bool)
+        of = lambda part: at[f"{parent}/{part}".lstrip("/")]
+        if leaf.ndim == 2:
+            rows, outputs = of("rows"), of("outputs")[:, None]
+            return slot.at[rows, outputs].get(mode="fill", fill_value=0).astype(leaf.dtype)
+        rows, cols = of("places")[:2]
+        every = jnp.ones((of("due").shape[0], of("scores").shape[1]), bool)
         blocks = BlockSparse.from_block_mask(slot, every, leaf.shape[1:])
         return blocks.values[cols * every.shape[0] + rows].astype(leaf.dtype)
 

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from jaxsparse import allocations, schedules, scores, selection, structures
 from jaxsparse._control import is_concrete, when
 from jaxsparse.choose import check_sparsity, unit_budgets
-from jaxsparse.engines import Step, View, check_inner, drop_and_grow, is_placeholder
+from jaxsparse.engines import Step, View, check_inner, drop_and_grow, is_placeholder, swap
 from jaxsparse.engines._checks import compiled_once
 from jaxsparse.engines._slots import restart, stand_still
+from jaxsparse.engines.drop_and_grow import GROWTH
 from jaxsparse.engines.step import any_nan
 from jaxsparse.leaves import Leaf
 from jaxsparse.methods.pruning import start_of_ramp
 from jaxsparse.methods.timing import REWIRING, Timing
-from jaxsparse.nn._stored_tree import StoredTree, check_patterns, find
+from jaxsparse.nn._stored_tree import Blocks, Columns, Matrix, StoredTree, check_patterns, find
 from jaxsparse.schedules import Schedule, Updates
 from jaxsparse.typing import Scalar, ScalarOrSchedule, Seed, StepCount
 
+CANDIDATES = 0x2545F491  # what the seed of a leaf is mixed with, where candidates are drawn
 BlockRule = Callable[[Step], list[Array]]
 FAULTS = (
     "",
     "places were changed by something else than `stored`: an average, noise or decay outside of it; put "
     "it inside, around the optimizer of the values. After a model was restored without its optimizer's "
     "state, or its pattern moved by hand, make the state anew by `init`",
-    "the rule asked for more blocks than a layer stores; give the layer a larger density",
+    "the rule asked for more than a layer stores; give the layer a larger density",
 )
 
 
@@ -54,13 +56,16 @@ class StoredState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """A rule, when it runs, whether it reads scores, and whether it takes the place of the step."""
+    """The rule of grids of blocks, that of outputs which store weights one by one, when they run, whether
+    they read scores, and whether they take the place of the step."""
 
     rule: BlockRule | None
+    in_columns: BlockRule | None = None
     at: Updates | None = None
     scored: bool = False
     replaces: bool = False
     first: int = 0  # no update before this step
+    seed: Any = 0
 
     def fires(self, count) -> Array:
         """Whether the pattern moves at this step (bool scalar)."""
@@ -71,6 +76,10 @@ class _Recipe:
     def due(self, count) -> Array:
         """Whether the layers have to compute scores at this step (bool scalar)."""
         return self.fires(count) if self.scored else jnp.zeros((), bool)
+
+    def flags(self, m: Matrix, count) -> Array:
+        """What `due` of a matrix is at this step: its candidates are drawn anew at each update."""
+        return m.drawn(self.due(count), m.leaf.salt(self.seed, count) ^ jnp.uint32(CANDIDATES))
 
 
 def stored(
@@ -87,22 +96,29 @@ def stored(
     groups: int = 1,
     seed: Seed = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains layers that store blocks (`BlockSparseLinear`), and moves their pattern on a schedule:
-    parameters, gradients and all slots of the inner optimizer are those of the stored blocks.
+    r"""Trains layers that store blocks (`BlockSparseLinear`) or single weights (`CondensedLinear`), and moves
+    their pattern on a schedule: parameters, gradients and all slots of the inner optimizer are those of
+    what is stored.
 
     The step and the result are those of the masked method of the same name with
     `structure=Block(bh, bw)`, `sparsity` that of the layers and the same `seed`, to rounding: with
     $|B|_1$ the sum of the magnitudes in a block, at each update "rigl" drops the part $f$ of the stored
     blocks of smallest $|W_B|_1$ and grows as many of largest $|(x^T dy)_B|_1$; "set" grows at random;
-    "magnitude" only drops, along the cubic curve; "static" does nothing.
+    "magnitude" only drops, along the cubic curve; "static" does nothing. Single weights are those of the
+    masked method with `structure=FanIn()`: each output drops and grows for itself and keeps its number
+    of weights, so that any unstructured pattern can be had, of even outputs or not. A rule is shown some
+    outputs at a time, and no array of the size of the matrix is made.
 
     Places are integers in the tree of parameters. The inner optimizer never sees them: it is run on the
     trained leaves alone, with `optax.MaskedNode` elsewhere, and `stored` returns integer updates, new
-    places minus old ones, which `optax.apply_updates` adds exactly. A block that stays keeps its number
-    in the arrays, and so its slots; a new one takes the number of one that goes, starts at 0, with slots
+    places minus old ones, which `optax.apply_updates` adds exactly. What stays keeps its number
+    in the arrays, and so its slots; what is new takes the number of what goes, starts at 0, with slots
     as at `init`. The norms of absent blocks come as the gradient of the layer's `scores`, computed in
-    panels in the backward pass of those steps only that the flag `due` of the layer announces, which
-    `stored` sets one step ahead (`pallas_kernels.score_blocks`).
+    panels in the backward pass of those steps only that the flags `due` of the layer announce, which
+    `stored` sets one step ahead (`pallas_kernels.score_blocks`); those of single weights as the gradient
+    itself (`pallas_kernels.score_inputs`). A layer with fewer `candidates` has only so many block rows, or
+    inputs, scored, which the seed draws anew for each update; what is no candidate grows where they do
+    not suffice, at random.
 
     What averages, decays or adds noise belongs inside, around the optimizer of the values. From the
     outside it is refused: places that something else has changed raise `ValueError` outside of `jit`; in
@@ -112,14 +128,15 @@ def stored(
       inner: the optimizer of the values and of all dense leaves.
       rule: a name, or a function of a `Step` that returns the new mask of each grid of blocks, in which a
         weight of a view stands for a block: `w` is its norm, 0 where it is absent, `g` that of its
-        gradient if the function is marked by `scores.declare(needs_gradient=True)`, else None.
+        gradient if the function is marked by `scores.declare(needs_gradient=True)`, else None. Single
+        weights take names only.
       total_steps: the length of the run, in steps; not needed by "static".
       update_every: steps between two updates.
       begin_step: the first update; after `update_every` steps by default ("magnitude": 0).
       end_step: no update after it; 75 % of the run by default.
       drop_fraction: of "rigl" and "set": the part that the first update replaces, which falls along a
         cosine to 0 at `end_step`; or a schedule of it.
-      sparsity: of "magnitude": the share of the blocks of each matrix that is not stored in the end.
+      sparsity: of "magnitude": the share of each matrix that is not stored in the end.
         The arrays keep their size.
       initial_sparsity: of "magnitude": that of the cubic curve's start.
       groups: groups of neighbouring block columns that keep their numbers of blocks. With as many as
@@ -127,20 +144,22 @@ def stored(
       seed: of random growth and of ties, an integer.
 
     Returns:
-      A transformation of trees of which each stored matrix is four siblings: `values`, `places`,
-      `scores`, `due`. Gradients of integers may be `float0`, zeros, or missing (see `full_gradients`).
+      A transformation of trees of which each stored matrix is siblings: `values`, `places`, `scores`,
+      `due`; or `values`, `rows`, `outputs`, `due` and, with candidates, `scores`. Gradients of integers may be `float0`, zeros, or missing (see `full_gradients`).
 
     Raises:
       ValueError: an unknown rule, missing or contradictory arguments; at `init` parameters without
         stored matrices, or with a pattern that is none; at `update` gradients that are missing.
 
-    With gradients averaged by `pmean` the score is the mean of the norms over the replicas, with those
-    of microbatches over these; the masked methods take the norm of the mean. Slots of another shape than
-    the values (factored moments) belong to no block and stay.
+    With gradients averaged by `pmean` the score of a block is the mean of the norms over the replicas, with
+    those of microbatches over these; the masked methods take the norm of the mean, and so do single
+    weights here. Slots of another shape than the values (factored moments) belong to no block and stay.
 
     Sources: Evci et al., Rigging the lottery, 2020; Mocanu et al., Scalable training of artificial neural
     networks with adaptive sparse connectivity, 2018; Zhu & Gupta, To prune, or not to prune, 2017. Stored
-    values instead of masks: Nikdan et al., SparseProp, 2023; Wesselink et al., Nerva, 2024.
+    values instead of masks: Nikdan et al., SparseProp, 2023; Wesselink et al., Nerva, 2024. Candidates at
+    random: Heddes et al., Always-sparse training by growing connections with guided stochastic
+    exploration, 2024.
 
     >>> import jaxsparse
     >>> from jaxsparse.nn import BlockSparseLinear, Trained
@@ -171,6 +190,7 @@ def stored(
             return StoredState(jnp.int32(0), 0, jnp.int32(0), inner.init(params))
         params = nnx.as_pure(params)
         tree, leaves = find(params, groups), jax.tree.leaves(params)
+        _check_rule(tree, recipe)
         check_patterns(tree, leaves, groups)
         return StoredState(
             count=jnp.zeros((), jnp.int32),
@@ -186,22 +206,24 @@ def stored(
         changed = [jnp.any(p != q) for p, q in zip(places, state.places)]
         if recipe.scored:  # the flags, too, are as the last update left them
             told = recipe.due(state.count)
-            flags = [jnp.any((leaves[m.due] != 0) != told) for m in tree.matrices]
-            changed += [(state.count > 0) & flag for flag in flags]
+            for m in tree.matrices:
+                due = leaves[m.due]
+                wrong = jnp.where(told, ~m.is_due(due), jnp.any(due != 0))
+                changed.append((state.count > 0) & wrong)
         fault = jnp.where(jnp.any(jnp.stack(changed)), 1, state.fault)
-        kept = [jnp.ones((*m.lead, m.capacity), bool) for m in tree.matrices]
+        kept = [jnp.ones(m.used(p).shape, bool) for m, p in zip(tree.matrices, places)]
         fires = recipe.fires(state.count)
-        if (choose := recipe.rule) is not None:
+        if recipe.rule is not None:
             worth = [grads[m.scores] for m in tree.matrices] if recipe.scored else None
             if recipe.scored:  # computed where the layers were told that they are due
-                fires &= jnp.all(jnp.stack([jnp.all(leaves[m.due] != 0) for m in tree.matrices]))
+                fires &= jnp.all(jnp.stack([m.is_due(leaves[m.due]) for m in tree.matrices]))
             sound = lambda yes, *xs: yes & ~any_nan(*xs)
             fires = when(fires, sound, fires, worth or [], values)
-            run = lambda carry, *xs: _choose(choose, tree, carry, *xs)
-            carry = places, kept, fault
-            places, kept, fault = when(fires, run, carry, state.count, values, worth)
+            run = lambda carry, *xs: _choose(recipe, tree, carry, *xs)
+            carry, due = (places, kept, fault), [leaves[m.due] for m in tree.matrices]
+            places, kept, fault = when(fires, run, carry, state.count, values, worth, due)
 
-        live = [(k & m.used(p))[..., None, None] for m, k, p in zip(tree.matrices, kept, places)]
+        live = [k & m.used(p) for m, k, p in zip(tree.matrices, kept, places)]
         whole = [jnp.broadcast_to(k, v.shape) for k, v in zip(live, values)]
         visible = tree.visible(leaves)
         before = restart(inner, state.inner, whole, tree, visible)
@@ -214,13 +236,14 @@ def stored(
 
         found = tree.leaves_of(deltas)
         out = [jnp.zeros_like(x) if d is None else d for x, d in zip(leaves, found)]
-        due = recipe.due(state.count + 1)
         for m, k, p, v in zip(tree.matrices, live, places, values):
             move = jnp.where(k, out[m.values].astype(v.dtype), -v)
             out[m.values] = jnp.where(fault != 0, jnp.full((), jnp.nan, v.dtype), move)
-            change = due.astype(leaves[m.due].dtype) - leaves[m.due]
-            for i, x in ((m.places, p - leaves[m.places]), (m.due, change)):
+            flags = recipe.flags(m, state.count + 1).astype(leaves[m.due].dtype)
+            change = {m.places: p - leaves[m.places], m.due: flags - leaves[m.due]}
+            for i in m.integers:
                 exact = grads[i] is None or max(m.capacity, *m.grid) >= 1 << 24
+                x = change.get(i, out[i])
                 out[i] = x if exact else x.astype(grads[i].dtype)
         new = StoredState(
             jnp.asarray(optax.safe_increment(state.count)), tuple(places), fault, slots
@@ -240,6 +263,7 @@ def stored(
             )
         tree = find(params, groups)
         _check_state(tree, state)
+        _check_rule(tree, recipe)
         grads = tree.gradients(updates, jax.tree.leaves(params), recipe.scored)
         out, new = compiled(grads, state, params, **extra)
         if is_concrete(new.fault) and int(jnp.max(new.fault)):
@@ -286,17 +310,48 @@ def recipe_of(
         at = Timing().updates(*times)
         start = start_of_ramp(initial_sparsity, sparsity)
         ramp = schedules.cubic(at.begin, at.end, initial=start)
-        return _Recipe(_keep_largest(sparsity, ramp), at)
+        in_columns = _keep_largest_in_columns(sparsity, ramp)
+        return _Recipe(_keep_largest(sparsity, ramp), in_columns, at)
     at = REWIRING.updates(*times)
     if callable(rule):
         own: Any = rule
-        return _Recipe(own, at, scored=scores.needs_gradient(own), first=1)
+        return _Recipe(own, None, at, scored=scores.needs_gradient(own), first=1, seed=seed)
     fraction = schedules.drop_fraction(drop_fraction, at.end)
-    if rule == "set":
-        found = drop_and_grow(scores.magnitude, scores.random, fraction, seed=seed)
-        return _Recipe(found, at, first=1)
-    found = drop_and_grow(scores.magnitude, scores.gradient, fraction, seed=seed)
-    return _Recipe(found, at, scored=True, replaces=True, first=1)
+    grow = scores.random if rule == "set" else scores.gradient
+    both = (
+        drop_and_grow(scores.magnitude, grow, fraction, seed=seed),
+        _swap_in_columns(fraction, seed),
+    )
+    by_gradient = rule == "rigl"
+    return _Recipe(*both, at, scored=by_gradient, replaces=by_gradient, first=1, seed=seed)
+
+
+def _swap_in_columns(fraction: Schedule, seed: Any) -> BlockRule:
+    """`drop_and_grow` of some outputs of a matrix, each by itself: by the gradient where there is one, and
+    what has none of its own at random, in the order of the whole matrix."""
+
+    def rule(step: Step) -> list[Array]:
+        (view,), (salt,) = step.views, step.salts(seed)
+        number = selection.hash_at(view.stats, salt ^ jnp.uint32(GROWTH))
+        promise = lax.bitcast_convert_type(number >> 1, jnp.int32) + jnp.iinfo(jnp.int32).min
+        if view.g is not None:  # positive numbers are ordered like their bits
+            size = lax.bitcast_convert_type(jnp.abs(view.g).astype(jnp.float32), jnp.int32)
+            promise = jnp.where(size > 0, size, promise)
+        drop = [scores.magnitude(view)]
+        return swap(step.leaves, step.masks, drop, [promise], fraction(step.count), salts=[salt])
+
+    return rule
+
+
+def _keep_largest_in_columns(sparsity: Any, ramp: Schedule) -> BlockRule:
+    """Of the stored weights of some outputs keep the largest of each, as many as the masked method."""
+
+    def rule(step: Step) -> list[Array]:
+        view, fraction = step.views[0], cast(Any, ramp(step.count))
+        (n,) = unit_budgets([step.aux], allocations.Uniform(), sparsity, fraction)
+        return [view.leaf.best(scores.magnitude(view), n, where=view.m)]
+
+    return rule
 
 
 def _keep_largest(sparsity: Any, ramp: Schedule) -> BlockRule:
@@ -327,20 +382,42 @@ def _matrix_shape(grid: Leaf, block: tuple[int, int]) -> tuple[int, ...]:
     return (*grid.stack_shape, gr * block[0], gc * block[1])
 
 
-def _choose(rule: BlockRule, tree: StoredTree, carry, count: Array, values, worth):
-    """The pattern that the rule chooses: new places, which blocks stay, and whether there is a fault."""
-    places, _, fault = carry
-    views = []
+def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, worth, due):
+    """The pattern that the rule chooses: new places, which values stay, and whether there is a fault."""
+    places, kept, fault = list(carry[0]), list(carry[1]), carry[2]
+    fits, views, blocks = [], [], []
     for i, (m, v, p) in enumerate(zip(tree.matrices, values, places)):
-        norms = jnp.sum(jnp.abs(v), (-2, -1), dtype=jnp.promote_types(v.dtype, jnp.float32))
         g = None if worth is None else worth[i]
-        views.append(View(m.leaf, m.spread(norms, p), g, m.mask(p)))
-    masks = rule(Step(count, views, aux=[m.block_shape for m in tree.matrices]))
-    found = [m.rewired(p, mask) for m, p, mask in zip(tree.matrices, places, masks)]
-    counts = [jnp.sum(mask, (-2, -1), dtype=jnp.int32) for mask in masks]
-    many = [jnp.any(n > m.capacity) for n, m in zip(counts, tree.matrices)]
-    fault = jnp.where(jnp.any(jnp.stack(many)), jnp.int32(2), fault)
-    return [p for p, _ in found], [k for _, k in found], fault
+        if isinstance(m, Columns):
+            places[i], kept[i], fit = m.rewired(recipe.in_columns, count, v, p, g, due[i])
+            fits.append(fit)
+        elif isinstance(m, Blocks):
+            norms = jnp.sum(jnp.abs(v), (-2, -1), dtype=jnp.promote_types(v.dtype, jnp.float32))
+            g = None if g is None else m.on_grid(g, due[i])
+            views.append(View(m.leaf, m.spread(norms, p), g, m.mask(p)))
+            blocks.append((i, m))
+    masks = []
+    if recipe.rule is not None and blocks:
+        masks = recipe.rule(Step(count, views, aux=[m.block_shape for _, m in blocks]))
+    for (i, m), mask in zip(blocks, masks):
+        places[i], kept[i] = m.rewired(places[i], mask)
+        fits.append(jnp.all(jnp.sum(mask, (-2, -1), dtype=jnp.int32) <= m.capacity))
+    return places, kept, jnp.where(jnp.all(jnp.stack(fits)), fault, jnp.int32(2))
+
+
+def _check_rule(tree: StoredTree, recipe: _Recipe) -> None:
+    """Raises `ValueError` for matrices that the rule is not for."""
+    for m in tree.matrices:
+        if isinstance(m, Columns) and recipe.rule is not None and recipe.in_columns is None:
+            raise ValueError(
+                f"rule: a rule of your own is one of blocks, and {m.path!r} stores weights one by one; give "
+                "'rigl', 'set', 'magnitude' or 'static'"
+            )
+        if recipe.scored and m.scores is None:
+            raise ValueError(
+                f"params: {m.path!r} keeps no candidates for growth by gradient; give its layer "
+                "candidates="
+            )
 
 
 def _check_state(tree: StoredTree, state: StoredState) -> None:
@@ -352,8 +429,9 @@ def _check_state(tree: StoredTree, state: StoredState) -> None:
         )
     for m, places in zip(tree.matrices, state.places):
         if (n := jnp.shape(places)[-1]) != m.capacity:
+            what = "blocks" if isinstance(m, Blocks) else "weights of an output"
             raise ValueError(
-                f"opt_state: {m.path!r} has room for {m.capacity} blocks, its state for {n}; restore "
+                f"opt_state: {m.path!r} has room for {m.capacity} {what}, its state for {n}; restore "
                 "both from one checkpoint"
             )
 
@@ -382,7 +460,8 @@ def check_stored(opt_state) -> None:
 
 
 def stored_blocks(params) -> dict[str, Array]:
-    """Which blocks the stored matrices of a tree hold: a mask of its grid by the path of each matrix.
+    """Which blocks the stored matrices of a tree hold: a mask of its grid by the path of each matrix that
+    stores blocks.
 
     >>> from jaxsparse.nn import BlockSparseLinear, Trained
     >>> layer = BlockSparseLinear(8, 8, block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
@@ -394,7 +473,8 @@ def stored_blocks(params) -> dict[str, Array]:
     """
     params = nnx.as_pure(params)
     leaves = jax.tree.leaves(params)
-    return {m.leaf.path: m.mask(leaves[m.places]) for m in find(params, 1).matrices}
+    blocks = [m for m in find(params, 1).matrices if isinstance(m, Blocks)]
+    return {m.leaf.path: m.mask(leaves[m.places]) for m in blocks}
 
 
 def stored_states(opt_state) -> list[StoredState]:

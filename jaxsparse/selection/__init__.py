@@ -19,7 +19,7 @@ stored: on CPU, storing an array of the size of the data costs more than the sea
 """
 
 from jaxsparse._counts import kept_count, no_less, scale_count
-from jaxsparse.selection._hash import as_seed, mix, position_hash
+from jaxsparse.selection._hash import as_seed, hash_at, mix, position_hash
 from jaxsparse.selection.indices import topk_indices
 from jaxsparse.selection.quantile import quantile
 from jaxsparse.selection.topk import count, topk_mask, topk_masks
@@ -30,6 +30,7 @@ __all__ = [
     "kept_count",
     "mix",
     "no_less",
+    "hash_at",
     "position_hash",
     "quantile",
     "scale_count",

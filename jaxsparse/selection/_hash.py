@@ -63,10 +63,33 @@ def as_seed(seed: Any) -> Array:
 def hashed(shape: Sequence[int], seed: Array, zero: Array, offset: int = 0) -> Array:
     """See `position_hash`; positions start at `offset`, and from `zero` as in `position`."""
     outer, inner = outer_inner(shape, range(len(shape)), 2 * _counts.WIDE)
-    factor, shift = mix(seed + jnp.uint32(0x9E3779B9)) | 1, mix(seed ^ jnp.uint32(0x7F4A7C15))
+    factor, shift = _line(seed)
     if outer:
         shift = mix(position(shape, outer, zero) + shift)
     return mix((position(shape, inner, zero) + jnp.uint32(offset)) * factor + shift)
+
+
+def _line(seed: Array) -> tuple[Array, Array]:
+    """What positions are multiplied by, and what is added."""
+    return mix(seed + jnp.uint32(0x9E3779B9)) | 1, mix(seed ^ jnp.uint32(0x7F4A7C15))
+
+
+def hash_at(positions: Array, seed: Any) -> Array:
+    """`position_hash` at some positions of an array: for one that is seen in parts.
+
+    Args:
+      positions: row-major ones, uint32, below 2^32.
+      seed: an int, an integer scalar (traced or not), or a PRNG key.
+
+    >>> whole = position_hash((4, 6), seed=7)
+    >>> bool((hash_at(jnp.uint32([[8], [14]]), seed=7) == whole[1:3, 2:3]).all())
+    True
+
+    Raises:
+      ValueError: a seed that is none of these.
+    """
+    factor, shift = _line(as_seed(seed))
+    return mix(positions * factor + shift)
 
 
 def position_hash(shape: Sequence[int], seed: Any) -> Array:

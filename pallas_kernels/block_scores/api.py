@@ -1,15 +1,13 @@
 """`block_scores`: norms of the blocks of `x^T dy`; `score_blocks`: the same as the gradient of a probe."""
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels._dispatch import choose, vary_alike
 from pallas_kernels._formats import Array
+from pallas_kernels._probe import probed
 from pallas_kernels.block_scores import reference, tpu, xla
 
 IMPLEMENTATIONS: dict[str, Any] = {"tpu": tpu, "xla": xla, "reference": reference}
@@ -89,58 +87,47 @@ def score_blocks(
 ) -> Array:
     """y, unchanged; but the gradient of `probe` is the `block_scores` of the weight that made y of x.
 
-    They are computed in the backward pass, and only where `due` is not 0; else the gradient is 0 and
-    costs nothing.
+    They are computed in the backward pass, and only where some of `due` is not 0; else the gradient is 0
+    and costs nothing. With fewer rows than there are block rows it is that of those which are due, at as
+    much less cost.
 
     Args:
       x: `[..., in]`.
       y: `[..., out]`, a product of x with a weight `[in, out]`.
-      probe: float32 `[block rows, block columns]`; its values are not read.
-      due: int32 scalar.
+      probe: float32 `[scored block rows, block columns]`; its values are not read.
+      due: integers `[block rows]`, not 0 where a block row is to be scored: at as many as the probe has
+        rows, or nowhere.
       block_shape: `(bh, bw)`.
       precision: of the product `x^T dy`.
 
     Raises:
-      ValueError: a probe of another shape than the grid of blocks, a `due` that is no integer scalar.
+      ValueError: a probe or `due` of another shape, a `due` that holds no integers.
 
+    >>> import jax
     >>> probe = jnp.zeros((2, 2))
     >>> x, w = jnp.array([[1.0, 0.0, 2.0, 0.0]]), jnp.ones((4, 2))
     >>> loss = lambda probe, due: score_blocks(x, x @ w, probe, due, (2, 1)).sum()
-    >>> [jax.grad(loss)(probe, jnp.int32(due)).tolist() for due in (0, 1)]
+    >>> [jax.grad(loss)(probe, jnp.full(2, due)).tolist() for due in (0, 1)]
     [[[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [2.0, 2.0]]]
+    >>> jax.grad(loss)(jnp.zeros((1, 2)), jnp.array([0, 1])).tolist()
+    [[2.0, 2.0]]
     """
     grid = -(-x.shape[-1] // block_shape[0]), -(-y.shape[-1] // block_shape[1])
-    if probe.shape != grid:
-        raise ValueError(f"probe.shape={probe.shape} must be {grid}, one number for each block")
-    if due.shape != () or not jnp.issubdtype(due.dtype, jnp.integer):
-        raise ValueError(f"due has shape {due.shape}, dtype {due.dtype}: give an integer scalar")
-    static = tuple(block_shape), precision
-    x = lax.stop_gradient(jnp.asarray(x))
-    return _scored(static, *vary_alike(x, jnp.asarray(y), probe, due))
+    if probe.ndim != 2 or not 0 < probe.shape[0] <= grid[0] or probe.shape[1] != grid[1]:
+        raise ValueError(
+            f"probe.shape={probe.shape} must be {grid}, one number for each block, or have fewer rows"
+        )
+    if due.shape != grid[:1]:
+        raise ValueError(f"due.shape={due.shape} must be {grid[:1]}, one number for each block row")
+    return probed(_scores, (tuple(block_shape), precision), x, y, probe, due)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(static, x: Array, y: Array, probe: Array, due: Array) -> Array:
-    del static, x, probe, due
-    return y
-
-
-def _forward(static, x, y, probe, due):
-    return _scored(static, x, y, probe, due), (x, probe, due)
-
-
-def _backward(static, residuals, dy):
-    (block_shape, precision), (x, probe, due) = static, residuals
-    found = lax.cond(
-        due != 0,
-        lambda x, dy: vary_alike(
-            block_scores(x, dy.astype(x.dtype), block_shape, precision=precision), like=(x, dy)
-        ).astype(probe.dtype),
-        lambda x, dy: vary_alike(jnp.zeros(probe.shape, probe.dtype), like=(x, dy)),
-        x,
-        dy,
-    )
-    return jnp.zeros_like(x), dy, found, np.zeros(due.shape, jax.dtypes.float0)
-
-
-_scored.defvjp(_forward, _backward)
+def _scores(static, x: Array, dy: Array, at: Array | None, places: None) -> Array:
+    """The scores of all block rows, or of those `at` some numbers."""
+    block_shape, precision = static
+    if at is not None:
+        rows, height = jnp.reshape(x, (-1, x.shape[-1])), block_shape[0]
+        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % height)))
+        x = rows.reshape(rows.shape[0], -1, height)[:, at].reshape(rows.shape[0], -1)
+        dy = jnp.reshape(dy, (-1, dy.shape[-1]))
+    return block_scores(x, dy, block_shape, precision=precision)

@@ -11,6 +11,7 @@ from jax import lax
 from pallas_kernels import cpu as kernels
 from pallas_kernels._dispatch import check_operands, choose, target_platform, vary_alike
 from pallas_kernels._formats import Array, integer_places
+from pallas_kernels._probe import probed
 from pallas_kernels.condensed_matmul import cpu, reference, xla
 from pallas_kernels.condensed_matmul.format import Condensed
 
@@ -66,6 +67,54 @@ def condensed_matmul(
     rows, w = vary_alike(rows, w)
     y = _product((name, precision), rows, w.values, dataclasses.replace(w, values=None))
     return jnp.reshape(jnp.asarray(y), (*x.shape[:-1], w.shape[1]))
+
+
+def score_inputs(
+    x: Array,
+    y: Array,
+    probe: Array,
+    due: Array,
+    outputs: Array,
+    *,
+    precision: lax.PrecisionLike = None,
+) -> Array:
+    """y, unchanged; but the gradient of `probe` is that of the weight that made y of x, stored or not, at
+    the inputs that are due: `x[due]^T dy`, computed in the backward pass, and only where some are.
+
+    Args:
+      x: `[..., in]`.
+      y: `[..., out]`, a product of x with a weight `[in, out]`.
+      probe: float32 `[scored inputs, stored outputs]`; its values are not read.
+      due: integers `[in]`, not 0 where an input is to be scored: at as many as the probe has rows, or
+        nowhere.
+      outputs: int32 `[stored outputs]`, which of y are scored.
+      precision: of the product `x^T dy`, which is summed in float32.
+
+    Raises:
+      ValueError: a probe or `due` of another shape, a `due` that holds no integers.
+
+    >>> x, w = jnp.array([[1.0, 4.0, 2.0]]), jnp.ones((3, 2))
+    >>> loss = lambda probe: score_inputs(
+    ...     x, x @ w, probe, jnp.array([0, 1, 1]), jnp.arange(2)
+    ... ).sum()
+    >>> jax.grad(loss)(jnp.zeros((2, 2))).tolist()
+    [[4.0, 4.0], [2.0, 2.0]]
+    """
+    if probe.ndim != 2 or probe.shape[1] != outputs.shape[0] or due.shape != x.shape[-1:]:
+        raise ValueError(
+            f"probe.shape={probe.shape}, due.shape={due.shape}: they must be [scored inputs, "
+            f"{outputs.shape[0]}] and {x.shape[-1:]}"
+        )
+    return probed(_input_scores, precision, x, y, probe, due, integer_places("outputs", outputs))
+
+
+def _input_scores(precision, x: Array, dy: Array, at: Array | None, outputs: Array | None) -> Array:
+    x, dy = (jnp.reshape(a, (-1, a.shape[-1])) for a in (x, dy))
+    if at is not None:
+        x = x[:, at]
+    if outputs is not None and outputs.shape[0] < dy.shape[1]:
+        dy = dy[:, outputs]
+    return jnp.matmul(x.T, dy, precision=precision, preferred_element_type=jnp.float32)
 
 
 _MODULES = {"cpu": cpu, "xla": xla, "reference": reference}

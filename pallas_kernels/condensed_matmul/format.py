@@ -14,26 +14,31 @@ from jax import lax
 
 from pallas_kernels._formats import Array, concrete, integer_places
 
+_PANEL = 1 << 20  # numbers that are drawn at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Condensed:
     """A matrix `[in, out]` of which each column (output) stores `fan_in` elements, or nothing.
 
     Columns with fewer nonzeros are filled up, so that any unstructured matrix can be held; masks of
-    constant fan-in waste nothing. What fills up has row 0 after the first place: it counts as zero
+    constant fan-in waste nothing. What fills up has the row beyond the last: it counts as zero
     whatever its value, and gets no gradient. (The condensed representation of Lasby, Golubeva,
     Evci, Nica, Ioannou, Dynamic Sparse Training with Structured Sparsity, 2024.) Gradients are taken
     with respect to `values`: `jax.grad(lambda values: loss(w.with_values(values)))(w.values)`.
+    The values of a column may stand in any order, so that a pattern can change without moving those
+    that stay; what fills up costs nothing at the end of a column.
 
     Attributes:
       values: `[stored outputs, fan_in]`.
-      rows: int32 `[stored outputs, fan_in]`, the row of each value, ascending, then zeros.
+      rows: int32 `[stored outputs, fan_in]`, the row of each value, no row twice in a column; `in`
+        where nothing is stored.
       outputs: int32 `[stored outputs]`, which outputs these are, ascending; the others are zero.
       shape: `(in, out)`.
 
     >>> w = Condensed.from_dense(jnp.array([[1.0, 0.0, 0.0], [2.0, 0.0, 3.0]]))
     >>> w.values.tolist(), w.rows.tolist(), w.outputs.tolist()
-    ([[1.0, 2.0], [3.0, 0.0]], [[0, 1], [1, 0]], [0, 2])
+    ([[1.0, 2.0], [3.0, 0.0]], [[0, 1], [1, 2]], [0, 2])
     """
 
     values: Array
@@ -69,6 +74,37 @@ class Condensed:
             raise ValueError("fan_in=None must be a number where the mask is not known (jit)")
         return _store(dense, mask, jnp.asarray(outputs), fan_in)
 
+    @classmethod
+    def random(
+        cls, key: Array, shape: tuple[int, int], *, fan_in: int, dtype: Any = jnp.float32
+    ) -> "Condensed":
+        """`fan_in` elements of each column at random rows, normal values of variance `1 / fan_in`. A key
+        that is traced draws other rows than one that is known.
+
+        >>> Condensed.random(jax.random.key(0), (8, 4), fan_in=3).values.shape
+        (4, 3)
+
+        Raises:
+          ValueError: `fan_in` is not an integer from 1 to the number of rows.
+        """
+        inputs, outputs = shape
+        if isinstance(fan_in, bool) or not isinstance(fan_in, int) or not 1 <= fan_in <= inputs:
+            raise ValueError(f"fan_in={fan_in!r} must be an integer from 1 to {inputs}, the rows")
+        if concrete(key):
+            rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
+            pick = lambda n: rng.random((n, inputs)).argpartition(fan_in - 1, 1)[:, :fan_in]
+            panel = max(1, _PANEL // inputs)
+            sizes = [min(panel, outputs - i) for i in range(0, outputs, panel)]
+            rows = jnp.asarray(np.sort(np.concatenate([pick(n) for n in sizes]), 1), jnp.int32)
+        else:
+            one = lambda key: lax.top_k(jax.random.uniform(key, (inputs,)), fan_in)[1]
+            keys = jax.random.split(jax.random.fold_in(key, 1), outputs)
+            rows = jnp.sort(lax.map(one, keys, batch_size=64), 1)
+        values = jax.random.normal(key, rows.shape, jnp.float32) / fan_in**0.5
+        return cls(
+            values.astype(dtype), rows, jnp.arange(outputs, dtype=jnp.int32), (inputs, outputs)
+        )
+
     @property
     def fan_in(self) -> int:
         """Stored elements of a column."""
@@ -81,14 +117,12 @@ class Condensed:
     @property
     def filled(self) -> Array:
         """bool, like the values: which of them fill up their output and count as zero."""
-        place = lax.broadcasted_iota(jnp.int32, self.rows.shape, 1)
-        return (integer_places("rows", self.rows) == 0) & (place > 0)
+        return integer_places("rows", self.rows) >= self.shape[0]
 
     def to_dense(self) -> Array:
         """The matrix with its zeros, `[in, out]`."""
         at = integer_places("rows", self.rows), integer_places("outputs", self.outputs)[:, None]
-        values = jnp.where(self.filled, 0, self.values)
-        return jnp.zeros(self.shape, self.dtype).at[at].add(values)
+        return jnp.zeros(self.shape, self.dtype).at[at].set(self.values, mode="drop")
 
     def with_values(self, values: Array) -> "Condensed":
         """The same pattern with other values `[stored outputs, fan_in]`."""
@@ -108,7 +142,7 @@ def _store(dense: Array, mask: Array, outputs: Array, fan_in: int) -> Condensed:
     slot = jnp.where(mask, jnp.cumsum(mask, 0) - 1, fan_in)  # fan_in: dropped
     out, row = (lax.broadcasted_iota(jnp.int32, dense.shape, a) for a in (1, 0))
     stored = outputs.shape[0], fan_in
-    rows = jnp.zeros(stored, jnp.int32).at[out, slot].set(row, mode="drop")
+    rows = jnp.full(stored, shape[0], jnp.int32).at[out, slot].set(row, mode="drop")
     values = jnp.zeros(stored, dense.dtype).at[out, slot].set(dense, mode="drop")
     return Condensed(values, rows, outputs, (shape[0], shape[1]))
 

@@ -16,5 +16,5 @@ def gradients(x: Array, dy: Array, w: Condensed, *, precision=None) -> tuple[Arr
     """`dy w^T`, and the stored elements of `x^T dy`, in the dtypes of x and w."""
     dx = jnp.matmul(dy, w.to_dense().T, precision=precision, preferred_element_type=jnp.float32)
     full = jnp.matmul(x.T, dy, precision=precision, preferred_element_type=jnp.float32)
-    dvalues = jnp.where(w.filled, 0, full[w.rows, w.outputs[:, None]])
+    dvalues = full.at[w.rows, w.outputs[:, None]].get(mode="fill", fill_value=0)
     return dx.astype(x.dtype), dvalues.astype(w.dtype)

@@ -7,6 +7,8 @@ A few rows of x are taken one by one: gather from the row, multiply, sum.
 From 16 % density on the dense product is faster and is what runs.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -29,7 +31,8 @@ def matmul(x: Array, w: Condensed, *, precision=None) -> Array:
     """`x @ w`, summed in float32, in the dtype of x."""
     if dense_is_faster(w):
         return reference.matmul(x, w, precision=precision)
-    w = w.with_values(jnp.where(w.filled, 0, w.values))
+    values, rows = jnp.where(w.filled, 0, w.values), jnp.minimum(w.rows, w.shape[0] - 1)
+    w = dataclasses.replace(w, values=values, rows=rows)
     y = (_row_by_row if x.shape[0] < _FEW_ROWS else _set_by_set)(x, w).astype(x.dtype)
     if w.values.shape[0] == w.shape[1]:
         return y

@@ -1,4 +1,5 @@
-// Products with a matrix [in, out] of which each output stores `fan_in` values at ascending rows.
+// Products with a matrix [in, out] of which each output stores `fan_in` values at rows in any order, or
+// at row `in` what fills it up.
 //
 // x is cut into tiles of batch rows and transposed, [in, tile]: one stored value then multiplies one
 // row of a tile, contiguous in memory, and a tile stays in the second cache while all outputs pass.
@@ -10,27 +11,30 @@ namespace kernels {
 
 struct Condensed {
   const float* values;  // [out, fan_in]
-  const int32_t* rows;  // [out, fan_in], in [0, in), ascending, then zeros that fill up
+  const int32_t* rows;  // [out, fan_in], in [0, in]
   int64_t in, out, fan_in;
 
-  // How many values output o has: those before the first row 0 that is not the first.
+  // How many values output o has, with those that fill it up before others.
   int64_t count(int64_t o) const {
     const int32_t* r = rows + o * fan_in;
-    return std::partition_point(r + 1, r + fan_in, [](int32_t row) { return row != 0; }) - r;
+    int64_t n = fan_in;
+    while (n > 0 && r[n - 1] == in) --n;
+    return n;
   }
 };
 
-// Whether all rows are in [0, in).
+// Whether all rows are in [0, in].
 inline bool rows_in_range(const Condensed& w) {
   int32_t low = 0, high = 0;
   for (int64_t i = 0; i < w.out * w.fan_in; ++i) {
     low = std::min(low, w.rows[i]);
     high = std::max(high, w.rows[i]);
   }
-  return low >= 0 && high < w.in;
+  return low >= 0 && high <= w.in;
 }
 
-// A batch of rows [batch, width], cut into transposed tiles [width, 16 n].
+// A batch of rows [batch, width], cut into transposed tiles [width + 1, 16 n]: the last of those that are
+// read is zero, for what fills up an output.
 template <int n, class Pool>
 class Tiles {
  public:
@@ -38,10 +42,10 @@ class Tiles {
 
   Tiles(Pool& pool, int64_t batch, int64_t width, int64_t copies = 1)
       : pool_(pool), batch_(batch), width_(width), count_((batch + kRows - 1) / kRows),
-        data_(copies * count_ * kRows * width) {}
+        data_(copies * count_ * kRows * (width + 1)) {}
 
   int64_t count() const { return count_; }
-  float* tile(int64_t i) const { return data_.get() + i * kRows * width_; }
+  float* tile(int64_t i) const { return data_.get() + i * kRows * (width_ + 1); }
 
   void read(const float* x) {
     over_pieces([&](int64_t t, int64_t from, int64_t columns) {
@@ -49,6 +53,7 @@ class Tiles {
       transpose_matrix(x + t * kRows * width_ + from, width_, rows, columns,
                        tile(t) + from * kRows, kRows, kRows);
     });
+    for (int64_t t = 0; t < count_; ++t) std::fill_n(tile(t) + width_ * kRows, kRows, 0.0f);
   }
 
   // Writes columns [from, from + columns) of tile t, given as [columns, 16 n].
@@ -146,7 +151,7 @@ void matmul_transposed(Pool& pool, const Condensed& w, const float* dy, int64_t 
   parallel_for(pool, tiles * parts, [&](int64_t task) {
     int64_t t = task % tiles, first = task / tiles * step;
     float* sums = dxs.tile(task);
-    std::fill(sums, sums + w.in * kRows, 0.0f);
+    std::fill(sums, sums + (w.in + 1) * kRows, 0.0f);
     for (int64_t o = first; o < std::min(first + step, w.out); ++o) {
       const float* v = w.values + o * w.fan_in;
       const int32_t* r = w.rows + o * w.fan_in;

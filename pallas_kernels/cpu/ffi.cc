@@ -16,7 +16,7 @@ using Result = ffi::Result<Floats>;
 template <class F>
 ffi::Error run(const kernels::Condensed& w, int64_t batch, const F& f) {
   if (!kernels::rows_in_range(w)) {
-    return ffi::Error::InvalidArgument("rows must be in [0, " + std::to_string(w.in) + ")");
+    return ffi::Error::InvalidArgument("rows must be in [0, " + std::to_string(w.in) + "]");
   }
   kernels::with_tile(batch, w.in, f);
   return ffi::Error::Success();

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse.nn import BlockSparseLinear, Trained, store
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, store
 from pallas_kernels import BlockSparse
 
 X = jax.random.normal(jax.random.key(0), (16, 16))
@@ -61,6 +61,30 @@ def test_a_masked_run_goes_on_as_stored_along_the_same_trajectory(stop):
         np.testing.assert_allclose(layer.weight.to_dense(), model.layers[i].kernel[...], atol=1e-5)
         mask = np.asarray(masks["layers"][i]["kernel"])
         np.testing.assert_array_equal(np.kron(layer.weight.block_mask, np.ones((4, 4))), mask)
+        assert (mask != np.asarray(start["layers"][i]["kernel"])).any()
+
+
+@pytest.mark.parametrize("rule", ["rigl", pytest.param("set", marks=pytest.mark.slow)])
+def test_so_it_does_with_weights_that_are_stored_one_by_one(rule):
+    model, method = Model(), {"rigl": jaxsparse.rigl, "set": jaxsparse.set_}[rule]
+    tx = method(INNER, 0.5, structure="fan_in", allocation="uniform", **OPTIONS)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(20):
+        step(model, optimizer)
+    sparse, stored_tx, state = store(model, optimizer, INNER, rule=rule, **OPTIONS)
+    other = nnx.Optimizer(sparse, stored_tx, wrt=Trained)
+    nnx.update(other.opt_state, nnx.state(state))
+    start = jaxsparse.get_masks(optimizer)
+    for _ in range(15):
+        step(model, optimizer)
+        step(sparse, other)
+    masks = jaxsparse.get_masks(optimizer)
+    for i in range(2):
+        layer, mask = sparse.layers[i], np.asarray(masks["layers"][i]["kernel"])
+        assert isinstance(layer, CondensedLinear) and layer.values.shape[1] * 2 == mask.shape[0]
+        np.testing.assert_allclose(layer.weight.to_dense(), model.layers[i].kernel[...], atol=1e-5)
+        held = layer.weight.with_values(jnp.ones_like(layer.values[...])).to_dense()
+        np.testing.assert_array_equal(held != 0, mask)
         assert (mask != np.asarray(start["layers"][i]["kernel"])).any()
 
 

@@ -326,7 +326,7 @@ def test_slots_of_grown_blocks_start_afresh_and_those_of_others_stay():
         old, before = params, state
         updates, state = tx.update(gradient(params), state, params)
         params = optax.apply_updates(params, updates)
-        assert int(params["due"]) == (step == 2)
+        assert params["due"].tolist() == [int(step == 2)] * 4
     stays = (old["places"][:2] == params["places"][:2]).all(0)
     assert 0 < int(stays.sum()) < len(stays)
     trace = lambda s: optax.tree.get(s, "trace")["values"]
@@ -334,6 +334,24 @@ def test_slots_of_grown_blocks_start_afresh_and_those_of_others_stay():
     assert not trace(state)[~stays].any() and bool(trace(state)[stays].any())
     assert not params["values"][~stays].any()
     np.testing.assert_array_equal(params["values"][stays], old["values"][stays])
+
+
+def test_some_block_rows_are_candidates_drawn_anew_for_each_update():
+    tx, (make, params) = moving(optax.sgd(0.1)), split(layer(candidates=0.5))
+    state, gradient = tx.init(params), jax.jit(jax.grad(loss_of(make), allow_int=True))
+    assert params["scores"].shape == (2, 4)
+    drawn = set()
+    for _ in range(12):
+        due, old = np.asarray(params["due"]), weight(params).block_mask
+        updates, state = tx.update(gradient(params), state, params)
+        params = optax.apply_updates(params, updates)
+        grown = np.asarray(weight(params).block_mask & ~old)
+        assert not grown[due == 0].any() and int(weight(params).block_mask.sum()) == 8
+        if due.any():
+            assert due.sum() == 2
+            drawn.add(tuple(due))
+    check_stored(state)
+    assert len(drawn) > 2
 
 
 def test_a_gradient_that_is_nan_moves_nothing_and_shows():
@@ -457,7 +475,5 @@ def test_a_rule_that_wants_more_blocks_than_are_stored_is_refused():
     tx = moving(optax.sgd(0.1), rule=lambda step: [jnp.ones(v.m.shape, bool) for v in step.views])
     params, state, _ = train(tx, steps=3)
     assert bool(jnp.isnan(params["values"]).any())
-    with pytest.raises(
-        ValueError, match="more blocks than a layer stores; give the layer a larger"
-    ):
+    with pytest.raises(ValueError, match="more than a layer stores; give the layer a larger"):
         check_stored(state)

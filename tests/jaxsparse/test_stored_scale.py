@@ -175,7 +175,7 @@ def test_a_layer_that_knows_how_rows_are_split_multiplies_on_each_device_what_is
     found = []
     for given in (None, rows):
         layer = BlockSparseLinear(16, 16, rows=given, rngs=nnx.Rngs(0), **options)
-        layer.due[...] = jnp.int32(1)
+        layer.due[...] = jnp.ones(4, jnp.int32)
         graph, params, rest = nnx.split(layer, Trained, ...)
         loss = lambda p, x, g=graph, r=rest: (nnx.merge(g, p, r)(x) ** 2).mean()
         x = x if given is None else jax.device_put(x, rows)

@@ -57,19 +57,19 @@ void condensed(int64_t batch, int64_t in, int64_t out, int64_t fan_in) {
       rows[o * fan_in + j] = o % 3 + j * (in - 3) / fan_in;
       w[rows[o * fan_in + j] * out + o] = values[o * fan_in + j];
     }
-  // Uneven outputs: the last ones are filled up by row 0, with values that do not count.
+  // Uneven outputs: the last ones are filled up, also before others, with values that do not count.
   for (int64_t o = out / 2; o < out && fan_in > 4; ++o)
-    for (int64_t j = 3; j < fan_in; ++j) {
+    for (int64_t j = 1; j < fan_in; ++j) {
+      if (j == 2 || (j == fan_in - 1 && o % 2)) continue;
       w[rows[o * fan_in + j] * out + o] = 0;
-      rows[o * fan_in + j] = 0;
+      rows[o * fan_in + j] = in;
     }
   Dense want(x, dy, w, batch, in, out);
   kernels::Condensed c{values.data(), rows.data(), in, out, fan_in};
   std::vector<float> y(batch * out), dx(batch * in), dvalues(out * fan_in);
   std::vector<double> picked(out * fan_in);
   for (int64_t i = 0; i < out * fan_in; ++i) {
-    bool filled = rows[i] == 0 && i % fan_in > 0;
-    picked[i] = filled ? 0.0 : want.full[rows[i] * out + i / fan_in];
+    picked[i] = rows[i] == in ? 0.0 : want.full[rows[i] * out + i / fan_in];
   }
   auto run = [&](auto n) {
     Pool pool;

@@ -77,11 +77,13 @@ def test_the_probe_costs_its_scores_where_they_are_due_only():
         return (y**2).sum()
 
     for due in (0, 1):
-        g, scores = jax.grad(loss, (0, 1))(w, probe, jnp.int32(due))
+        g, scores = jax.grad(loss, (0, 1))(w, probe, jnp.full(2, due))
         np.testing.assert_allclose(g, jax.grad(lambda w: ((x @ w) ** 2).sum())(w), rtol=1e-6)
         want = np.abs(g).reshape(2, 4, 2, 2).sum((1, 3)) * due
         np.testing.assert_allclose(scores, want, rtol=1e-5)
-    text = jax.jit(jax.grad(loss, 1)).lower(w, probe, jnp.int32(0)).as_text()
+        some = jax.grad(loss, 1)(w, probe[:1], jnp.array([0, due]))
+        np.testing.assert_allclose(some, want[1:], rtol=1e-5)
+    text = jax.jit(jax.grad(loss, 1)).lower(w, probe, jnp.zeros(2, int)).as_text()
     assert "stablehlo.case" in text  # a conditional, not a select of both
 
 
@@ -106,6 +108,8 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="multiples of 128"):
         block_scores(x, dy, (2, 2), implementation="tpu", interpret=True)
     with pytest.raises(ValueError, match=r"probe.shape=\(3, 3\) must be \(4, 4\)"):
-        score_blocks(x, dy, jnp.zeros((3, 3)), jnp.int32(0), (2, 2))
-    with pytest.raises(ValueError, match="give an integer scalar"):
-        score_blocks(x, dy, jnp.zeros((4, 4)), jnp.float32(0), (2, 2))
+        score_blocks(x, dy, jnp.zeros((3, 3)), jnp.zeros(4, int), (2, 2))
+    with pytest.raises(ValueError, match=r"due.shape=\(3,\) must be \(4,\)"):
+        score_blocks(x, dy, jnp.zeros((2, 4)), jnp.zeros(3, int), (2, 2))
+    with pytest.raises(ValueError, match="give a vector of integers"):
+        score_blocks(x, dy, jnp.zeros((4, 4)), jnp.zeros(4), (2, 2))
