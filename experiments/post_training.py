@@ -39,12 +39,20 @@ def _compare(dense: jax.Array, sparse: jax.Array, tokens: jax.Array) -> jax.Arra
     return jnp.stack([loss(dense, tokens), loss(sparse, tokens), divergence])
 
 
+def logits_of(model: nnx.Module, tokens: list[jax.Array]) -> list[np.ndarray]:
+    """What the model says of each batch, on the host."""
+    return [np.asarray(_logits(model, x)) for x in tokens]
+
+
 def evaluate(
-    dense: nnx.Module, sparse: nnx.Module | Callable, tokens: list[jax.Array]
+    dense: nnx.Module | list[np.ndarray],
+    sparse: nnx.Module | Callable,
+    tokens: list[jax.Array],
 ) -> dict[str, float]:
-    """Perplexity of the dense and of the sparse model, and the mean divergence in nats."""
+    """Perplexity of the dense model, or of its logits, and of the sparse one; and the mean divergence in nats."""
     run = (lambda x: _logits(sparse, x)) if isinstance(sparse, nnx.Module) else sparse
-    rows = [np.asarray(_compare(_logits(dense, x), run(x), x)) for x in tokens]
+    said = (_logits(dense, x) for x in tokens) if isinstance(dense, nnx.Module) else dense
+    rows = [np.asarray(_compare(p, run(x), x)) for p, x in zip(said, tokens)]
     found = np.mean(rows, axis=0)
     return {
         "dense_perplexity": float(np.exp(found[0])),
@@ -61,10 +69,12 @@ def run(
     calibration: list[jax.Array],
     evaluation: list[jax.Array],
     method: str,
+    logits: list[np.ndarray] | None = None,
     **settings: Any,
 ) -> tuple[pt.Result | None, dict[str, Any]]:
     """Prunes the blocks of the model and measures it; the row of a table. Structured methods have no
-    `Result`, and their sparsity is that of the parameters of the blocks."""
+    `Result`, and their sparsity is that of the parameters of the blocks. Methods that read gradients of a loss
+    take them from the dense model, in one pass. `logits` are those of the dense model, if they are there already."""
     start = time.perf_counter()
     shown = {k: str(v) for k, v in settings.items() if k not in ("progress", "checkpoint") and v}
     result, row = None, {}
@@ -76,11 +86,13 @@ def run(
             [x[i : i + 1] for x in calibration for i in range(len(x))] if known else calibration
         )
         loss = smollm2.next_token_loss if known == "loss" else None
+        if loss is not None:
+            settings.setdefault("propagate", False)
         result = pt.prune(dense, batches, method, loss=loss, **settings)
         model, row["sparsity"] = result.model, result.sparsity
     row |= {"method": method, "settings": shown}
     row["seconds"] = round(time.perf_counter() - start, 1)
-    return result, row | evaluate(dense, model, evaluation)
+    return result, row | evaluate(logits or dense, model, evaluation)
 
 
 def _structured(dense: smollm2.SmolLM2, calibration, method: str, sparsity: float) -> tuple:

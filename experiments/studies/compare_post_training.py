@@ -2,57 +2,118 @@
 
     python -m experiments.studies.compare_post_training --workdir=runs/compare_post_training
 
-Writes `results.json` after every run (a run that is there already is not made again) and `results.md`.
+Writes `results.json`, `results.md` and `results.png` after every run; a run that is there already is not made again,
+so that a comparison that was stopped goes on, and commands add to one table. A budget is a sparsity, an N:M structure,
+or a share of channels (`20%`), for the methods that remove whole channels. Compiled programs are kept in the work
+folder, where later runs find them.
 """
 
+import argparse
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
-from experiments.post_training import STRUCTURED, arguments, prepare, run
+import jax
+import numpy as np
+
+from experiments.models import smollm2
+from experiments.post_training import STRUCTURED, arguments, evaluate, logits_of, prepare, run
+from jaxsparse import post_training as pt
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
     "Wanda": ("wanda", {}),
-    "Wanda++": ("wanda_plus_plus", {}),
     "RIA": ("ria", {}),
     "DSnoT": ("dsnot", {"cycles": 10}),
+    "Wanda++": ("wanda_plus_plus", {}),
     "Wanda, refitted": ("wanda", {"refit": 10}),
     "magnitude, refitted": ("magnitude", {"refit": 10}),
     "SparseGPT": ("sparsegpt", {}),
     "SparseGPT, corrected": ("sparsegpt", {"correct": 0.5}),
-    "SparseGPT, OWL": ("sparsegpt", {"allocation": "owl"}),
     "ALPS": ("alps", {"steps": 30}),
+    "Wanda, OWL": ("wanda", {"allocation": "owl"}),
+    "SparseGPT, OWL": ("sparsegpt", {"allocation": "owl"}),
+    "Wanda, EvoPress": ("evopress", {}),
     "GQSA, 4 bits": ("gqsa", {"group": 8}),
     "OBD": ("obd", {}),
     "WoodFisher": ("woodfisher", {}),
     "M-FAC": ("mfac", {"steps": 4}),
-    "CHITA": ("chita", {}),
+    "CHITA": ("chita", {"steps": 4}),
     "FLAP": ("flap", {}),
     "Wanda-sp": ("wanda_sp", {}),
     "CFSP": ("cfsp", {}),
     "SliceGPT": ("slicegpt", {}),
 }
-NOT_WITH_N_M = ("gqsa", *STRUCTURED)  # nor with an allocation
+NOT_WITH_N_M = ("gqsa", "evopress")  # nor with an allocation
+BUDGETS = ("0.3", "0.5", "0.7", "2:4", "4:8", "20%")
+
+
+def fits(name: str, budget: str) -> bool:
+    """Whether a method is measured at a budget."""
+    method, more = METHODS[name]
+    if (method in STRUCTURED) != budget.endswith("%"):
+        return False
+    return not (":" in budget and (method in NOT_WITH_N_M or "allocation" in more))
+
+
+def settings_of(budget: str) -> dict[str, Any]:
+    """A budget as arguments of `prune`.
+
+    >>> settings_of("2:4"), settings_of("0.5"), settings_of("20%")
+    ({'structure': '2:4'}, {'sparsity': 0.5}, {'sparsity': 0.2})
+    """
+    if ":" in budget:
+        return {"structure": budget}
+    return {"sparsity": float(budget[:-1]) / 100 if budget.endswith("%") else float(budget)}
+
+
+def evopress(
+    dense: smollm2.SmolLM2,
+    calibration: list[jax.Array],
+    evaluation: list[jax.Array],
+    logits: list[np.ndarray],
+    sparsity: float,
+    generations: int = 8,
+    offspring: int = 6,
+) -> dict[str, Any]:
+    """The row of Wanda's masks at the levels that a search finds, by the loss on calibration data: one
+    sequence in the first round, one batch in the second."""
+    start = time.perf_counter()
+    key = dense.layers[0].attention.key.kernel  # the smallest kernel
+    base = pt.level_database(
+        dense, calibration, "wanda", sparsity=sparsity, step=key.size // 8, levels=(-2, -1, 0, 1, 2),
+        structure="unstructured",
+    )  # fmt: skip
+
+    def fitness(levels: tuple[int, ...], generation: int, round_: int) -> float:
+        tokens = calibration[generation % len(calibration)]
+        tokens = tokens[:1] if round_ == 0 else tokens
+        return smollm2.nats_per_token(base.model(levels), [tokens])
+
+    levels, history = pt.evolve(
+        base.levels, fitness, generations=generations, offspring=offspring, survivors=(2, 1)
+    )
+    row = {"sparsity": sparsity, "method": "evopress", "history": history}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row | evaluate(logits, base.model(levels), evaluation)
 
 
 def table(rows: list[dict[str, Any]], whole: bool) -> str:
     """Perplexities (of slices: divergences) of methods over sparsities, in Markdown."""
     value = "perplexity" if whole else "divergence"
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    found = {row["budget"] for row in rows}
+    budgets = [b for b in BUDGETS if b in found] + sorted(found - set(BUDGETS))
     by = {(row["name"], row["budget"]): row for row in rows}
+    names = [n for n in METHODS if any(n == name for name, _ in by)]
     lines = [
         "| method | " + " | ".join(budgets) + " | seconds |",
         "| :--- |" + " ---: |" * (len(budgets) + 1),
     ]
     if whole and rows:
-        lines.append(
-            "| dense | "
-            + " | ".join([f"{rows[0]['dense_perplexity']:.1f}"] * len(budgets))
-            + " | |"
-        )
+        dense = f"{rows[0]['dense_perplexity']:.1f}"
+        lines.append("| dense | " + " | ".join([dense] * len(budgets)) + " | |")
     for name in names:
         cells = [f"{by[name, b][value]:.4g}" if (name, b) in by else "" for b in budgets]
         seconds = [by[name, b]["seconds"] for b in budgets if (name, b) in by]
@@ -62,12 +123,38 @@ def table(rows: list[dict[str, Any]], whole: bool) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]], path: pathlib.Path, whole: bool) -> None:
+    """Every method over its sparsities."""
+    from matplotlib.figure import Figure
+
+    value = "perplexity" if whole else "divergence"
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.subplots()
+    for i, name in enumerate(METHODS):
+        points = sorted(
+            (float(row["budget"]), row[value])
+            for row in rows
+            if row["name"] == name and row["budget"].replace(".", "").isdigit()
+        )
+        if points:
+            style = ("-", "--", ":")[i // 10]
+            axes.plot(*zip(*points), style, marker=".", linewidth=1, color=f"C{i % 10}", label=name)
+    if whole and rows:
+        axes.axhline(rows[0]["dense_perplexity"], color="black", linewidth=0.8, label="dense")
+    axes.set(xlabel="sparsity of every kernel", ylabel=value, yscale="log")
+    if axes.lines:
+        axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
 def main(arguments_: list[str] | None = None) -> None:
-    parser = arguments()
+    parser: argparse.ArgumentParser = arguments()
     parser.add_argument("--methods", default="all", help="names with ; between, see METHODS")
-    parser.add_argument("--budgets", default="0.3,0.5,0.6,0.7,2:4,4:8")
+    parser.add_argument("--budgets", default=",".join(BUDGETS))
     options = parser.parse_args(arguments_)
     options.workdir.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(options.workdir / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     path: pathlib.Path = options.workdir / "results.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     done = {(row["name"], row["budget"]) for row in rows}
@@ -75,25 +162,35 @@ def main(arguments_: list[str] | None = None) -> None:
     if unknown := sorted(set(names) - set(METHODS)):
         raise ValueError(f"--methods: no {unknown[0]!r}; there are {'; '.join(METHODS)}")
     model, calibration, evaluation = prepare(options)
-    for budget in options.budgets.split(","):
-        settings = {"structure": budget} if ":" in budget else {"sparsity": float(budget)}
-        for name in names:
-            method, more = METHODS[name]
-            apart = ":" in budget and (method in NOT_WITH_N_M or "allocation" in more)
-            if (name, budget) in done or apart:
-                continue
-            if method not in STRUCTURED:
-                more = more | {"errors": False}
-            _, row = run(model, calibration, evaluation, method, **settings, **more)
-            rows.append({"name": name, "budget": budget} | row)
-            path.write_text(json.dumps(rows, indent=1) + "\n")
-            print(name, budget, row["perplexity"], row["divergence"], row["seconds"], flush=True)
+    logits = logits_of(model, evaluation)
     command = " ".join(
         ["python -m experiments.studies.compare_post_training", *(arguments_ or sys.argv[1:])]
     )
-    page = f"{table(rows, options.layers is None)}\n\n```\n{command}\n```\n"
-    (options.workdir / "results.md").write_text(page)
-    print(page)
+    whole = options.layers is None
+
+    def write() -> str:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        page = f"{table(rows, whole)}\n\n```\n{command}\n```\n"
+        (options.workdir / "results.md").write_text(page)
+        plot(rows, options.workdir / "results.png", whole)
+        return page
+
+    for budget in options.budgets.split(","):
+        for name in names:
+            if (name, budget) in done or not fits(name, budget):
+                continue
+            method, more = METHODS[name]
+            settings = settings_of(budget) | more
+            if method == "evopress":
+                row = evopress(model, calibration, evaluation, logits, settings["sparsity"])
+            else:
+                if method not in STRUCTURED:
+                    settings |= {"errors": False}
+                _, row = run(model, calibration, evaluation, method, logits, **settings)
+            rows.append({"name": name, "budget": budget} | row)
+            write()
+            print(name, budget, row["perplexity"], row["divergence"], row["seconds"], flush=True)
+    print(write())
 
 
 if __name__ == "__main__":

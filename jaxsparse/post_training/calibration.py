@@ -203,7 +203,7 @@ def watched(
         if statistic is None:
             return
         rows, tokens = kernel.geometry.rows(x, operand.shape)
-        if mask is not None:
+        if mask is not None and not kernel.geometry.lookup:
             keep = _tokens(mask, tokens, kernel, rows)
             rows = jnp.where(keep[None, :, None], rows, 0)
         found[kernel.name] = add(found.get(kernel.name), statistic(rows))

@@ -77,8 +77,9 @@ def prune(
       loss: `loss(outputs, batch)`, a number, for methods and allocations that ask for it.
       stages: in how many steps of growing sparsity a block is pruned, with new gradients in each, by
         methods that read gradients.
-      propagate: whether a block sees the inputs that pruned blocks make; otherwise those of the dense
-        model, in one pass.
+      propagate: whether a block sees the inputs that pruned blocks make, and gradients of a loss at them;
+        otherwise those of the dense model, in one pass: one backward pass of each batch for all blocks,
+        where the gradients of all kernels for all batches stay on the host.
       correct: how far kernels first make up for the pruned blocks before them, in [0, 1]; see
         `correction.py`.
       refit: solve the kept weights anew by least squares, whatever the method; a number is that of the
@@ -113,10 +114,15 @@ def prune(
     slopes = None if loss is None else LossGradients(stream, loss)
     losses = None if slopes is None else slopes.losses
     wanted = budgets.of_kernels(stream, params, allocation, sparsity, kind, blocks, losses)
-    job = _Job(method, kind, wanted, stages, correct, refit, errors, options, stream, slopes)
+    at_dense = None
+    if slopes is not None and method.gradients == "loss" and not propagate:
+        at_dense = slopes.at_once(params)
+    job = _Job(
+        method, kind, wanted, stages, correct, refit, errors, options, stream, slopes, at_dense
+    )
     folder = None
     if checkpoint is not None:
-        facts = {k: str(v) for k, v in vars(job).items() if k not in ("stream", "slopes")}
+        facts = {k: str(v) for k, v in vars(job).items() if k not in ("stream", "slopes", "dense")}
         facts |= {"method": method.name, "propagate": str(propagate)}
         folder = Folder(checkpoint, facts | {"data": digest([params, stream.batches])})
     dense = list(params)
@@ -154,7 +160,9 @@ def prune(
         tree.unflatten(masks),
         tuple(reports),
         {s.path: s.why for s in stream.chosen if not s.selected},
-        _output_error(stream, dense, params, propagate) if errors else None,
+        _output_error(stream, dense, params, propagate and not _otherwise(stream))
+        if errors
+        else None,
         details,
         tuple(stream.kernels),
     )
@@ -205,6 +213,7 @@ class _Job:
     options: Mapping[str, Any]
     stream: Stream
     slopes: LossGradients | None
+    dense: Mapping[str, np.ndarray] | None  # the gradients of the dense model, in one pass
 
     def statistic(self) -> Statistic:
         """What is kept of the inputs."""
@@ -245,7 +254,7 @@ class _Job:
         start, layers = params, []
         for stage in range(1, self.stages + 1):
             done = 1 - (1 - stage / self.stages) ** 3
-            layers = self._layers(at, params, seen, start, done)
+            layers = self._layers(at, params, seen, start, done, first=stage == 1)
             for kernel, (found, _) in zip(kernels, layers):
                 params = _put(kernel, params, found)
         return layers, gave
@@ -260,15 +269,19 @@ class _Job:
         seen: Mapping[str, Inputs],
         start: list[Any] | None = None,
         done: float = 1.0,
+        first: bool = True,
     ) -> Layers:
         """The kernels of a segment pruned, each from `params`, compared with `start`."""
         found: dict[str, Array] = {}
+        kernels = self.stream.segments[at].kernels
         if self.method.gradients == "region":
             found = gradients.regional(self.stream, at, params)
+        elif self.dense is not None and first:
+            found = {k.name: jnp.asarray(self.dense[k.name]) for k in kernels}
         elif self.method.gradients == "loss" and self.slopes is not None:
             found = self.slopes(at, params)
         layers: Layers = []
-        for kernel in self.stream.segments[at].kernels:
+        for kernel in kernels:
             x, leaf = seen[kernel.name], kernel.view.leaf
             finite(kernel.name, x)
             if found:
@@ -308,7 +321,7 @@ class _Job:
                 pruned += float(relative_error(here.gram, dense[i], one.weights))
         layers, known = len(stack), x.gram is not None
         damping = max([float(p.damping) for p in found if p.damping is not None], default=None)
-        notes = []
+        notes = ["rows are looked up: by magnitude"] if kernel.geometry.lookup else []
         if (
             self.method.gram
             and damping is not None
@@ -330,6 +343,12 @@ class _Job:
             time.perf_counter() - start,
             "; ".join(notes),
         )
+
+
+def _otherwise(stream: Stream) -> bool:
+    """Whether a kernel is used besides its products, maybe in a block before: a tied embedding is."""
+    others = stream.runs[0][0].others
+    return any(k.view.leaf in others and not k.geometry.lookup for k in stream.kernels)
 
 
 def _put(kernel: Kernel, params: Sequence[Any], found: Sequence[Pruned]) -> list[Any]:

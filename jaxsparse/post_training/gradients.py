@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxsparse.post_training.calibration import Stream
@@ -46,6 +47,17 @@ class LossGradients:
                 slope = k.take(by_leaf[k.view.leaf]).astype(jnp.float32)
                 found.setdefault(k.name, []).append(slope)
         return {name: jnp.stack(rows, axis=1) for name, rows in found.items()}
+
+    def at_once(self, params: Sequence[Any]) -> dict[str, np.ndarray]:
+        """The same of all kernels, from one backward pass of each batch; on the host."""
+        found: dict[str, list[np.ndarray]] = {}
+        for batch in self.stream.batches:
+            slopes = self._gradient([params[i] for i in self.leaves], list(params), batch)
+            by_leaf = dict(zip(self.leaves, slopes))
+            for k in self.stream.kernels:
+                slope = k.take(by_leaf[k.view.leaf]).astype(jnp.float32)
+                found.setdefault(k.name, []).append(jax.device_get(slope))
+        return {name: np.stack(rows, axis=1) for name, rows in found.items()}
 
     def losses(self, params: Sequence[Any]) -> list[float]:
         """The loss of each batch."""

@@ -5,7 +5,8 @@ model: an operand of `dot_general` or of a convolution that is a parameter, poss
 sliced or cast on the way, is a kernel, and the other operand is its input. That holds for `nn.Dense` and
 `nnx.Linear` as for attention projections, einsums, experts, tied embeddings and plain functions, edits
 nothing of the user's, and its failure is visible: a parameter that was to be pruned and is no such operand
-is an error that says how it is used.
+is an error that says how it is used. A table that is only looked up in (an embedding that is not tied) has no
+input: its rows are the outputs of a matrix that reads unit vectors.
 
 Calls (`jit`, `remat`, custom derivatives) are opened, and a `scan` over stacked layers is written out
 layer by layer, so that all kernels stand in one list in the order of their use. The list is cut between
@@ -108,6 +109,8 @@ class Geometry:
       stack, inputs, outputs: axes of the kernel.
       input_stack, input_inputs: the axes of the input that go with `stack` and `inputs`.
       convolution: the parameters of a convolution, whose inputs are patches; else None.
+      lookup: whether rows are looked up and nothing is multiplied. Every entry of a row is then read by itself, as
+        by inputs that are the unit vectors and their opposites, of which no entry is dearer than another.
     """
 
     stack: tuple[int, ...]
@@ -116,6 +119,7 @@ class Geometry:
     input_stack: tuple[int, ...] = ()
     input_inputs: tuple[int, ...] = ()
     convolution: Any = None
+    lookup: bool = False
 
     def matrix(self, w: Array) -> Array:
         """The kernel as `[stack, in, out]`."""
@@ -131,6 +135,9 @@ class Geometry:
         """The inputs as `[stack, tokens, in]`, and the axes of the tokens before they were merged."""
         if self.convolution:
             return self._patches(x, kernel_shape), ()
+        if self.lookup:
+            units = jnp.eye(kernel_shape[1], dtype=jnp.float32)
+            return jnp.concatenate([units, -units])[None], ()
         free = [a for a in range(x.ndim) if a not in (*self.input_stack, *self.input_inputs)]
         size = lambda axes: math.prod(x.shape[a] for a in axes)
         moved = x.transpose(*self.input_stack, *free, *self.input_inputs)
@@ -205,6 +212,8 @@ class Program:
       constants: values by number.
       views: the values that are parameters.
       others: for each leaf, the names of the primitives that use it otherwise.
+      used, found: the products with a leaf.
+      lookups: for each table, its view and where its rows are looked up.
     """
 
     equations: list[Equation] = dataclasses.field(default_factory=list)
@@ -216,6 +225,7 @@ class Program:
     others: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     used: dict[tuple, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     found: dict[tuple, tuple[View, Geometry]] = dataclasses.field(default_factory=dict)
+    lookups: dict[int, tuple[View, list[tuple[int, int]]]] = dataclasses.field(default_factory=dict)
 
     def new(self, aval: Any) -> int:
         """A number for a value."""
@@ -289,6 +299,8 @@ def _append(program: Program, eqn: JaxprEqn, body: Jaxpr, values: list[Ref]) -> 
             continue
         if kernel is None or side != kernel[0]:
             program.others.setdefault(view.leaf, []).append(eqn.primitive.name)
+            if side == 0 and _is_lookup(program, equation):
+                program.lookups.setdefault(view.leaf, (view, []))[1].append((at, 1))
             continue
         geometry = kernel[1]
         axes = (geometry.stack, geometry.inputs, geometry.outputs)
@@ -307,6 +319,15 @@ def _is_view(equation: Equation, program: Program) -> bool:
         size = lambda number: math.prod(program.shapes[number].shape)
         return isinstance(x, int) and size(x) == size(equation.outputs[0])
     return name in _CASTS | _VIEWS
+
+
+def _is_lookup(program: Program, equation: Equation) -> bool:
+    """Whether whole rows of a matrix are looked up."""
+    if equation.name != "gather" or not isinstance(equation.inputs[0], int):
+        return False
+    numbers, shape = equation.params["dimension_numbers"], program.shapes[equation.inputs[0]].shape
+    rows = (tuple(numbers.start_index_map), tuple(numbers.collapsed_slice_dims)) == ((0,), (0,))
+    return rows and len(shape) == 2 and tuple(equation.params["slice_sizes"]) == (1, shape[1])
 
 
 def _contraction(program: Program, equation: Equation) -> tuple[int, Geometry] | None:
@@ -375,8 +396,13 @@ def kernels(program: Program, paths: Sequence[str], leaves: Sequence[Any], targe
       ValueError: a target that no input is multiplied with, or in several ways; the message says how it
         is used.
     """
-    keys = [key for key in program.found if key[0] in targets]
-    keys.sort(key=lambda key: program.used[key])
+    tables = targets & program.lookups.keys() - {leaf for leaf, *_ in program.found}
+    lookup = Geometry((), (1,), (0,), lookup=True)
+    looked = {(leaf, "", "lookup"): program.lookups[leaf] for leaf in tables}
+    read = program.found | {key: (view, lookup) for key, (view, _) in looked.items()}
+    used = program.used | {key: uses for key, (_, uses) in looked.items()}
+    keys = [key for key in read if key[0] in targets]
+    keys.sort(key=lambda key: used[key])
     parts = {leaf: [k for k in keys if k[0] == leaf] for leaf in targets}
     if missing := sorted(leaf for leaf, found in parts.items() if not found):
         reasons = []
@@ -390,10 +416,10 @@ def kernels(program: Program, paths: Sequence[str], leaves: Sequence[Any], targe
         )
     found = []
     for key in keys:
-        view, geometry = program.found[key]
+        view, geometry = read[key]
         path, several = paths[view.leaf], len(parts[view.leaf]) > 1
         name = f"{path}[{parts[view.leaf].index(key)}]" if several else path
-        found.append(Kernel(name, path, view, geometry, tuple(program.used[key])))
+        found.append(Kernel(name, path, view, geometry, tuple(used[key])))
     for leaf, several in parts.items():
         if len(several) > 1:
             _check_apart([k for k in found if k.view.leaf == leaf], leaves[leaf])

@@ -55,3 +55,20 @@ def test_layers_are_pruned_with_padding_in_the_batches(loaded):
     assert result.sparsity == 0.5
     cosine = jnp.sum(result.model(*batch) * model(*batch), axis=-1)
     assert 0.7 < float(jnp.mean(cosine)) < 0.9999
+
+
+@pytest.mark.slow
+def test_embeddings_that_are_looked_up_are_pruned_by_the_size_of_their_entries(loaded):
+    model, tokenizer = loaded
+    batch = minilm.tokens(tokenizer, minilm.sentences("calibration")[:4], length=24)
+    rule = "^(embed|position)/embedding"
+    result = pt.prune(
+        model, [batch], "wanda", structure="2:4", targets=rule, mask=lambda b: b[1], errors=False
+    )
+    assert [r.name for r in result.layers] == ["embed/embedding", "position/embedding"]
+    dense = np.abs(np.asarray(model.embed.embedding[...])).reshape(-1, 4)
+    kept = np.asarray(result.model.embed.embedding[...]).reshape(-1, 4) != 0
+    least = np.where(kept, dense, np.inf).min(1)
+    assert (kept.sum(1) <= 2).all() and (least >= np.where(kept, 0, dense).max(1)).all()
+    cosine = jnp.sum(result.model(*batch) * model(*batch), axis=-1)
+    assert 0.7 < float(jnp.mean(cosine)) < 0.9999

@@ -69,6 +69,21 @@ def test_real_layers_are_pruned_block_by_block(slice_of_four):
 
 
 @pytest.mark.slow
+def test_a_tied_embedding_is_pruned_by_what_its_output_reads(slice_of_four):
+    model, tokenizer = slice_of_four
+    tokens = smollm2.batches(tokenizer, "calibration", 4, 64)
+    kept = {}
+    for method in ("magnitude", "wanda"):
+        result = pt.prune(
+            model, tokens, method, sparsity=0.5, structure="fan_in", targets="embed/embedding"
+        )
+        (layer,) = result.layers
+        kept[method] = layer.pruned
+        assert result.sparsity == 0.5 and (np.asarray(result.model.embed.embedding[...]) == 0).any()
+    assert kept["wanda"] < kept["magnitude"]
+
+
+@pytest.mark.slow
 def test_the_whole_model_speaks_english_and_the_wrong_order_of_rows_does_not():
     model, tokenizer = smollm2.load()
     ids = jnp.asarray([tokenizer.encode("The capital of France is").ids])

@@ -281,6 +281,40 @@ def test_a_tied_embedding_is_pruned_where_it_is_asked_for():
     assert list(stats) == ["embed/embedding"] and stats["embed/embedding"].gram.shape == (1, 8, 8)
     result = pt.prune(model, tokens, "wanda", sparsity=0.5, targets="embed/embedding")
     assert (np.asarray(result.masks["embed"]["embedding"]).sum(1) == 4).all()
+    dense, sparse = (jnp.concatenate([m(t) for t in tokens]) for m in (model, result.model))
+    expected = float(jnp.sum((dense - sparse) ** 2) / jnp.sum(dense**2))
+    assert result.output_error == pytest.approx(expected, rel=1e-3)  # lookups are sparse, too
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "dsnot", "sparsegpt"])
+@pytest.mark.parametrize("structure", ["fan_in", "2:4"])
+def test_a_table_that_is_looked_up_in_keeps_the_largest_entries_of_every_row(method, structure):
+    table = normal(0, 12, 8)
+    function = lambda p, t: jnp.tanh(p["embedding"][t]) @ p["kernel"]
+    model = (function, {"embedding": table, "kernel": normal(1, 8, 4)})
+    batches = [{"t": jnp.array([[0, 1, 2], [3, 0, 0]])}]
+    result = pt.prune(
+        model, batches, method, sparsity=0.5, structure=structure, targets="embedding",
+        mask=lambda b: b["t"] > 0,
+    )  # fmt: skip
+    size = np.abs(np.asarray(table)).reshape(12, -1, 8 if structure == "fan_in" else 4)
+    least = np.sort(size, axis=-1)[..., size.shape[-1] // 2, None]
+    mask = np.asarray(result.masks["embedding"])
+    if method != "ria":  # which weighs an entry by those of its column as well
+        assert np.array_equal(mask, (size >= least).reshape(12, 8))
+    assert (mask.reshape(size.shape).sum(-1) == size.shape[-1] // 2).all()
+    np.testing.assert_allclose(result.params["embedding"], np.where(mask, table, 0), rtol=1e-5)
+    assert "rows are looked up: by magnitude" in str(result)
+
+
+def test_a_table_that_is_looked_up_in_and_the_kernels_after_it_are_pruned_in_one_go():
+    model = nnx.Sequential(nnx.Embed(12, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+    tokens = [jnp.array([[0, 1, 2], [3, 4, 5]])]
+    result = pt.prune(model, tokens, "sparsegpt", sparsity=0.5, targets="embedding|kernel")
+    assert [r.name for r in result.layers] == ["layers/0/embedding", "layers/1/kernel"]
+    expected = float(jnp.sum((model(tokens[0]) - result.model(tokens[0])) ** 2))
+    expected /= float(jnp.sum(model(tokens[0]) ** 2))
+    assert result.output_error == pytest.approx(expected, rel=1e-3)
 
 
 # -- Calibration: traps ------------------------------------------------------------------------------
@@ -289,7 +323,7 @@ def test_a_tied_embedding_is_pruned_where_it_is_asked_for():
 @pytest.mark.parametrize(
     "function,how",
     [
-        (lambda p, t: p["kernel"][t], "gather"),
+        (lambda p, t: p["kernel"][:, t], "gather"),
         (lambda p, t: jnp.ones(t.shape), "not used in this call"),
         (lambda p, t: jnp.ones((2, 4)) @ (p["kernel"] * 2.0), "mul"),
         (lambda p, t: p["kernel"] @ p["kernel"].T, "dot_general"),

@@ -86,6 +86,18 @@ def test_a_method_sees_the_gradients_at_the_pruned_blocks_before_it(case):
         assert np.array_equal(result.masks[name], expected.mask)
 
 
+def test_without_propagation_gradients_are_those_of_the_dense_model(case):
+    model, batches = case
+    options = dict(sparsity=0.5, loss=loss, errors=False, propagate=False)
+    result = pt.prune(model, batches, "obd", **options)
+    for name, w in model[1].items():
+        slopes = [jax.grad(lambda p, x=x: loss(chain(p, x), x))(model[1])[name] for x in batches]
+        expected = pt.obd_core(w, jnp.stack(slopes), 0.5)
+        assert np.array_equal(result.masks[name], expected.mask), name
+    staged = pt.prune(model, batches, "obd", stages=2, **options)
+    assert staged.sparsity == 0.5
+
+
 def test_stages_end_at_the_sparsity_with_gradients_taken_anew(case):
     model, batches = case
     one, two = (
