@@ -1,10 +1,11 @@
 """Time and memory of a whole training step: masked dense, stored, and the ideal.
 
-    python -m experiments.benchmarks.stored [--case mlp|transformer] [--densities=0.5,0.1] [--small]
+    python -m experiments.benchmarks.stored [--case mlp|transformer] [--densities=0.5,0.1] [--small] [--single]
     python -m experiments.benchmarks.stored --peers
 
 Both runs are RigL on blocks around AdamW: under masks (`jaxsparse.rigl`), and stored (`jaxsparse.stored`
-of `BlockSparseLinear`), on CPU in float32, taking turns in one process. An *ordinary* step is one between
+of `BlockSparseLinear`), on CPU in float32, taking turns in one process. With `--single` they store single
+weights, as many of each output (`FanIn`, `CondensedLinear` with its C++ kernels). An *ordinary* step is one between
 two updates, a *moving* step one that drops and grows. Memory: *kept* is what stays between steps, weights
 and slots; *kept + gradients* adds the gradients, which is what the papers count; *peak* is that and all
 temporaries, as the compiler plans them (`memory_analysis`). Ratios are to the masked step; ideal is the
@@ -35,8 +36,10 @@ from jax.experimental import sparse
 import jaxsparse
 from experiments.benchmarks.timing import machine, medians
 from experiments.models.transformer import Block
-from jaxsparse.nn import BlockSparseLinear, Trained
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained
 from jaxsparse.structures import Block as Blocks
+from jaxsparse.structures import FanIn
+from jaxsparse.targets import named_leaves
 from pallas_kernels import block_scores, block_sparse_matmul
 
 EVERY = 100
@@ -97,10 +100,17 @@ def run_of(model: nnx.Module, tx, wrt, x: jax.Array, run: bool) -> Run:
     carry = [params, state]
 
     def take(count: int, due: int):
-        def flag(path, leaf):
-            return jnp.full_like(leaf, due) if path[-1].key == "due" else leaf
+        named: dict[str, Any] = dict(named_leaves(carry[0]))
 
-        carry[0] = jax.tree_util.tree_map_with_path(flag, carry[0])
+        def flag(path, leaf):  # as many as are candidates
+            parent, _, name = path.rpartition("/")
+            if name != "due":
+                return leaf
+            candidates = named[f"{parent}/scores".lstrip("/")].shape[0]
+            return (jnp.arange(leaf.size) < due * candidates).astype(leaf.dtype)
+
+        flat = [flag(path, leaf) for path, leaf in named.items()]
+        carry[0] = jax.tree.unflatten(jax.tree.structure(carry[0]), flat)
         carry[1] = carry[1]._replace(count=jnp.int32(count))
         *carry[:], value = compiled(*carry)
         return value
@@ -115,32 +125,35 @@ def run_of(model: nnx.Module, tx, wrt, x: jax.Array, run: bool) -> Run:
 
 
 def make_run(
-    case: str, size: Mapping[str, int], density: float, block: int, stored: bool, run: bool
+    case: str, size: Mapping[str, int], density: float, block: int | None, stored: bool, run: bool
 ) -> Run:
-    """The masked or the stored run of a case."""
+    """The masked or the stored run of a case, of blocks or (None) of single weights."""
     size, rngs = dict(size), nnx.Rngs(0)
     rows, inner, timing = size.pop("rows"), optax.adamw(1e-3), dict(total_steps=1000, seed=0)
     shape = (8, rows // 8, size["width"]) if case == "transformer" else (rows, size["width"])
     x = jax.random.normal(jax.random.key(1), shape)
 
     def make(i, o):
-        if stored:
-            options: Any = dict(block_shape=(block, block), density=density)
-            return BlockSparseLinear(i, o, use_bias=False, rngs=rngs, **options)
-        return nnx.Linear(i, o, use_bias=False, rngs=rngs)
+        options: Any = dict(density=density, use_bias=False, rngs=rngs)
+        if not stored:
+            return nnx.Linear(i, o, use_bias=False, rngs=rngs)
+        if block is None:
+            return CondensedLinear(i, o, **options)
+        return BlockSparseLinear(i, o, block_shape=(block, block), **options)
 
     model = transformer(make, **size) if case == "transformer" else MLP(make, **size)
     if stored:
         return run_of(model, jaxsparse.stored(inner, rule="rigl", **timing), Trained, x, run)
-    blocks = Blocks(block, block)
-    options: Any = dict(structure=blocks, allocation="uniform", update_every=EVERY, **timing)
+    structure = FanIn() if block is None else Blocks(block, block)
+    options: Any = dict(structure=structure, allocation="uniform", update_every=EVERY, **timing)
     return run_of(model, jaxsparse.rigl(inner, 1 - density, **options), nnx.Param, x, run)
 
 
-def table(case: str, size: Mapping[str, int], densities, block: int, rounds: int) -> None:
+def table(case: str, size: Mapping[str, int], densities, block: int | None, rounds: int) -> None:
     """One row for each density."""
     sizes = ", ".join(f"{name} {n}" for name, n in size.items())
-    print(f"### {case}: {sizes}, blocks of {block}\n")
+    what = "single weights" if block is None else f"blocks of {block}"
+    print(f"### {case}: {sizes}, {what}\n")
     print(
         "| density = ideal | ordinary step | moving step | step, on average of 100 | kept | kept + gradients "
         "| peak |\n|---|---|---|---|---|---|---|"
@@ -264,15 +277,17 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--single", action="store_true", help="single weights, not blocks")
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     densities = [float(d) for d in args.densities.split(",")]
+    block = None if args.single else args.block
     print(f"{machine()}\n")
     if args.peers:
         peers(1024, 128, densities, args.rounds)
         return
     for case in args.case or sorted(SIZES):
-        table(case, (SMALL if args.small else SIZES)[case], densities, args.block, args.rounds)
+        table(case, (SMALL if args.small else SIZES)[case], densities, block, args.rounds)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from jaxsparse.nn.gates import (
 from jaxsparse.nn.graph_network import GraphNetwork
 from jaxsparse.nn.nm_linear import NMLinear
 from jaxsparse.nn.pixelfly import PixelflyLinear
+from jaxsparse.nn.refit import Refit, refit
 from jaxsparse.nn.searched_activations import CANDIDATES, ScaledActivation
 from jaxsparse.nn.sparse_activations import (
     ClippedReLU,
@@ -65,6 +66,7 @@ __all__ = [
     "clipped_relu",
     "clipped_soft_threshold",
     "Pattern",
+    "Refit",
     "Scores",
     "StoredState",
     "Trained",
@@ -78,6 +80,7 @@ __all__ = [
     "enumerated_gradient",
     "folded_decay",
     "full_gradients",
+    "refit",
     "store",
     "stored",
     "stored_blocks",

@@ -126,6 +126,16 @@ class Blocks(Matrix):
 
     block_shape: tuple[int, int]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return (*self.lead, self.capacity, *self.block_shape)
+
+    @property
+    def axis(self) -> int:
+        """The axis of the values along which they are numbered."""
+        return len(self.lead)
+
     def mask(self, places: Array) -> Array:
         """bool, of the shape of `leaf`: the blocks that are stored."""
         return self.each(functools.partial(block_places.mask_of, grid=self.grid), places)
@@ -153,6 +163,16 @@ class Blocks(Matrix):
 class Columns(Matrix):
     """A matrix of which every output stores some weights, `values [..., outputs, capacity]`; its places
     are their rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return (*self.lead, self.grid[1], self.capacity)
+
+    @property
+    def axis(self) -> int:
+        """The axis of the values along which those of an output are numbered."""
+        return len(self.lead) + 1
 
     def used(self, places: Array) -> Array:
         """bool, like the values: which of them are part of the pattern."""

@@ -45,12 +45,14 @@ class StoredState(NamedTuple):
       count: int32 scalar, updates done.
       places: the places of every matrix, as the last update left them.
       fault: int32 scalar, 0, or the number of what went wrong; the values are NaN from then on.
+      skipped: int32 scalar, updates of the pattern that did not take place, as gradients or weights were NaN.
       inner: the state of the inner optimizer: slots of stored values and of dense leaves.
     """
 
     count: Array
     places: Any
     fault: Array
+    skipped: Array
     inner: Any
 
 
@@ -137,7 +139,7 @@ def stored(
       drop_fraction: of "rigl" and "set": the part that the first update replaces, which falls along a
         cosine to 0 at `end_step`; or a schedule of it.
       sparsity: of "magnitude": the share of each matrix that is not stored in the end.
-        The arrays keep their size.
+        The arrays keep their size, until `refit` takes what is not used away.
       initial_sparsity: of "magnitude": that of the cubic curve's start.
       groups: groups of neighbouring block columns that keep their numbers of blocks. With as many as
         devices that share the blocks, each device drops and grows its own.
@@ -187,7 +189,7 @@ def stored(
 
     def init_fn(params):
         if is_placeholder(params):
-            return StoredState(jnp.int32(0), 0, jnp.int32(0), inner.init(params))
+            return StoredState(jnp.int32(0), 0, jnp.int32(0), jnp.int32(0), inner.init(params))
         params = nnx.as_pure(params)
         tree, leaves = find(params, groups), jax.tree.leaves(params)
         _check_rule(tree, recipe)
@@ -196,6 +198,7 @@ def stored(
             count=jnp.zeros((), jnp.int32),
             places=tuple(jnp.array(leaves[m.places], copy=True) for m in tree.matrices),
             fault=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
             inner=inner.init(tree.visible(leaves)),
         )
 
@@ -212,13 +215,14 @@ def stored(
                 changed.append((state.count > 0) & wrong)
         fault = jnp.where(jnp.any(jnp.stack(changed)), 1, state.fault)
         kept = [jnp.ones(m.used(p).shape, bool) for m, p in zip(tree.matrices, places)]
-        fires = recipe.fires(state.count)
+        fires, skipped = recipe.fires(state.count), state.skipped
         if recipe.rule is not None:
             worth = [grads[m.scores] for m in tree.matrices] if recipe.scored else None
             if recipe.scored:  # computed where the layers were told that they are due
                 fires &= jnp.all(jnp.stack([m.is_due(leaves[m.due]) for m in tree.matrices]))
             sound = lambda yes, *xs: yes & ~any_nan(*xs)
-            fires = when(fires, sound, fires, worth or [], values)
+            told, fires = fires, when(fires, sound, fires, worth or [], values)
+            skipped = skipped + (told & ~fires)
             run = lambda carry, *xs: _choose(recipe, tree, carry, *xs)
             carry, due = (places, kept, fault), [leaves[m.due] for m in tree.matrices]
             places, kept, fault = when(fires, run, carry, state.count, values, worth, due)
@@ -246,7 +250,7 @@ def stored(
                 x = change.get(i, out[i])
                 out[i] = x if exact else x.astype(grads[i].dtype)
         new = StoredState(
-            jnp.asarray(optax.safe_increment(state.count)), tuple(places), fault, slots
+            jnp.asarray(optax.safe_increment(state.count)), tuple(places), fault, skipped, slots
         )
         return tree.treedef.unflatten(out), new
 
@@ -443,7 +447,8 @@ def check_stored(opt_state) -> None:
       opt_state: the optimizer state, or the `nnx.Optimizer`, however deeply the state is wrapped.
 
     Raises:
-      ValueError: it holds no state of `stored`; or something went wrong, and what.
+      ValueError: it holds no state of `stored`; or something went wrong, and what: places that something
+        else has changed, a rule that wanted too much, updates that NaN prevented.
 
     >>> from jaxsparse.nn import BlockSparseLinear, Trained
     >>> layer = BlockSparseLinear(8, 8, block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
@@ -457,6 +462,11 @@ def check_stored(opt_state) -> None:
     for state in found:
         if fault := int(jnp.max(state.fault)):
             raise ValueError(f"params: {FAULTS[fault]}")
+        if skipped := int(jnp.max(state.skipped)):
+            raise ValueError(
+                f"updates: {skipped} updates of the pattern did not take place, as gradients or weights were "
+                "NaN; find the first such step (optax.apply_if_finite around `stored` leaves such steps out)"
+            )
 
 
 def stored_blocks(params) -> dict[str, Array]:

@@ -364,7 +364,8 @@ def test_a_gradient_that_is_nan_moves_nothing_and_shows():
     grads = grads | {"scores": grads["scores"].at[0, 0].set(jnp.nan)}
     updates, state = tx.update(grads, state, params)
     assert not updates["places"].any() and updates["values"].any()
-    check_stored(state)
+    with pytest.raises(ValueError, match="updates: 1 updates of the pattern did not take place"):
+        check_stored(state)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 1.0])

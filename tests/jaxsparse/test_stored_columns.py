@@ -96,7 +96,7 @@ def check_definition(rule, inner, sparsity, steps=300, **options):
         assert (rule == "static") == np.array_equal(mask, first[name]["kernel"])
 
 
-@pytest.mark.parametrize("rule", ["rigl", "set"])
+@pytest.mark.parametrize("rule", ["rigl", pytest.param("set", marks=pytest.mark.slow)])
 def test_a_stored_run_is_the_masked_run_with_constant_fan_in(rule):
     check_definition(rule, optax.adamw(3e-3, weight_decay=0.01), 0.7)
 
