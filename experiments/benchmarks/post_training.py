@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.post_training [--size=4096] [--only=wanda,sparsegpt] [--repeat=1]
 
-Both sides in one process, in turns, with as many threads; medians. What PyTorch runs is written here from
+Both sides in one process, in turns, with as many threads; medians. "Selection alone" is one pass of choosing half of
+each output's weights, which is what Wanda costs at least. What PyTorch runs is written here from
 the papers and the authors' code: the same steps, with PyTorch's own sort, top-k and factorizations. Without
 PyTorch (`pip install torch`, which the project does not ask for) our side alone is timed. Compilation is not
 counted: it is that of a shape, and is said apart.
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import post_training as pt
+from jaxsparse import selection
 
 CYCLES, ALPS_STEPS = 40, 30
 
@@ -38,7 +40,9 @@ def ours(data: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
     """Our calls by name; each returns its arrays."""
     w, h = jnp.asarray(data["w"].T), jnp.asarray(data["h"])
     mean, squares = jnp.asarray(data["mean"]), jnp.asarray(data["squares"])
+    pick = jax.jit(lambda x: selection.topk_mask(jnp.abs(x), x.shape[0] // 2, axis=0))
     return {
+        "selection alone": lambda: pick(w),
         "Wanda": lambda: pt.wanda_core(w, jnp.diagonal(h), 0.5),
         "Wanda 2:4": lambda: pt.wanda_core(w, jnp.diagonal(h), structure="2:4"),
         "SparseGPT": lambda: pt.sparsegpt_core(w, h, 0.5),
@@ -72,6 +76,10 @@ def theirs(data: dict[str, np.ndarray], threads: int) -> dict[str, Callable[[], 
             gone.scatter_(1, order[:, : size // 2], True)
         w[gone] = 0
         return w
+
+    def select():
+        order = torch.sort(w0.abs(), dim=-1, stable=True)[1]
+        return torch.ones_like(w0, dtype=torch.bool).scatter_(1, order[:, : size // 2], False)
 
     def sparsegpt(n: int = 0, m: int = 0, block: int = 128):
         w, h = w0.clone(), h0.clone()
@@ -157,7 +165,7 @@ def theirs(data: dict[str, np.ndarray], threads: int) -> dict[str, Callable[[], 
         return b / n[:, None]
 
     return {
-        "Wanda": wanda, "Wanda 2:4": lambda: wanda(2, 4), "SparseGPT": sparsegpt,
+        "selection alone": select, "Wanda": wanda, "Wanda 2:4": lambda: wanda(2, 4), "SparseGPT": sparsegpt,
         "SparseGPT 2:4": lambda: sparsegpt(2, 4), "DSnoT": dsnot, "ALPS": alps,
     }  # fmt: skip
 

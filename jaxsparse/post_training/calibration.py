@@ -292,3 +292,12 @@ def finite(name: str, x: Inputs) -> None:
             f"batches: the inputs of {name!r} hold NaN or infinity; look for them in the batches and the "
             "weights, and run the model in float32 if they overflow"
         )
+
+
+def finite_weights(name: str, leaf: Any) -> None:
+    """Raises `ValueError` if a weight is not finite, which no method would tell from a large one."""
+    if not bool(jnp.all(jnp.isfinite(leaf))):
+        raise ValueError(
+            f"model: the weights of {name!r} hold NaN or infinity; restore them, or leave the leaf out by "
+            f"targets=[({name!r}, False)]"
+        )

@@ -18,7 +18,7 @@ from jaxsparse.choose import check_sparsity
 from jaxsparse.post_training import _registry, budgets, gradients, models
 from jaxsparse.post_training._layer import Pruned, relative_error
 from jaxsparse.post_training.budgets import ECoFLaP
-from jaxsparse.post_training.calibration import Stream, TokenMask, finite
+from jaxsparse.post_training.calibration import Stream, TokenMask, finite, finite_weights
 from jaxsparse.post_training.correction import corrected
 from jaxsparse.post_training.gradients import Loss, LossGradients
 from jaxsparse.post_training.owl import OWL
@@ -101,8 +101,8 @@ def prune(
 
     Raises:
       ValueError: an unknown method or option, a sparsity or structure that a layer cannot have, a target
-        that no input is multiplied with, inputs that are not finite, a method that needs a `loss` without
-        one, a checkpoint of another run.
+        that no input is multiplied with, inputs or weights that are not finite, a method that needs a `loss`
+        without one, a model that changes itself when it is called, a checkpoint of another run.
     """
     method = _registry.resolve(method)
     kind = None if structure is None else structures.resolve(structure)
@@ -123,8 +123,15 @@ def prune(
     folder = None
     if checkpoint is not None:
         facts = {k: str(v) for k, v in vars(job).items() if k not in ("stream", "slopes", "dense")}
-        facts |= {"method": method.name, "propagate": str(propagate)}
-        folder = Folder(checkpoint, facts | {"data": digest([params, stream.batches])})
+        names = [[k.name for k in segment.kernels] for segment in stream.segments]
+        facts |= {
+            "method": method.name,
+            "propagate": str(propagate),
+            "blocks": digest([str(names)]),
+            "mask": digest([stream.masks]),
+            "data": digest([params, stream.batches]),
+        }
+        folder = Folder(checkpoint, facts)
     dense = list(params)
     ahead = stream.fork() if correct else None
     masks: list[Any] = [None] * len(params)
@@ -284,6 +291,7 @@ class _Job:
         for kernel in kernels:
             x, leaf = seen[kernel.name], kernel.view.leaf
             finite(kernel.name, x)
+            finite_weights(kernel.name, params[leaf])
             if found:
                 x = x._replace(gradients=found[kernel.name])
                 if not bool(jnp.all(jnp.isfinite(found[kernel.name]))):

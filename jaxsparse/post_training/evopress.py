@@ -28,7 +28,7 @@ from jaxsparse import _counts, structures
 from jaxsparse.choose import check_sparsity
 from jaxsparse.post_training import _registry, models
 from jaxsparse.post_training._layer import Pruned, errors
-from jaxsparse.post_training.calibration import Stream, TokenMask, finite
+from jaxsparse.post_training.calibration import Stream, TokenMask, finite, finite_weights
 from jaxsparse.post_training.program import Kernel
 from jaxsparse.post_training.statistics import Gram
 from jaxsparse.structures import Structure
@@ -133,6 +133,7 @@ def level_database(
         for kernel in segment.kernels:
             x = seen[kernel.name]
             finite(kernel.name, x)
+            finite_weights(kernel.name, params[kernel.view.leaf])
             w = kernel.take(params[kernel.view.leaf]).astype(jnp.float32)
             first = _counts.scale_count(w[0].size, sparsity)
             found: dict[int, tuple[np.ndarray, float, int]] = {}

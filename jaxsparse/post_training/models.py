@@ -57,16 +57,27 @@ def of(model: Any, forward: Forward | None = None) -> Model:
       The function, its parameters, and the way back.
 
     Raises:
-      ValueError: none of these.
+      ValueError: none of these; and, when the function is called, an NNX module that changes itself.
     """
     import flax.linen as nn
     from flax import nnx
+    from flax.errors import TraceContextError
 
     forward = forward or call
     if isinstance(model, nnx.Module):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def function(params: Any, batch: Any) -> Any:
+            try:
+                return forward(nnx.merge(graph, params, rest), batch)
+            except TraceContextError as error:
+                raise ValueError(
+                    "model: it changes its own variables when it is called, as dropout and batch norms do while "
+                    "training; call model.eval() first"
+                ) from error
+
         return Model(
-            lambda params, batch: forward(nnx.merge(graph, params, rest), batch),
+            function,
             params,
             lambda params: nnx.merge(graph, params, rest),
         )

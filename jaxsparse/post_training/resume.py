@@ -27,7 +27,7 @@ Layers = list[tuple[list[Pruned], LayerReport]]
 
 
 def digest(trees: Iterable[Any]) -> str:
-    """A hash of all arrays of some trees: types, shapes and values."""
+    """A hash of all arrays and texts of some trees: types, shapes and values."""
     found = hashlib.sha256()
     for tree in trees:
         for leaf in jax.tree.leaves(tree):

@@ -1,5 +1,7 @@
 """Calibration and pruning of whole models: every kind of layer, the traps, and the block by block run."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -410,8 +412,21 @@ def test_inputs_that_are_not_finite_are_named():
     model = (lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))})
     with pytest.raises(ValueError, match="inputs of 'kernel' hold NaN or infinity"):
         pt.prune(model, [jnp.array([[1.0, jnp.nan, 2.0]])], "wanda", sparsity=0.5)
+    broken = (model[0], {"kernel": jnp.ones((3, 2)).at[1, 0].set(jnp.nan)})
+    for run in (pt.prune, functools.partial(pt.level_database, step=1)):
+        with pytest.raises(ValueError, match="weights of 'kernel' hold NaN or infinity"):
+            run(broken, [jnp.ones((1, 3))], "wanda", sparsity=0.5)
     with pytest.raises(ValueError, match="batches: there are none"):
         pt.calibrate(model, [], pt.Gram())
+
+
+def test_a_model_that_changes_itself_is_told_to_stop():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    with pytest.raises(ValueError, match=r"as dropout and batch norms do .* call model.eval\(\)"):
+        pt.prune(model, [normal(0, 5, 4)], "wanda", sparsity=0.5)
+    model.eval()
+    assert pt.prune(model, [normal(0, 5, 4)], "wanda", sparsity=0.5).sparsity == 0.5
 
 
 # -- The driver ----------------------------------------------------------------------------------------

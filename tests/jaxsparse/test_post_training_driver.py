@@ -209,6 +209,13 @@ def test_a_run_goes_on_at_the_block_where_it_was_killed_to_the_bit(case, tmp_pat
         pt.prune(
             model, run_other, "sparsegpt", sparsity=0.5, block=4, checkpoint=tmp_path, **options
         )
+    for other, what in (
+        (dict(mask=lambda b: jnp.arange(6) > 0), "mask"),
+        (dict(blocks=".*"), "blocks"),
+        (dict(targets="layers/0"), "sparsities"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run with another {what}"):
+            run(checkpoint=tmp_path, **other)
     assert json.loads((tmp_path / "run.json").read_text())["method"] == "sparsegpt"
 
 

@@ -241,6 +241,40 @@ def test_scales_solved_anew_make_no_output_worse_than_those_of_the_sweep():
     assert Block(16, 1) == Block(16, 1)
 
 
+def test_the_first_stage_rounds_input_by_input_and_lets_what_follows_make_up_for_it():
+    """Optimal brain compression in the order of the inputs: after each, the inverse without it."""
+    w, gram = groups_case()
+    found = pt.gqsa_core(w, gram, 0.25, group=8, bits=3)
+    h = np.asarray(gram, np.float64)
+    inverse = np.linalg.inv(h + 0.01 * np.mean(np.diag(h)) * np.eye(32))
+    mask, now = np.asarray(found.mask), np.asarray(w, np.float64)
+    codes = np.zeros((32, 6))
+    for i in range(32):
+        if i % 8 == 0:  # the scale of a group is that of its weights when the sweep reaches it
+            peak = np.abs(np.where(mask[i : i + 8], now[i : i + 8], 0)).max(0)
+            scale = np.where(peak > 0, peak, 1) / 3
+        codes[i] = np.where(mask[i], np.clip(np.round(now[i] / scale), -3, 3), 0)
+        push = (now[i] - codes[i] * scale) / inverse[i, i]
+        now -= np.outer(inverse[:, i], push)
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    assert np.array_equal(found.codes, codes)
+
+
+def test_the_second_stage_solves_the_scales_by_least_squares_with_integers_held_fixed():
+    w, gram = groups_case()
+    found = pt.gqsa_core(w, gram, 0.25, group=8, bits=3)
+    h = np.asarray(gram, np.float64)
+    root = np.linalg.cholesky(h + 0.01 * np.mean(np.diag(h)) * np.eye(32)).T
+    codes = np.asarray(found.codes, np.float64).reshape(4, 8, 6)
+    for o in range(6):
+        spread = np.zeros((32, 4))
+        for g in range(4):
+            spread[8 * g : 8 * g + 8, g] = codes[g, :, o]
+        kept = np.abs(spread).sum(0) > 0
+        best = np.linalg.lstsq(root @ spread[:, kept], root @ np.asarray(w)[:, o], rcond=None)[0]
+        np.testing.assert_allclose(np.asarray(found.scales)[kept, o], best, rtol=2e-3)
+
+
 # -- Allocation ----------------------------------------------------------------------------------------
 
 
