@@ -287,9 +287,14 @@ class Cache:
         out = jnp.einsum("bgrqk,bgke->bgrqe", p.astype(values.dtype), values)
         out = out.reshape(*q.shape[:3], -1).astype(q.dtype)
 
+        came = (lengths > 0)[:, None, None]  # others stay as they are
         if prompt or policy.evicts == "step":
             back = jnp.where(there, lengths[:, None] - 1 - index, -1)
-            entries = policy.observe(entries, Seen(p, visible, back))
+            after = policy.observe(entries, Seen(p, visible, back))
+            entries = entries._replace(
+                scores=jnp.where(came, after.scores, entries.scores),
+                visits=jnp.where(came, after.visits, entries.visits),
+            )
         keep = entries.filled
         if store is not None:
             dropped = (
@@ -297,7 +302,7 @@ class Cache:
             ).any(-1)
             keep = keep & ~dropped
         if policy.evicts == "step" and not policy.first or policy.evicts == "prefill" and prompt:
-            keep = keep & policy.keep(entries, policy.budget, capacity)
+            keep = keep & (policy.keep(entries, policy.budget, capacity) | ~came)
         fields |= dict(scores=entries.scores, visits=entries.visits)
         return out, self._store(fields, keep, self.lengths + lengths, self.overflow)
 

@@ -152,7 +152,7 @@ def dsv(
         mean_q = pool.mean(low_q, layout.block_q, state.lengths)
         mean_k = pool.mean(low_k, layout.block_kv, state.lengths)
         logits = jnp.einsum("bhir,bhjr->bhij", mean_q, mean_k)
-        keep = layout.choose(logits, how, grid)
+        keep = layout.choose(logits, how, grid, state.lengths)
         if sparse_heads is not None:
             keep = keep | ~jnp.asarray(sparse_heads)[:, None, None]
         if layout.share and keep.shape[1] > k.shape[1]:

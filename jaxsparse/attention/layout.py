@@ -102,8 +102,22 @@ class Layout:
             mask = mask & BlockMask.causal(grid, offset=grid.kv_len - grid.q_len)
         return mask
 
-    def choose(self, logits: Array, rule: select.Rule, grid: Grid) -> Array:
-        """The blocks that a rule keeps of logits `[..., q_blocks, kv_blocks]`."""
+    def filled(self, grid: Grid, lengths: Array | None) -> Array | np.ndarray:
+        """bool `[batch or 1, 1, 1, kv_blocks]`: blocks with a key that is there. What pooling finds in the others is no
+        score, and a budget is not spent on them.
+
+        >>> Layout(2, 2, causal=False).filled(Grid(6, 6, 2, 2), jnp.array([3]))[0, 0, 0].tolist()
+        [True, True, False]
+        """
+        first = np.arange(grid.kv_blocks) * grid.block_kv
+        return (first >= 0 if lengths is None else first < lengths[:, None])[..., None, None, :]
+
+    def choose(
+        self, logits: Array, rule: select.Rule, grid: Grid, lengths: Array | None = None
+    ) -> Array:
+        """The blocks that a rule keeps of logits `[batch, heads, q_blocks, kv_blocks]`."""
+        if lengths is not None:
+            logits = jnp.where(self.filled(grid, lengths), logits, -jnp.inf)
         return select.keep(logits, rule, self.visible(grid), self.forced(grid))
 
 

@@ -141,7 +141,7 @@ def _fine(
     mean_q, mean_k = pool.mean(q, layout.block_q, lengths), pool.mean(k, layout.block_kv, lengths)
     s = jnp.einsum("bgrid,bgjd->bgrij", group(mean_q, k.shape[1]), mean_k) * q.shape[-1] ** -0.5
     s = s.mean(2) if layout.share else s.reshape(*q.shape[:2], *s.shape[3:])
-    s = jnp.where(visible, s, -jnp.inf)
+    s = jnp.where(visible & layout.filled(grid, lengths), s, -jnp.inf)
     s = s - s.max(-1, keepdims=True)
     s = jnp.where(forced, jnp.inf, s)
     return topk_mask(lax.stop_gradient(s), number, axis=(-2, -1), where=s > -jnp.inf), number

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse.attention import select
@@ -84,6 +85,8 @@ def by_scores(
     def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
         grid = layout.grid(q.shape[2], k.shape[2])
         logits = scores(q, k, state)
+        if state.lengths is not None:
+            logits = jnp.where(layout.filled(grid, state.lengths), logits, -jnp.inf)
         if layout.share:
             logits = shared(logits, k.shape[1], layout.visible(grid))
         return layout.mask(layout.choose(logits, rule, grid), grid, rule)

@@ -6,9 +6,11 @@ r"""SpargeAttn, its first stage: blocks by pooled queries and keys, where poolin
    that stops before $\tau$, or a share of the blocks.
 4. Rows of queries and columns of keys that cannot be predicted are kept whole, outside the budget: the safety net.
 
-Source: Zhang et al., SpargeAttn: accurate sparse attention accelerating any model inference, 2025, and its code. The second
-stage (products with values skipped inside the kernel where a block's maximum lies far below the running one) and the
-8-bit products are not here.
+The second stage, which skips products with values inside the kernel where a block's maximum lies far below the running
+one, is `skip_below=` of `attend` and of `pallas_kernels.block_sparse_attention`, for any mask.
+
+Source: Zhang et al., SpargeAttn: accurate sparse attention accelerating any model inference, 2025, and its code. The 8-bit
+products are not here.
 """
 
 from __future__ import annotations

@@ -340,6 +340,27 @@ def test_sequences_of_different_lengths_are_each_what_they_are_alone():
     assert np.isfinite(cache.k).all() and np.isfinite(cache.v).all()
 
 
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "ada_snapkv", "dynamickv", "zipvl"])
+def test_chunks_in_which_a_sequence_has_no_token_leave_it_as_it_is(name):
+    """Prompts of 16 and 8 tokens in chunks of 8: the second one sits a chunk out."""
+    policy = {
+        "h2o": attention.h2o(3, 3),
+        "snapkv": attention.snapkv(6, window=2),
+        "ada_snapkv": attention.ada_snapkv(6, window=2, sinks=1),
+        "dynamickv": attention.dynamickv(4, window=2, r_max=2.0),
+        "zipvl": attention.zipvl(6, tau=0.7, probes=4, recent=1),
+    }[name]
+    q, k, v = prompt(16, batch=2)
+    cache = make(policy, batch=2, capacity=16)
+    _, cache = prefill(cache, q[:, :, :8], k[:, :, :8], v[:, :, :8], jnp.array([8, 8]))
+    nothing = [x[:, :, 8:].at[1].set(jnp.nan) for x in (q, k, v)]
+    out, after = prefill(cache, *nothing, jnp.array([8, 0]))
+    assert not np.asarray(out[1]).any() and int(after.lengths[0]) == 16
+    for field in ("k", "v", "positions", "scores", "visits", "lengths"):
+        before, now = (np.asarray(getattr(c, field)[1]) for c in (cache, after))
+        np.testing.assert_array_equal(now, before, err_msg=field)
+
+
 @pytest.mark.slow
 def test_scan_and_vmap_are_the_loop():
     policy = attention.snapkv(8, window=3)

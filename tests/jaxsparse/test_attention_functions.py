@@ -1,5 +1,6 @@
 """Attention with a choice where other code expects attention: jax.nn, Flax, and the layer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -68,6 +69,32 @@ def test_padding_reaches_no_choice_and_no_output():
     cut = lambda x: x[1:, :, :21]
     alone = attention.attend(cut(q), cut(k), cut(v), attention.moba(rule=rule, layout=LAYOUT))
     np.testing.assert_allclose(both[1:, :, :21], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["moba", "sparge", "unlike", "dsv", "mra"])
+def test_no_budget_is_spent_on_blocks_of_padding(name):
+    """Where queries see what comes after them, an empty block has scores, too: those of zeros."""
+    both = dataclasses.replace(LAYOUT, causal=False, sinks=0, local=0)
+    rule = attention.top_k(2)
+    low = attention.LowRank(8, 2, 4, rngs=nnx.Rngs(0))
+    choose = {
+        "moba": attention.moba(rule=rule, layout=both),
+        "sparge": attention.sparge(rule=rule, layout=both),
+        "unlike": attention.sparge(rule=rule, similarity=0.2, layout=both),
+        "dsv": attention.dsv(rule=rule, model=low, layout=both),
+        "mra": attention.mra(density=0.4, layout=both),
+    }[name]
+    q = jnp.abs(jax.random.normal(jax.random.key(3), (2, 2, 64, 8)))
+    k = -jnp.abs(jax.random.normal(jax.random.key(4), (2, 2, 64, 8)))  # all scores below 0
+    state = attention.State(x=jnp.swapaxes(q, 1, 2)[..., 0, :], lengths=jnp.array([64, 30]))
+    pad = lambda x, axis: jnp.where(
+        jnp.expand_dims(jnp.arange(64) < state.lengths[:, None], axis), x, 0
+    )
+    q, k = (pad(x, (1, 3)) for x in (q, k))
+    kept = np.asarray(choose(q, k, None, state._replace(x=pad(state.x, 2))).codes != 0)
+    blocks = -(-30 // both.block_kv)
+    assert not kept[1, :, :, blocks:].any()
+    assert kept[1, :, :blocks].any(-1).all()
 
 
 def layer(**options):
