@@ -16,7 +16,8 @@ from pallas_kernels import block_sparse_attention
 @overload
 def attend(
     q: Array, k: Array, v: Array, choose: Predictor, *, state: State | None = ..., lengths: Array | None = ...,
-    softcap: float | None = ..., scale: float | None = ..., implementation: str | None = ...,
+    softcap: float | None = ..., scale: float | None = ..., skip_below: float | None = ...,
+    implementation: str | None = ...,
     with_info: Literal[False] = ..., samples: int = ...,
 ) -> Array: ...  # fmt: skip
 
@@ -24,7 +25,8 @@ def attend(
 @overload
 def attend(
     q: Array, k: Array, v: Array, choose: Predictor, *, state: State | None = ..., lengths: Array | None = ...,
-    softcap: float | None = ..., scale: float | None = ..., implementation: str | None = ...,
+    softcap: float | None = ..., scale: float | None = ..., skip_below: float | None = ...,
+    implementation: str | None = ...,
     with_info: Literal[True], samples: int = ...,
 ) -> tuple[Array, Info]: ...  # fmt: skip
 
@@ -39,6 +41,7 @@ def attend(
     lengths: Array | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    skip_below: float | None = None,
     implementation: str | None = None,
     with_info: bool = False,
     samples: int = 64,
@@ -54,7 +57,7 @@ def attend(
       state: what it reads besides.
       lengths: int `[batch]`: how much of each sequence is filled, from the left; padding is not seen by predictors or
         queries, and padded queries give 0.
-      softcap, scale, implementation: of `pallas_kernels.block_sparse_attention`.
+      softcap, scale, skip_below, implementation: of `pallas_kernels.block_sparse_attention`.
       with_info: also return `Info`: density, recall and error bound of sampled queries (which costs them a dense row
         each), and dropped blocks. Not with softcap or lengths.
       samples: how many queries are sampled, evenly.
@@ -97,6 +100,7 @@ def attend(
         segment_ids=segments,
         softcap=softcap,
         scale=scale,
+        skip_below=skip_below,
         return_lse=True,
         implementation=implementation,
     )

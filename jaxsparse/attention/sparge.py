@@ -1,4 +1,4 @@
-r"""SpargeAttn, its first stage: blocks by pooled queries and keys, where pooling can be trusted.
+r"""SpargeAttn: blocks by pooled queries and keys, where pooling can be trusted.
 
 1. Keys are smoothed, $k \leftarrow k - \mathrm{mean}_t k$, which no softmax over keys sees.
 2. A block can be predicted if its rows are alike: mean cosine of all pairs above $\theta$.
@@ -56,6 +56,8 @@ def sparge(
     def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
         grid = layout.grid(q.shape[2], k.shape[2])
         logits, extra = sparge_scores(q, k, similarity, layout, state.lengths)
+        there = layout.filled(grid, state.lengths)
+        logits, extra = jnp.where(there, logits, -jnp.inf), extra & there
         if layout.share:
             logits = shared(logits, k.shape[1], layout.visible(grid))
             extra = group(extra, k.shape[1]).any(2)

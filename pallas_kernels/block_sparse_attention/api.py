@@ -31,6 +31,7 @@ def block_sparse_attention(
     segment_ids: SegmentIds = ...,
     softcap: float | None = ...,
     scale: float | None = ...,
+    skip_below: float | None = ...,
     return_lse: Literal[False] = ...,
     implementation: str | None = ...,
     interpret: bool = ...,
@@ -48,6 +49,7 @@ def block_sparse_attention(
     segment_ids: SegmentIds = ...,
     softcap: float | None = ...,
     scale: float | None = ...,
+    skip_below: float | None = ...,
     return_lse: Literal[True],
     implementation: str | None = ...,
     interpret: bool = ...,
@@ -64,6 +66,7 @@ def block_sparse_attention(
     segment_ids: SegmentIds = None,
     softcap: float | None = None,
     scale: float | None = None,
+    skip_below: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
@@ -93,6 +96,11 @@ def block_sparse_attention(
         Blocks in which none can meet (other documents of a packed batch) are skipped.
       softcap: bound t of the scores.
       scale: c; by default `head_dim ** -0.5`.
+      skip_below: $\lambda$, for inference: a kept block is skipped, its exponentials and its product with v, if no query
+        of its row has a score there above $m - \lambda \ln 2$, with m the largest score of that query in blocks before
+        (SpargeAttn's second stage; the authors' tuned values lie below 50). Each skipped block has at most
+        $|J|\, 2^{-\lambda}$ of the weight of the largest score. L is that of what was not skipped. Not on TPU, where a
+        branch in the loop would part the two chunks that overlap, nor on a GPU; it has no gradient.
       return_lse: also return L, float32 `[batch, heads, q_len]`.
       implementation: `'tpu'` (Pallas kernels), `'gpu'` (Pallas Triton, compute capability 8.0),
         `'xla'` (any device), `'reference'` (the whole score matrix), or None for the best one that
@@ -114,13 +122,15 @@ def block_sparse_attention(
     ((1, 2, 4, 8), Array([1., 2., 3., 4.], dtype=float32))
     """
     segments = check(q, k, v, mask, segment_ids, softcap, scale)
+    if skip_below is not None and not skip_below >= 0:
+        raise ValueError(f"skip_below={skip_below} must be None or at least 0")
     if causal:
         mask = mask & BlockMask.causal(mask.grid)
-    name = choose_implementation(implementation, q, k, v, mask, interpret)
+    name = choose_implementation(implementation, q, k, v, mask, interpret, skip_below)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if segments is not None and name != "reference":
         mask = within_segments(mask, *segments)
-    inputs = Inputs(q, k, v, mask, segments, scale, softcap)
+    inputs = Inputs(q, k, v, mask, segments, scale, softcap, skip_below)
     result: Any = reference.forward(inputs) if name == "reference" else _attention(name, inputs)
     out, lse = result
     return (out, lse) if return_lse else out
@@ -150,6 +160,10 @@ def _attention(name: str, inputs: Inputs) -> tuple[Array, Array]:
 
 
 def _attention_fwd(name, inputs):
+    if inputs.skip_below is not None:
+        raise ValueError(
+            f"skip_below={inputs.skip_below} is for inference and has no gradient; leave it out in training"
+        )
     out, lse = run_forward(name, inputs)
     return (out, lse), (inputs, out, lse)
 
@@ -307,13 +321,16 @@ def check(
 
 
 def choose_implementation(
-    implementation: str | None, q: Array, k: Array, v: Array, mask: BlockMask, interpret: bool
-) -> str:
+    implementation: str | None, q: Array, k: Array, v: Array, mask: BlockMask, interpret: bool,
+    skip_below: float | None = None,
+) -> str:  # fmt: skip
     """The name of the implementation to run; see `pallas_kernels._dispatch.choose`."""
     not_tpu = tpu.why_not(q, k, v, mask)
     if implementation is None and target_platform() != "tpu" and not interpret:
         not_tpu = f"the program runs on {target_platform()}"
     not_gpu = gpu.why_not(q, k, v, mask, interpret)
+    if skip_below is not None:
+        not_tpu = not_gpu = "skip_below is for 'xla' and 'reference'"
     other = "interpret=True is about the Pallas kernels" if interpret else None
     reasons = {"tpu": not_tpu, "gpu": not_gpu, "xla": other, "reference": other}
     name = choose(implementation, reasons)

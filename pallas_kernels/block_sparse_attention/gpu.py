@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +27,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _gpu
 from pallas_kernels._gpu import Config, dot, in_32_bits, largest_tile, load, power_of_2, result
-from pallas_kernels.block_sparse_attention.inputs import FLOOR, MASKED, Inputs
+from pallas_kernels.block_sparse_attention.inputs import FLOOR, LOG2E, MASKED, Inputs
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS, CODE_MASK, FULL, visible
 from pallas_kernels.block_sparse_attention.mask import BlockMask
 from pallas_kernels.block_sparse_attention.rules import Rule
 
 SMALLEST = 16  # positions of a block
-LOG2E = math.log2(math.e)
 
 # By the kind of numbers (`_gpu.kind`) and the larger head size, filled up. `tile` is queries (dkv: keys) of a
 # program, `depth` keys (dkv: queries) at a time. "small": devices with less shared memory (L4, RTX).

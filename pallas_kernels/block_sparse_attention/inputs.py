@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax import Array
 from pallas_kernels.block_sparse_attention.mask import BlockMask
 from pallas_kernels.block_sparse_attention.rules import Everything
 
+LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that masked - masked is not NaN
 FLOOR = -0.5e30  # the running maximum never goes below: exp(MASKED - FLOOR) is exactly 0
 
@@ -19,7 +21,7 @@ FLOOR = -0.5e30  # the running maximum never goes below: exp(MASKED - FLOOR) is 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["q", "k", "v", "mask", "segments"],
-    meta_fields=["scale", "softcap"],
+    meta_fields=["scale", "softcap", "skip_below"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
@@ -30,6 +32,7 @@ class Inputs:
       mask: its lists; blocks that segments cut are flagged (`mask.within_segments`).
       segments: int32 ids `[batch, q_len]` and `[batch, kv_len]`, or None.
       scale, softcap: static numbers; a softcap of None is none.
+      skip_below: powers of two below the running maximum from which a block is skipped; None: none is.
     """
 
     q: Array
@@ -39,6 +42,7 @@ class Inputs:
     segments: tuple[Array, Array] | None
     scale: float
     softcap: float | None
+    skip_below: float | None = None
 
     @property
     def precision(self) -> str | None:

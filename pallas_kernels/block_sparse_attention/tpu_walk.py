@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import vary, varying_axes
 from pallas_kernels._tpu import LANES, chip, compiler_params, result, round_up
-from pallas_kernels.block_sparse_attention.inputs import MASKED, Inputs, pad_to
+from pallas_kernels.block_sparse_attention.inputs import LOG2E, MASKED, Inputs, pad_to
 from pallas_kernels.block_sparse_attention.lists import (
     CODE_BITS,
     CODE_MASK,
@@ -32,7 +31,6 @@ from pallas_kernels.block_sparse_attention.lists import (
 )
 from pallas_kernels.block_sparse_attention.rules import Rule, Window
 
-LOG2E = math.log2(math.e)
 FAR = 1 << 30  # beyond any position
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b

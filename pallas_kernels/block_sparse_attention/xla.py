@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._dispatch import vary, varying_axes
-from pallas_kernels.block_sparse_attention.inputs import FLOOR, MASKED, Inputs, pad_to
+from pallas_kernels.block_sparse_attention.inputs import FLOOR, LOG2E, MASKED, Inputs, pad_to
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS, CODE_MASK, visible
 
 Carry = tuple[Array, Array, Array]
@@ -125,7 +125,9 @@ def forward(inputs: Inputs) -> tuple[Array, Array]:
     """Output `[batch, heads, q_len, v_dim]` and float32 log-sum-exp `[batch, heads, q_len]`."""
     at = _Heads(inputs)
     q, v = inputs.q, inputs.v
-    group = min(at.nk, max(1, CHUNK // at.bk))
+    below = inputs.skip_below
+    # Blocks are skipped one by one.
+    group = 1 if below is not None else min(at.nk, max(1, CHUNK // at.bk))
     axes = varying_axes(inputs)
 
     def head(i: Array) -> tuple[Array, Array]:
@@ -138,21 +140,31 @@ def forward(inputs: Inputs) -> tuple[Array, Array]:
             queries = at.q[i, r]
 
             def step(size: int, p: Array, carry: Carry) -> Carry:
-                highest, total, acc = carry
                 cols, codes = at.chunk(entries, p, end, size)
                 k_part = keys[cols].reshape(size * at.bk, -1)
-                v_part = values[cols].reshape(size * at.bk, -1)
                 s, _ = at.scores(i, queries, k_part, r[None], cols, codes, by_row=False)
-                new = jnp.maximum(highest, jnp.max(s, -1))
-                p = jnp.exp(s - new[:, None])
-                shrink = jnp.exp(highest - new)
-                product = jnp.dot(
-                    p.astype(values.dtype),
-                    v_part,
-                    precision=at.precision,
-                    preferred_element_type=jnp.float32,
-                )
-                return new, total * shrink + jnp.sum(p, -1), acc * shrink[:, None] + product
+
+                def accumulate(carry: Carry) -> Carry:
+                    highest, total, acc = carry
+                    v_part = values[cols].reshape(size * at.bk, -1)
+                    new = jnp.maximum(highest, jnp.max(s, -1))
+                    p = jnp.exp(s - new[:, None])
+                    shrink = jnp.exp(highest - new)
+                    product = jnp.dot(
+                        p.astype(values.dtype),
+                        v_part,
+                        precision=at.precision,
+                        preferred_element_type=jnp.float32,
+                    )
+                    return new, total * shrink + jnp.sum(p, -1), acc * shrink[:, None] + product
+
+                if below is None:
+                    return accumulate(carry)
+                gain = jnp.max(s, -1) - carry[0]
+                gain = jnp.where(r * at.bq + jnp.arange(at.bq) < q.shape[2], gain, -jnp.inf)
+                # A NaN is no reason to skip.
+                skip = (gain <= -below / LOG2E).all()
+                return lax.cond(skip, lambda carry: carry, accumulate, carry)
 
             init = (
                 jnp.full((at.bq,), FLOOR, jnp.float32),
