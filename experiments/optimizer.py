@@ -72,7 +72,7 @@ def method_options(
     # N:M says how many zeros there are.
     fixed = jaxsparse.structures.resolve(structure).sparsity is not None
     if stacked and "targets" in method.options:
-        options["targets"] = _targets(options.get("targets"), stacked)
+        options["targets"] = targets_of(options.get("targets"), stacked)
     known = {
         "sparsity": None if fixed else config.sparsity if sparsity is None else sparsity,
         "total_steps": config.steps,
@@ -81,7 +81,7 @@ def method_options(
     return {name: v for name, v in known.items() if name in method.options} | options
 
 
-def _targets(
+def targets_of(
     pattern: str | None, stacked: Mapping[str, int]
 ) -> Callable[[str, Any], bool | jaxsparse.targets.stacked]:
     """The leaves that match `pattern`, or the default ones; each of stacked layers has its own budget."""

@@ -176,8 +176,9 @@ class Fsdp(Single):
         part = path.rpartition("/")[2]
         if part in ("places", "rows", "outputs", "scores", "due"):  # of a layer that stores
             return PartitionSpec()
-        if part == "values" and len(shape) == 3:  # its blocks
-            return self._fit([self.names], shape[:1])
+        if part == "values" and len(shape) >= 3:  # its blocks
+            axes[-3:] = [*self._fit([self.names], shape[-3:-2]), None, None]
+            return PartitionSpec(*axes)
         name = next((p for p in reversed(path.split("/")) if p in self.TENSOR), None)
         if len(shape) >= 2 and name is not None:
             axes[self.TENSOR[name]] = "tensor"

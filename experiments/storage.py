@@ -1,5 +1,6 @@
-"""How a run stores its sparse layers: dense under masks, or as blocks, by `config.storage`."""
+"""How a run stores its sparse layers: dense under masks, or as blocks or single weights, by `config.storage`."""
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 import jaxsparse
 from jaxsparse.choose import unit_budgets
 from jaxsparse.leaves import find
-from jaxsparse.nn import BlockSparseLinear, Trained, full_gradients
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, full_gradients
 from jaxsparse.nn.compact import replace_module
 
 STORAGES = ("masks", "stored")
@@ -28,13 +29,15 @@ def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     if values["method"] not in RULES:
         yield "method", f"cannot be trained as stored; {', '.join(RULES)} can"
-    if not str(values["structure"]).startswith("block:"):
-        yield "structure", "storage=stored needs blocks, such as block:16x16"
+    structure = str(values["structure"])
+    if not structure.startswith("block:") and structure != "fan_in":
+        yield "structure", "storage=stored needs blocks, such as block:16x16, or fan_in"
+    if structure == "fan_in" and values["parallel"] == "fsdp":
+        yield "parallel", "must be none or pmap with storage=stored and single weights (fan_in)"
     if values["model"] not in ("mlp", "vit", "transformer"):
         yield "model", "storage=stored knows linear layers: mlp, vit, transformer"
-    for name in ("scan_layers", "two_view"):
-        if values.get(f"model_options.{name}"):
-            yield f"model_options.{name}", "must be False with storage=stored"
+    if values.get("model_options.two_view"):
+        yield "model_options.two_view", "must be False with storage=stored"
     if values.get("options.allocation") in ("global", "lamp"):
         yield "options.allocation", "storage=stored needs budgets of layers: uniform, er or erk"
     if values.get("options.pack_masks"):
@@ -42,17 +45,28 @@ def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def store_layers(
-    model: nnx.Module, config, rngs: nnx.Rngs, rows: NamedSharding | None = None
+    model: nnx.Module,
+    config,
+    rngs: nnx.Rngs,
+    rows: NamedSharding | None = None,
+    *,
+    targets: jaxsparse.targets.Targets = None,
 ) -> nnx.Module:
-    """The model with its sparse linear layers stored as blocks at random places, as many in each layer as
-    the masked method keeps, with initial values as large as under masks; `rows` is how the batch is split.
+    """The model with its sparse linear layers stored as blocks, or as weights of each output, at random
+    places, as many in each layer as the masked method keeps, with initial values as large as under masks.
+
+    Args:
+      model: a model as under masks; layers that are stacked for a scan stay so.
+      config: of the run.
+      rngs: of the new layers.
+      rows: how the batch is split over devices.
+      targets: which leaves are sparse.
 
     Raises:
       ValueError: a layer that blocks do not tile; `options.targets` leaves it dense.
     """
     structure = jaxsparse.structures.parse(config.structure)
-    assert isinstance(structure, jaxsparse.structures.Block)
-    leaves = find(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config.options.targets, structure)
+    leaves = find(nnx.to_pure_dict(nnx.state(model, nnx.Param)), targets, structure)
     modules = {"/".join(map(str, path)): (path, m) for path, m in nnx.iter_modules(model)}
     method = jaxsparse.METHODS[config.method]
     name = (
@@ -69,20 +83,34 @@ def store_layers(
                 f"config.storage='stored': {leaf.path!r} is not the kernel of a linear layer; keep it "
                 "dense with config.options.targets"
             )
-        layer = BlockSparseLinear(
-            linear.in_features,
-            linear.out_features,
-            block_shape=(structure.height, structure.width),
-            density=number * leaf.unit_size / leaf.size,
-            use_bias=linear.bias is not None,
-            dtype=linear.dtype,
-            param_dtype=linear.param_dtype,
-            rows=rows,
-            rngs=rngs,
-        )
-        layer.values[...] *= (number * leaf.unit_size / leaf.size) ** 0.5
+        density = number * leaf.slices * leaf.unit_size / leaf.layer_size
+        make = functools.partial(_layer, linear, structure, density, rows)
+        if leaf.lead:
+            (many,) = leaf.stack_shape
+            layer = nnx.split_rngs(splits=many)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+        else:
+            layer = make(rngs)
+        layer.values[...] *= density**0.5
         model = replace_module(model, path, layer)
     return model
+
+
+def _layer(
+    linear: nnx.Linear, structure, density: float, rows: NamedSharding | None, rngs: nnx.Rngs
+) -> BlockSparseLinear | CondensedLinear:
+    """A layer with the sizes of a dense one (or of each of a stack of them)."""
+    options: Any = dict(
+        density=density,
+        use_bias=linear.bias is not None,
+        dtype=linear.dtype,
+        param_dtype=linear.param_dtype,
+        rngs=rngs,
+    )
+    sizes = linear.in_features, linear.out_features
+    if not isinstance(structure, jaxsparse.structures.Block):
+        return CondensedLinear(*sizes, **options)
+    block_shape = structure.height, structure.width
+    return BlockSparseLinear(*sizes, block_shape=block_shape, rows=rows, **options)
 
 
 def dense(config):
@@ -127,6 +155,7 @@ def gradient_norm(grads) -> jax.Array:
 
 
 def kept(params) -> dict[str, jax.Array] | None:
-    """The blocks of stored layers, by path; None for parameters without any."""
+    """The blocks, or weights, of stored layers, by path; None for parameters without any."""
     names = {path.rpartition("/")[2] for path, _ in jaxsparse.targets.named_leaves(params)}
-    return jaxsparse.nn.stored_blocks(params) if {"places", "due"} <= names else None
+    some = "due" in names and names & {"places", "rows"}
+    return jaxsparse.nn.stored_blocks(params) if some else None

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxsparse
 from experiments import datasets, models, storage
 from experiments.microbatches import mean_over_microbatches
-from experiments.optimizer import make_optimizer
+from experiments.optimizer import make_optimizer, targets_of
 from jaxsparse.state import find_states
 
 
@@ -102,7 +102,15 @@ def make_task(
             **config.model_options,
         )
         return (
-            model if config.storage == "masks" else storage.store_layers(model, config, rngs, rows)
+            model
+            if config.storage == "masks"
+            else storage.store_layers(
+                model,
+                config,
+                rngs,
+                rows,
+                targets=targets_of(config.options.get("targets"), models.stacked(model)),
+            )
         )
 
     shapes = nnx.eval_shape(create)

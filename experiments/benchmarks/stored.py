@@ -17,6 +17,10 @@ density.
 train: stored blocks, JAX's BCOO, and PyTorch's CSR where PyTorch is installed. The schedule of the scores of absent blocks on a TPU:
 
     python -m tools.tpu_static experiments.benchmarks.stored:tpu_scores --topology v5e:2x2
+
+and that of a whole step between two updates, stored or (`"stored": false`) under masks:
+
+    python -m tools.tpu_static experiments.benchmarks.stored:tpu_step --topology v5e:2x2 --all-kernels --kw '{"density": 0.1}'
 """
 
 from __future__ import annotations
@@ -266,6 +270,43 @@ def tpu_scores(rows: int = 2048, width: int = 4096, block: int = 128):
     a = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
     meta = {"useful_flops": 2 * rows * width * width}
     return functools.partial(block_scores, block_shape=(block, block)), (a, a), meta
+
+
+def tpu_step(
+    stored: bool = True, density: float = 0.1, width: int = 2048, rows: int = 2048, block: int = 128
+):
+    """For `tools.tpu_static`: an ordinary step of the MLP width - 4 width - width with AdamW on a fixed
+    pattern, products in bfloat16; stored, or under masks."""
+    inner, rngs = optax.adamw(1e-3), nnx.Rngs(0)
+
+    def make(i, o):
+        options: Any = dict(use_bias=False, dtype=jnp.bfloat16, rngs=rngs)
+        if not stored:
+            return nnx.Linear(i, o, **options)
+        return BlockSparseLinear(i, o, block_shape=(block, block), density=density, **options)
+
+    tx = (
+        jaxsparse.stored(inner, rule="static")
+        if stored
+        else jaxsparse.static(inner, 1 - density, structure=Blocks(block, block))
+    )
+    graph, params, rest = nnx.split(
+        MLP(make, width, 4 * width), Trained if stored else nnx.Param, ...
+    )
+    params = nnx.to_pure_dict(params)
+
+    def step(params, state, x):
+        loss = lambda p: (nnx.merge(graph, p, rest)(x).astype(jnp.float32) ** 2).mean()
+        updates, state = tx.update(jax.grad(loss, allow_int=True)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    # Places stay what they are: the lists of blocks are followed.
+    shape = lambda x: (
+        x if jnp.issubdtype(x.dtype, jnp.integer) else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
+    args = jax.tree.map(shape, (params, tx.init(params)))
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    return step, (*args, x), {"useful_flops": int(6 * 8 * density * rows * width**2)}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def configure(args: argparse.Namespace) -> Any:
     c.storage, c.structure, c.options.targets = "stored", "block:128x128", "layers/.*kernel"
     c.sparsity, c.options.allocation = 1.0 - args.density, "uniform"
     c.options.update_every = args.update_every
-    c.model_options.update(dim=args.dim, depth=args.depth, heads=args.dim // 128)
+    c.model_options.update(dim=args.dim, depth=args.depth, heads=args.dim // 128, scan_layers=True)
     c.length, c.batch_size, c.steps = args.length, args.batch, args.steps
     c.learning_rate, c.warmup_steps, c.decay = (
         args.learning_rate,

@@ -174,6 +174,10 @@ class Columns(Matrix):
         """The axis of the values along which those of an output are numbered."""
         return len(self.lead) + 1
 
+    def mask(self, places: Array) -> Array:
+        """bool, of the shape of `leaf`: the weights that are stored."""
+        return self.each(lambda rows: condensed_places.mask_of(rows, self.grid[0]), places)
+
     def used(self, places: Array) -> Array:
         """bool, like the values: which of them are part of the pattern."""
         return places < self.grid[0]

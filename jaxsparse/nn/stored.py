@@ -470,8 +470,8 @@ def check_stored(opt_state) -> None:
 
 
 def stored_blocks(params) -> dict[str, Array]:
-    """Which blocks the stored matrices of a tree hold: a mask of its grid by the path of each matrix that
-    stores blocks.
+    """Which blocks the stored matrices of a tree hold: a mask of its grid by the path of each matrix; of one
+    that stores single weights a mask of the matrix itself, of its stored outputs.
 
     >>> from jaxsparse.nn import BlockSparseLinear, Trained
     >>> layer = BlockSparseLinear(8, 8, block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
@@ -483,8 +483,7 @@ def stored_blocks(params) -> dict[str, Array]:
     """
     params = nnx.as_pure(params)
     leaves = jax.tree.leaves(params)
-    blocks = [m for m in find(params, 1).matrices if isinstance(m, Blocks)]
-    return {m.leaf.path: m.mask(leaves[m.places]) for m in blocks}
+    return {m.leaf.path: m.mask(leaves[m.places]) for m in find(params, 1).matrices}
 
 
 def stored_states(opt_state) -> list[StoredState]:

@@ -91,10 +91,50 @@ def test_models_train_stored_on_one_device_and_on_several(
     assert np.isfinite(evaluation["loss"])
 
 
+def test_layers_that_are_stacked_for_a_scan_store_as_many_each(data_dir):
+    config = make_config(data_dir, model="transformer", dataset="stdlib_text", length=32)
+    config.structure, config.options.targets = "block:16x16", TARGETS
+    config.model_options = dict(dim=32, depth=3, scan_layers=True)
+    config.options.allocation = "uniform"
+    data = datasets.load("stdlib_text", data_dir=data_dir, length=32)
+    task = make_task(config, data)
+    state = jax.jit(task.init)()
+    up = state.params["layers"]["up"]
+    assert up["values"].shape == (3, 4, 16, 16) and up["due"].shape == (3, 2)
+    places = np.asarray(up["places"])
+    assert len({p.tobytes() for p in places}) > 1  # other draws in each layer
+    batch = next(iter(datasets.batches(data, 8, start=0, stop=1, seed=0)))
+    step = jax.jit(task.train_step)
+    for _ in range(6):
+        state, numbers = step(state, batch)
+    assert np.isfinite(numbers["loss"])
+    moved = np.asarray(state.params["layers"]["up"]["places"])
+    assert (places != moved).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(structure="fan_in"),
+        dict(structure="fan_in", method="set", parallel="pmap"),
+        dict(parallel="fsdp"),
+        dict(method="set", parallel="pmap"),
+    ],
+)
+def test_stacked_layers_and_single_weights_train(changes, data_dir, tmp_path):
+    config = make_config(data_dir, model="transformer", dataset="stdlib_text", length=32)
+    config.structure, config.options.targets = "block:16x16", TARGETS
+    config.model_options = dict(dim=32, depth=2, scan_layers=True)
+    config.update(changes)
+    assert np.isfinite(train.train(config, tmp_path)["loss"])
+
+
 def test_what_does_not_go_with_stored_layers_is_named(data_dir):
     cases = [
         (dict(method="st3"), "config.method='st3': cannot be trained as stored"),
         (dict(structure="2:4"), "config.structure='2:4': storage=stored needs blocks"),
+        (dict(structure="fan_in", parallel="fsdp"), "config.parallel='fsdp': must be none or pmap"),
         (dict(model="cnn"), "config.model='cnn': storage=stored knows linear layers"),
         (dict(storage="csr"), "config.storage='csr': choose from masks, stored"),
     ]
