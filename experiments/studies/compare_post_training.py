@@ -117,9 +117,8 @@ def table(rows: list[dict[str, Any]], whole: bool) -> str:
     for name in names:
         cells = [f"{by[name, b][value]:.4g}" if (name, b) in by else "" for b in budgets]
         seconds = [by[name, b]["seconds"] for b in budgets if (name, b) in by]
-        lines.append(
-            f"| {name} | " + " | ".join(cells) + f" | {min(seconds):.0f} to {max(seconds):.0f} |"
-        )
+        took = " to ".join(dict.fromkeys(f"{x:.0f}" for x in (min(seconds), max(seconds))))
+        lines.append(f"| {name} | " + " | ".join([*cells, took]) + " |")
     return "\n".join(lines)
 
 

@@ -36,7 +36,8 @@ def obd_core(
     *,
     structure: Structure | str | None = None,
 ) -> Pruned:
-    """Optimal brain damage: keeps the weights of largest (mean of g²) w² / 2.
+    """Optimal brain damage: keeps the weights of largest (mean of g²) w² / 2; the largest of all, where every
+    gradient is zero (an expert without tokens).
 
     Args:
       w: `[in, out]`.
@@ -56,6 +57,7 @@ def obd_core(
     structure = structures.resolve(structure)
     w = w.astype(jnp.float32)
     fisher = jnp.mean(jnp.square(gradients.astype(jnp.float32)), axis=0)
+    fisher = jnp.where(jnp.any(fisher > 0), fisher, 1.0)
     mask = keep(obd_saliency(w, fisher), sparsity, structure)
     return Pruned(jnp.where(mask, w, 0.0), mask)
 

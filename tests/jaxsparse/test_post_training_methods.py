@@ -177,6 +177,19 @@ def test_a_larger_tolerance_is_sparser_and_none_gives_the_weights_back():
         pt.net_trim_core(f32(w), f32(x), 0.5, tolerance=0)
 
 
+def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_by_every_method_that_reads_gradients():
+    w, zero = f32(normal(20, 8, 4)), jnp.zeros((3, 8, 4))
+    size = np.sort(np.abs(w), axis=0)
+    for found in (
+        pt.obd_core(w, zero, 0.5, structure="fan_in"),
+        pt.woodfisher_core(w, zero, 0.5, structure="fan_in"),
+        pt.chita_core(w, zero, 0.5, structure="fan_in"),
+        pt.wanda_plus_plus_core(w, jnp.zeros(8), zero, 0.5),
+    ):
+        assert np.array_equal(found.mask, np.abs(w) >= size[4])
+        np.testing.assert_allclose(found.weights, np.where(found.mask, w, 0), rtol=1e-6)
+
+
 # -- Wanda++, GQSA -------------------------------------------------------------------------------------
 
 
