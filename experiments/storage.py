@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -13,7 +13,13 @@ from jax.sharding import NamedSharding
 import jaxsparse
 from jaxsparse.choose import unit_budgets
 from jaxsparse.leaves import find
-from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, full_gradients
+from jaxsparse.nn import (
+    BlockSparseLinear,
+    BlockSparsePointwise,
+    CondensedLinear,
+    Trained,
+    full_gradients,
+)
 from jaxsparse.nn.compact import replace_module
 
 STORAGES = ("masks", "stored")
@@ -34,8 +40,11 @@ def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "structure", "storage=stored needs blocks, such as block:16x16, or fan_in"
     if structure == "fan_in" and values["parallel"] == "fsdp":
         yield "parallel", "must be none or pmap with storage=stored and single weights (fan_in)"
-    if values["model"] not in ("mlp", "vit", "transformer"):
-        yield "model", "storage=stored knows linear layers: mlp, vit, transformer"
+    if values["model"] not in ("mlp", "vit", "transformer", "resnet"):
+        yield (
+            "model",
+            "storage=stored knows linear layers and 1 x 1 convolutions: mlp, vit, transformer, resnet",
+        )
     if values.get("model_options.two_view"):
         yield "model_options.two_view", "must be False with storage=stored"
     if values.get("options.allocation") in ("global", "lamp"):
@@ -78,13 +87,13 @@ def store_layers(
     budgets = unit_budgets(list(leaves), jaxsparse.allocations.resolve(name), sparsity)
     for leaf, number in zip(leaves, budgets):
         path, linear = modules.get(leaf.path.rpartition("/")[0], ((), None))
-        if type(linear) is not nnx.Linear:
+        if not (type(linear) is nnx.Linear or _is_pointwise(linear, structure)):
             raise ValueError(
-                f"config.storage='stored': {leaf.path!r} is not the kernel of a linear layer; keep it "
-                "dense with config.options.targets"
+                f"config.storage='stored': {leaf.path!r} is not the kernel of a linear layer, or of a 1 x 1 "
+                "convolution in blocks; keep it dense with config.options.targets"
             )
         density = number * leaf.slices * leaf.unit_size / leaf.layer_size
-        make = functools.partial(_layer, linear, structure, density, rows)
+        make = functools.partial(_layer, cast(Any, linear), structure, density, rows)
         if leaf.lead:
             (many,) = leaf.stack_shape
             layer = nnx.split_rngs(splits=many)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
@@ -95,8 +104,24 @@ def store_layers(
     return model
 
 
+def _is_pointwise(module: Any, structure) -> bool:
+    """Whether it is a convolution that multiplies every position for itself, to be stored in blocks."""
+    return (
+        type(module) is nnx.Conv
+        and isinstance(structure, jaxsparse.structures.Block)
+        and set(module.kernel_size) == {1}
+        and module.feature_group_count == 1
+        and module.padding in ("SAME", "VALID")
+        and module.mask is None
+    )
+
+
 def _layer(
-    linear: nnx.Linear, structure, density: float, rows: NamedSharding | None, rngs: nnx.Rngs
+    linear: nnx.Linear | nnx.Conv,
+    structure,
+    density: float,
+    rows: NamedSharding | None,
+    rngs: nnx.Rngs,
 ) -> BlockSparseLinear | CondensedLinear:
     """A layer with the sizes of a dense one (or of each of a stack of them)."""
     options: Any = dict(
@@ -109,8 +134,12 @@ def _layer(
     sizes = linear.in_features, linear.out_features
     if not isinstance(structure, jaxsparse.structures.Block):
         return CondensedLinear(*sizes, **options)
-    block_shape = structure.height, structure.width
-    return BlockSparseLinear(*sizes, block_shape=block_shape, rows=rows, **options)
+    options.update(block_shape=(structure.height, structure.width), rows=rows)
+    if isinstance(linear, nnx.Linear):
+        return BlockSparseLinear(*sizes, **options)
+    strides, space = linear.strides, len(linear.kernel_size)
+    strides = (strides,) * space if isinstance(strides, int) else strides or (1,) * space
+    return BlockSparsePointwise(*sizes, strides=tuple(strides), **options)
 
 
 def dense(config):

@@ -4,7 +4,7 @@ from jaxsparse.nn._linear import Pattern, Scores, Trained
 from jaxsparse.nn.attention import BlockCache, BlockSparseAttention, top_blocks
 from jaxsparse.nn.bayesian import BayesianLinear, VariationalDropoutLinear, dropout_kl
 from jaxsparse.nn.bit_planes import BitPlaneLinear, csq_loss, csq_temperature, split_bits
-from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
+from jaxsparse.nn.block_sparse_linear import BlockSparseLinear, BlockSparsePointwise
 from jaxsparse.nn.compact import Compacted, compact
 from jaxsparse.nn.condensed import CondensedLinear, condense
 from jaxsparse.nn.consensus import ConsensusGate, consensus_loss
@@ -55,6 +55,7 @@ __all__ = [
     "BlockSparseAttention",
     "top_blocks",
     "BlockSparseLinear",
+    "BlockSparsePointwise",
     "ClippedReLU",
     "ClippedSoftThreshold",
     "Compacted",

@@ -1,5 +1,7 @@
 """`BlockSparseLinear`: a linear layer that stores, multiplies and trains only some blocks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -184,6 +186,36 @@ class BlockSparseLinear(SparseLinear):
         """
         _check_shapes(w, self.shape, self.block_shape)
         self.values[...], self.places[...] = w.values, w.in_any_order().places
+
+
+class BlockSparsePointwise(BlockSparseLinear):
+    """A 1 x 1 convolution that stores blocks of its matrix of channels: `BlockSparseLinear` at every position
+    of `x [..., *space, in]`, or at every `strides`-th.
+
+    Args:
+      in_features, out_features: channels of x and y.
+      strides: one for each axis of space.
+      options: of `BlockSparseLinear`.
+
+    >>> options = dict(block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
+    >>> layer = BlockSparsePointwise(8, 16, strides=(2, 2), **options)
+    >>> layer(jnp.ones((1, 7, 7, 8))).shape
+    (1, 4, 4, 16)
+    """
+
+    strides: tuple[int, ...]
+
+    def __init__(
+        self, in_features: int, out_features: int, *, strides: tuple[int, ...], **options: Any
+    ):
+        super().__init__(in_features, out_features, **options)
+        self.strides = tuple(strides)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., *space, in]` to `[..., *space, out]`, with fewer positions where strides are above 1."""
+        return super().__call__(
+            x[(..., *(slice(None, None, s) for s in self.strides), slice(None))]
+        )
 
 
 def _check_shapes(w: BlockSparse, shape: tuple[int, int], block_shape: tuple[int, ...]) -> None:

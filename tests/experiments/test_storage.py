@@ -113,6 +113,17 @@ def test_layers_that_are_stacked_for_a_scan_store_as_many_each(data_dir):
 
 
 @pytest.mark.slow
+def test_1x1_convolutions_of_a_residual_network_train_stored(data_dir, tmp_path):
+    config = make_config(data_dir, model="resnet", structure="block:8x8")
+    config.model_options = dict(depth=50, width=8)
+    config.options.targets = r"blocks/\d+/(convs/[02]|shortcut)/kernel"
+    config.options.drop_fraction, config.options.allocation = None, "uniform"
+    config.steps = config.log_every = config.eval_every = config.checkpoint_every = 4
+    config.warmup_steps, config.options.update_every = 1, 2
+    assert np.isfinite(train.train(config, tmp_path)["loss"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -135,7 +146,7 @@ def test_what_does_not_go_with_stored_layers_is_named(data_dir):
         (dict(method="st3"), "config.method='st3': cannot be trained as stored"),
         (dict(structure="2:4"), "config.structure='2:4': storage=stored needs blocks"),
         (dict(structure="fan_in", parallel="fsdp"), "config.parallel='fsdp': must be none or pmap"),
-        (dict(model="cnn"), "config.model='cnn': storage=stored knows linear layers"),
+        (dict(model="cnn"), "config.model='cnn': storage=stored knows linear layers and"),
         (dict(storage="csr"), "config.storage='csr': choose from masks, stored"),
     ]
     for changes, message in cases:

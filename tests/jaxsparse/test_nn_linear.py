@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from flax.nnx import bridge
 
-from jaxsparse.nn import BlockSparseLinear, CondensedLinear, NMLinear
+from jaxsparse.nn import BlockSparseLinear, BlockSparsePointwise, CondensedLinear, NMLinear
 from jaxsparse.nn._linear import Pattern
 
 BLOCKS = np.kron(np.random.default_rng(0).random((4, 3)) < 0.5, np.ones((16, 16))) > 0
@@ -145,3 +145,13 @@ def test_bad_input_is_refused():
         BlockSparseLinear.from_dense(dense, np.ones((3, 3)), block_shape=(16, 16))
     with pytest.raises(ValueError, match="mask keeps 4 of a group of m=4 rows"):
         NMLinear.from_dense(dense, np.ones((64, 48)), n=2, m=4)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+def test_a_pointwise_layer_is_the_1x1_convolution(strides):
+    options = dict(block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0))
+    layer = BlockSparsePointwise(8, 12, strides=strides, **options)
+    conv = nnx.Conv(8, 12, (1, 1), strides=strides, rngs=nnx.Rngs(1))
+    conv.kernel[...] = layer.weight.to_dense()[None, None]
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 8))
+    np.testing.assert_allclose(layer(x), conv(x), atol=1e-5)
