@@ -33,7 +33,9 @@ def configure(args: argparse.Namespace) -> Any:
     c.storage, c.structure, c.options.targets = "stored", "block:128x128", "layers/.*kernel"
     c.sparsity, c.options.allocation = 1.0 - args.density, "uniform"
     c.options.update_every = args.update_every
-    c.model_options.update(dim=args.dim, depth=args.depth, heads=args.dim // 128, scan_layers=True)
+    c.model_options.update(dim=args.dim, depth=args.depth, heads=args.dim // 128)
+    # One layer to compile: the compiler for TPU takes minutes for each.
+    c.model_options.scan_layers = args.pod
     c.length, c.batch_size, c.steps = args.length, args.batch, args.steps
     c.learning_rate, c.warmup_steps, c.decay = (
         args.learning_rate,
