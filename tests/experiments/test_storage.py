@@ -114,7 +114,7 @@ def test_layers_that_are_stacked_for_a_scan_store_as_many_each(data_dir):
 
 @pytest.mark.slow
 def test_1x1_convolutions_of_a_residual_network_train_stored(data_dir, tmp_path):
-    config = make_config(data_dir, model="resnet", structure="block:8x8")
+    config = make_config(data_dir, model="resnet", structure="block:4x4")
     config.model_options = dict(depth=50, width=8)
     config.options.targets = r"blocks/\d+/(convs/[02]|shortcut)/kernel"
     config.options.drop_fraction, config.options.allocation = None, "uniform"

@@ -8,26 +8,13 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, check_stored, full_gradients
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, check_stored, full_gradients
 from jaxsparse.structures import FanIn
 from pallas_kernels import Condensed, cpu
+from tests.jaxsparse.test_stored import MLP, split
 from tests.jaxsparse.test_stored_scale import sizes
 
 X = jax.random.normal(jax.random.key(0), (16, 32))
-
-
-class MLP(nnx.Module):
-    def __init__(self, rngs):
-        self.first, self.second = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
-        self.head = nnx.Linear(32, 4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))))
-
-
-def split(model, wrt=Trained):
-    graph, params, rest = nnx.split(model, wrt, ...)
-    return lambda p: nnx.merge(graph, p, rest), nnx.to_pure_dict(params)
 
 
 def both_runs(rule, inner, sparsity, steps, uneven=False):
