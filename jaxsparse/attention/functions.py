@@ -81,14 +81,11 @@ def attend(
         )
     segments = there = None
     if lengths is not None:
-        _check_lengths(lengths, q)
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"lengths with q_len={q.shape[2]} and kv_len={k.shape[2]}: they must be the same"
             )
-        index = jnp.arange(k.shape[2])
-        there = (index < lengths[:, None])[:, None, :, None]
-        segments = jnp.where(there[:, 0, :, 0], 0, 1 + index)  # padding meets itself alone
+        there, segments = padding(lengths, q)
         q, k = (jnp.where(there, x, 0) for x in (q, k))
         state = (State() if state is None else state)._replace(lengths=lengths)
     mask = choose(q, k, v, state)
@@ -112,12 +109,21 @@ def attend(
     return out, inform(q, k, v, mask, lse, causal=causal, samples=samples, scale=scale)
 
 
-def _check_lengths(lengths: Array, q: Array) -> None:
+def padding(lengths: Array, q: Array) -> tuple[Array, Array]:
+    """What is there of sequences `[batch, heads, length, dim]` that are filled from the left, bool `[batch, 1, length, 1]`,
+    and segment ids `[batch, length]` in which padding meets itself alone.
+
+    Raises:
+      ValueError: lengths that are not integers `[batch]`.
+    """
     if lengths.shape != (q.shape[0],) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; give integers [{q.shape[0]}], one "
             "for each sequence"
         )
+    index = jnp.arange(q.shape[2])
+    there = index < lengths[:, None]
+    return there[:, None, :, None], jnp.where(there, 0, 1 + index)
 
 
 def dot_product_attention(

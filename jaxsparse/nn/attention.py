@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from jaxsparse.attention import Info, Pages, Predictor, State, append_page, pages
+from jaxsparse.attention.functions import padding
 from jaxsparse.attention.measure import inform
 from pallas_kernels import BlockMask, Grid, block_sparse_attention, block_sparse_decode
 
@@ -258,24 +259,38 @@ class BlockSparseAttention(nnx.Module):
         return pages(k, page, lengths)
 
     def prefill(
-        self, x: Array, cache: BlockCache, mask: BlockMask | None = None
+        self,
+        x: Array,
+        cache: BlockCache,
+        mask: BlockMask | None = None,
+        *,
+        lengths: Array | None = None,
     ) -> tuple[Array, BlockCache]:
-        """`__call__` on the first tokens, written into an empty cache."""
+        """`__call__` on the first tokens, written into an empty cache.
+
+        `lengths`, int `[batch]`: how many of the tokens each sequence has, from the left; None: all. Padding may hold
+        anything: it reaches no output but its own, and the cache keeps nothing of it.
+        """
         length, capacity = x.shape[1], cache.k.shape[2]
         if length > capacity:
             raise ValueError(f"x has {length} positions, more than the cache's capacity {capacity}")
         q, k, v, state = self._heads(x, jnp.arange(length))
+        filled, segments = jnp.full_like(cache.lengths, length), None
+        if lengths is not None:
+            there, segments = padding(lengths, q)
+            q, k, v = (jnp.where(there, y, 0) for y in (q, k, v))
+            filled, state = lengths.astype(filled.dtype), state._replace(lengths=lengths)
         rest = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
         k_all, v_all = jnp.pad(k, rest), jnp.pad(v, rest)
         blocks = k_all.reshape(*cache.sums.shape[:3], -1, self.head_dim)
-        filled = BlockCache(
+        cache = BlockCache(
             k_all.astype(cache.k.dtype),
             v_all.astype(cache.v.dtype),
             jnp.sum(blocks.astype(jnp.float32), 3),
-            jnp.full_like(cache.lengths, length),
-            self._pages(k_all.astype(cache.k.dtype), jnp.full_like(cache.lengths, length)),
+            filled,
+            self._pages(k_all.astype(cache.k.dtype), filled),
         )
-        return self._attend(q, k, v, state, mask, None)[0], filled
+        return self._attend(q, k, v, state, mask, segments)[0], cache
 
     def decode(
         self, x: Array, cache: BlockCache, *, num_blocks: int | None = None, num_sinks: int = 1

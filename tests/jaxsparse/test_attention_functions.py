@@ -160,6 +160,26 @@ def test_decoding_by_pages_is_dense_at_a_full_budget_and_reads_the_best_pages_el
     assert np.abs(out[:, 0] - want[:, 39]).max() > 1e-3
 
 
+def test_prompts_of_different_lengths_go_on_as_each_alone():
+    model = layer(choose=attention.quest(budget=12, page=4, layout=LAYOUT))
+    prompt = X[:, :30].at[1, 11:].set(jnp.nan)
+    run = quick(lambda m, x, c, n=None: m.prefill(x, c, lengths=n))
+    step = quick(lambda m, x, c: m.decode(x, c))
+    by_number = quick(lambda m, x, c: m.decode(x, c, num_blocks=2))
+    out, cache = run(model, prompt, model.init_cache(2, 48, block_kv=8), jnp.array([30, 11]))
+    assert np.isfinite(cache.k).all() and np.isfinite(cache.sums).all()
+    want, alone = run(model, X[1:, :11], model.init_cache(1, 48, block_kv=8))
+    np.testing.assert_allclose(out[1, :11], want[0], atol=1e-5)
+    for t in range(30, 35):  # over the end of a page and of a block
+        token = X[:, t : t + 1]
+        for decode in (by_number, step):
+            got, after = decode(model, token, cache)
+            expected, after_alone = decode(model, token[1:], alone)
+            np.testing.assert_allclose(got[1], expected[0], atol=1e-5)
+        cache, alone = after, after_alone
+    assert cache.lengths.tolist() == [35, 16]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -170,6 +190,7 @@ def test_decoding_by_pages_is_dense_at_a_full_budget_and_reads_the_best_pages_el
         (lambda: attention.dot_product_attention(X[:, :9, None], X[:, :, None], X[:, :, None], choose=attention.dense(), is_causal=True), "is_causal with 9 queries and 40 keys"),
         (lambda: attention.dot_product_attention(X[:, :, None], X[:, :, None], X[:, :, None], choose=attention.dense(), is_causal=True, query_seq_lengths=jnp.array([1, 2])), "query_seq_lengths alone"),
         (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), lengths=jnp.array([1.0])), "lengths has shape"),
+        (lambda: layer(choose=attention.dense()).prefill(X, layer().init_cache(2, 48, block_kv=8), lengths=jnp.array([1])), "lengths has shape"),
         (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), with_info=True, softcap=3.0), "with_info=True"),
     ],
 )  # fmt: skip
