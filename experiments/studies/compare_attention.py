@@ -37,24 +37,33 @@ LAYOUT = Layout(BLOCK, BLOCK)
 BUDGETS = (0.1, 0.2, 0.4)
 PREDICTORS = ("oracle", "streaming", "minference", "flexprefill", "moba", "sparge", "nsa", "mra", "seer", "dsv", "adaspa")  # fmt: skip
 POLICIES = ("streaming_llm", "h2o", "snapkv", "ada_snapkv", "dynamickv", "zipvl")
-ALPHAS = {0.1: 0.3, 0.2: 0.6, 0.4: 0.9}  # FlexPrefill has no budget but a mass
+ALPHAS = (
+    (0.0, 0.1, 0.2, 0.4, 1.0),
+    (0.0, 0.3, 0.6, 0.9, 1.0),
+)  # FlexPrefill has no budget but a mass
 RANK = 16
 Params = dict[str, Any]
 
 
-def make(name: str, budget: float, length: int, params: Params) -> attention.Predictor:
+def make(
+    name: str, budget: float, length: int, params: Params, layout: Layout = LAYOUT
+) -> attention.Predictor:
     """A predictor of about a density of the causal area."""
+    block = layout.block_kv
+    if name == "dense":
+        return attention.dense(layout=layout)
     if name == "streaming":
-        width = int((1 - (1 - budget) ** 0.5) * length) // BLOCK * BLOCK
-        return attention.streaming(sinks=4, window=max(BLOCK, width - BLOCK), layout=LAYOUT)
+        width = int((1 - (1 - budget) ** 0.5) * length) // block * block
+        return attention.streaming(sinks=4, window=max(block, width - block), layout=layout)
     if name == "flexprefill":
+        alpha = float(np.interp(budget, *ALPHAS))
         return attention.flexprefill(
-            alpha=ALPHAS.get(budget, budget), minimum=BLOCK, sample=64, unit=BLOCK, layout=LAYOUT
+            alpha=alpha, minimum=block, sample=64, unit=block, layout=layout
         )
     if name == "minference":
         heads = params["patterns"][str(budget)] if params else None
-        return attention.minference(density=budget, heads=heads, layout=LAYOUT)
-    return getattr(attention, name)(density=budget, layout=LAYOUT)
+        return attention.minference(density=budget, heads=heads, layout=layout)
+    return getattr(attention, name)(density=budget, layout=layout)
 
 
 def state_of(name: str, params: Params, x: Array, q: Array, k: Array) -> State:
@@ -102,15 +111,19 @@ def dense(h: Heads) -> Array:
 
 
 class Model:
-    """SmolLM2 cut into its layers, which share one graph: functions of a layer compile once."""
+    """A model cut into its layers, which share one graph: functions of a layer compile once."""
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = smollm2.load()
+    def __init__(self, model: smollm2.SmolLM2) -> None:
+        self.model = model
         parts = [nnx.split(layer) for layer in self.model.layers]
         self.graph, self.states = parts[0][0], [state for _, state in parts]
 
     def embed(self, tokens: Array) -> Array:
         return self.model.embed(tokens)
+
+    def logits(self, x: Array) -> Array:
+        """What the model says after all of its layers."""
+        return self.model.embed.attend(self.model.norm(x))
 
     @functools.cached_property
     def _loss(self) -> Any:
@@ -134,15 +147,17 @@ def dense_layer(graph: Any, state: Any, x: Array) -> Array:
     return finish(layer, x, dense(heads_of(layer, x)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def sparse_layer(
-    graph: Any, name: str, budget: float, state: Any, params: Params, x: Array
-) -> Array:
+    graph: Any, name: str, budget: float, layout: Layout, state: Any, params: Params, x: Array
+) -> tuple[Array, Array]:
+    """A layer that attends through a choice, and the density of what it read."""
     layer = nnx.merge(graph, state)
     h = heads_of(layer, x)
-    choose = make(name, budget, x.shape[1], params)
+    choose = make(name, budget, x.shape[1], params, layout)
     mask = choose(h.q, h.k, h.v, state_of(name, params, h.x, h.raw_q, h.raw_k))
-    return finish(layer, x, block_sparse_attention(h.q, h.k, h.v, mask))
+    y = finish(layer, x, block_sparse_attention(h.q, h.k, h.v, mask))
+    return y, measure.density(mask).mean()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -161,11 +176,11 @@ def measure_layer(
 # ------------------------------------------------------------------ what is trained or searched
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def train(graph: Any, state: Any, kind: str, steps: int, h: Heads) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def train(graph: Any, state: Any, kind: str, steps: int, layout: Layout, h: Heads) -> Any:
     """A gate or projections of one layer, on its own attention to a calibration text."""
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    target = attention.seer_target(h.q, h.k, LAYOUT)
+    target = attention.seer_target(h.q, h.k, layout)
 
     def loss(state: Any) -> Array:
         module = nnx.merge(graph, state)
@@ -183,24 +198,26 @@ def train(graph: Any, state: Any, kind: str, steps: int, h: Heads) -> Any:
     return state, values[-1]
 
 
-def prepare(model: Model, tokens: Array, budgets: tuple[float, ...], steps: int) -> list[Params]:
+def prepare(
+    model: Model, tokens: Array, budgets: tuple[float, ...], steps: int, layout: Layout = LAYOUT
+) -> list[Params]:
     """Per layer: a trained gate, trained projections, and the best pattern of each head at each budget."""
     x, found = model.embed(tokens), []
     look = jax.jit(lambda state, x: heads_of(nnx.merge(model.graph, state), x))
     search = {
         b: jax.jit(lambda h, b=b: attention.search_patterns(
-            h.q[:1], h.k[:1], attention.candidates(b, tokens.shape[1], BLOCK), LAYOUT)[0])
+            h.q[:1], h.k[:1], attention.candidates(b, tokens.shape[1], layout.block_kv), layout)[0])
         for b in budgets
     }  # fmt: skip
     for i, state in enumerate(model.states):
         h = look(state, x)
         params: Params = {"patterns": {str(b): search[b](h) for b in budgets}}
-        gate = attention.SeerGate(h.q.shape[1], h.k.shape[1], h.q.shape[3], layout=LAYOUT,
-                                  rope_base=1e5, rngs=nnx.Rngs(i))  # fmt: skip
+        gate = attention.SeerGate(h.q.shape[1], h.k.shape[1], h.q.shape[3], layout=layout,
+                                  rope_base=model.model.config.rope_base, rngs=nnx.Rngs(i))  # fmt: skip
         low = attention.LowRank(x.shape[-1], h.k.shape[1], RANK, rngs=nnx.Rngs(i))
         for name, kind, module in (("gate", "gate", gate), ("low_rank", "low", low)):
             graph, start = nnx.split(module)
-            params[name] = (graph, train(graph, start, kind, steps, h)[0])
+            params[name] = (graph, train(graph, start, kind, steps, layout, h)[0])
         found.append(params)
         x = dense_layer(model.graph, state, x)
     return found
@@ -221,11 +238,12 @@ def run_predictor(
 ) -> dict[str, Any]:  # fmt: skip
     start, y, rows = time.perf_counter(), model.embed(tokens), []
     for i, state in enumerate(model.states):
-        args = (model.graph, name, budget, state, only(name, trained[i]))
+        params = only(name, trained[i])
         if i in inputs:
-            rows.append([float(v) for v in measure_layer(*args, inputs[i])])
+            found = measure_layer(model.graph, name, budget, state, params, inputs[i])
+            rows.append([float(v) for v in found])
         if perplexity:
-            y = sparse_layer(*args, y)
+            y, _ = sparse_layer(model.graph, name, budget, LAYOUT, state, params, y)
     recall, error, density = np.mean(rows, 0)
     config = model.model.config
     length = tokens.shape[1]
@@ -406,9 +424,10 @@ def main(arguments: list[str] | None = None) -> None:
     policies = [n for n in options.policies.split(",") if n]
     budgets = tuple(float(b) for b in options.budgets.split(","))
 
-    model = Model()
-    (tokens,) = smollm2.batches(model.tokenizer, "evaluation", 1, options.length)
-    (calibration,) = smollm2.batches(model.tokenizer, "calibration", 1, options.length)
+    loaded, tokenizer = smollm2.load()
+    model = Model(loaded)
+    (tokens,) = smollm2.batches(tokenizer, "evaluation", 1, options.length)
+    (calibration,) = smollm2.batches(tokenizer, "calibration", 1, options.length)
     x, inputs = model.embed(tokens), {}
     for i, state in enumerate(model.states):
         if i % options.every == 0:
