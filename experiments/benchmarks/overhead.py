@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.overhead [--methods=static,rigl] [--inner=adamw,momentum]
     python -m experiments.benchmarks.overhead --mlp
+    python -m experiments.benchmarks.overhead --resnet50 [--batch=16] [--methods=static,rigl]
 
 The first form times the optimizer's step alone (`update` and `apply_updates`, donated buffers) on
 the parameters of a ResNet-50, 25.6M in 161 leaves: an ordinary step, a step that updates the masks,
@@ -10,6 +11,7 @@ scatter per leaf at an update, `uint8` masks multiplied to the parameters) is ti
 rounds. The second form times whole training steps of the default MLP, 40-256-256-10 at a batch of
 128: methods that hold masks, between two of their updates, and straight-through methods at their
 full sparsity, next to JaxPruner's straight-through step, which sorts every leaf at every step.
+The third form times whole training steps of a ResNet-50 on images of 224 x 224.
 Ratios are to the step without sparsity in the same rounds.
 """
 
@@ -24,10 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import jaxsparse
 from experiments.benchmarks.jaxpruner import pruning, straight_through
 from experiments.benchmarks.timing import machine, medians
+from experiments.models.resnet import ResNet
 
 SPARSITY, EVERY = 0.9, 1000  # masks are updated at step 1000, and not in the steps after it
 INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -198,6 +202,53 @@ def mlp(args: argparse.Namespace) -> None:
         print(f"| {name} | {seconds / t['dense']:.2f} | {100 * seconds:.2f} |")
 
 
+# -- A whole step of a large network ---------------------------------------------------------------
+
+
+def training_step(args: argparse.Namespace) -> None:
+    """Whole training steps of a ResNet-50: what masks add between two updates and at one."""
+    model = ResNet((224, 224, 3), 1000, depth=50, rngs=nnx.Rngs(0))
+    graph, weights, statistics = nnx.split(model, nnx.Param, ...)
+    kx, ky = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(kx, (args.batch, 224, 224, 3))
+    y = jax.random.randint(ky, (args.batch,), 0, 1000)
+
+    def loss(weights, statistics):
+        model = nnx.merge(graph, weights, statistics, copy=True)
+        logits = model(x)
+        statistics = nnx.split(model, nnx.Param, ...)[2]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), statistics
+
+    def training(tx):
+        @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+        def step(weights, statistics, state):
+            grads, statistics = jax.grad(loss, has_aux=True)(weights, statistics)
+            updates, state = tx.update(grads, state, weights)
+            return optax.apply_updates(weights, updates), statistics, state
+
+        carry = [*jax.tree.map(jnp.copy, (weights, statistics)), tx.init(weights)]
+
+        def run(at: int | None = None):
+            if at is not None:
+                carry[2] = carry[2]._replace(count=jnp.int32(at))
+            carry[:] = step(*carry)
+            return jax.tree.leaves(carry[0])[0]
+
+        return run
+
+    timed = functools.partial(medians, rounds=args.rounds, seconds=240, clock=args.clock)
+    print(f"### Training step, ResNet-50, {args.batch} images of 224 x 224\n")
+    print("| | dense (s) | ordinary step | step with an update |\n|---|---|---|---|")
+    for inner_name in args.inner:
+        inner = INNERS[inner_name]()
+        dense = training(inner)
+        for name in args.methods:
+            step = training(build(name, inner))
+            t = timed({"dense": dense, "step": step, "update": functools.partial(step, EVERY)})
+            ratios = (f"{t[key] / t['dense']:.3f}" for key in ("step", "update"))
+            print(f"| {name}, {inner_name} | {t['dense']:.2f} | {' | '.join(ratios)} |", flush=True)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `clock` is the function that seconds are counted by."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -209,6 +260,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--packed", action=switch, default=True, help="also with pack_masks=True")
     add("--jaxpruner", action=switch, default=True, help="also JaxPruner's algorithm")
     add("--mlp", action=switch, default=False, help="training steps of a small network instead")
+    add("--resnet50", action=switch, default=False, help="whole training steps of a ResNet-50")
+    add("--batch", type=int, default=16, help="images in a step of the ResNet-50")
     add("--cpu_time", action=switch, default=False, help="seconds of all cores, not of the wall")
     add("--rounds", type=int, default=9, help="interleaved rounds; medians are printed")
     args = parser.parse_args(argv)
@@ -222,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{machine()}; {unit}, medians of interleaved rounds, ratios to the bare step\n")
     if args.mlp:
         return mlp(args)
+    if args.resnet50:
+        return training_step(args)
     for name in args.inner:
         overhead(name, args)
 

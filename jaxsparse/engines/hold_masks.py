@@ -106,28 +106,30 @@ def hold_masks(
         plan = check_arguments(params, state, setup, keeps_raw=False)
         ws, gs = plan.take(params), plan.gradients(updates, params)
         old = plan.masks(state.masks)
-        read = hidden(gs, old) if gradient == "kept" else gs
+        # Called where it is read alone: outside of a conditional it would be stored at every step.
+        read = lambda gs, old: hidden(gs, old) if gradient == "kept" else gs
         masks, new_aux, fires = old, state.aux, jnp.zeros((), bool)
         inside = kept_inside(plan, state.inner, params)
 
         if rule is not None and at is not None:
             choose = rule
-            # Scores that are NaN choose nothing: the masks stay, and the NaN shows in the weights.
-            fires = at.fires(state.count)
+            due = at.fires(state.count)
             if fresh == "grown":  # nothing has been trained at step 0
-                fires &= state.count > 0
-            fires = when(fires, lambda yes, *xs: yes & ~any_nan(*xs), fires, read, ws)
+                due &= state.count > 0
 
             def run(carry, count, ws, gs):
                 masks = [unpack(m) for m in carry[0]]
+                gs = read(gs, masks)
                 step = Step(count, views(plan, ws, gs, masks), state.inner, carry[1], inside)
                 found: Any = choose(step)
                 new, new_aux = found if aux else (found, carry[1])
-                return store_masks(intersect(new, inside), setup.pack_masks), new_aux
+                chosen = store_masks(intersect(new, inside), setup.pack_masks), new_aux, True
+                # Scores that are NaN choose nothing: the masks stay, and the NaN shows in the weights.
+                return optax.tree.where(any_nan(gs, ws), carry, chosen)
 
             # Masks alone pass the conditional: weights and slots would be copied there.
-            carry = store_masks(old, setup.pack_masks), state.aux
-            stored, new_aux = when(fires, run, carry, state.count, ws, read)
+            carry = store_masks(old, setup.pack_masks), state.aux, fires
+            stored, new_aux, fires = when(due, run, carry, state.count, ws, gs)
             masks = [unpack(m) for m in stored]
 
         # Of a weight that was just grown neither the gradient nor the slots count.
@@ -155,11 +157,12 @@ def hold_masks(
             first_values = grow_init
 
             def started(moves, count, masks, old, ws, gs):
+                gs = read(gs, old)
                 values = first_values(Step(count, views(plan, ws, gs, old), state.inner, state.aux))
                 rows = zip(moves, masks, old, values, ws)
                 return [jnp.where(m & ~o, (v - w).astype(d.dtype), d) for d, m, o, v, w in rows]
 
-            moves = when(fires, started, moves, state.count, masks, old, ws, read)
+            moves = when(fires, started, moves, state.count, masks, old, ws, gs)
         out = [jnp.where(m, d, -w) for m, d, w in zip(masks, moves, ws)]
         if after is not None:
             step = Step(

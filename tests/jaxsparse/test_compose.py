@@ -194,6 +194,11 @@ def test_a_compiled_step_copies_no_weights_and_slots_only_where_they_may_stand_s
     assert "f32[96,160]" in text
     assert found.count("f32") <= (2 if method == "rigl" else 0), found
     assert set(found) <= {"f32", "u8" if packed else "pred"}, found
+    # Nor does it store anything of their size for a branch that is not taken.
+    entry = text[text.index("ENTRY") :]
+    returned = re.findall(r"%[\w.-]+", entry[entry.index("ROOT") :].split("\n")[0])
+    made = re.findall(r"(%[\w.-]+) = f32\[96,160\]\S* (?!copy|parameter|get-tuple)", entry)
+    assert made and set(made) <= set(returned), set(made) - set(returned)
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])
