@@ -117,11 +117,10 @@ def smaller(
     """
     stays = np.arange(dense.config.width)
     if kind == "layers":
-        gone = set(np.argsort(turns(dense, tokens))[: round(share * len(dense.layers))].tolist())
-        blocks = [i for i in range(len(dense.layers)) if i not in gone]
-        model = nnx.clone(dense)
-        model.layers = nnx.List([model.layers[i] for i in blocks])
-        return model, blocks, stays
+        gone = np.argsort(turns(dense, tokens))[: round(share * len(dense.layers))]
+        left = channels.drop_layers(dense, "layers", gone)
+        assert isinstance(left.model, SmolLM2)
+        return left.model, list(left.kept), stays
     found = channels.find(dense, jax.ShapeDtypeStruct((1, 16), jnp.int32))
     ends = {"hidden": "gate/kernel:1", "groups": "query/kernel:1.0", "width": "embedding:1"}
     if kind not in ends:

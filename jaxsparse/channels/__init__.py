@@ -11,6 +11,7 @@ from jaxsparse.channels.depth import (
 )
 from jaxsparse.channels.groups import Groups, find
 from jaxsparse.channels.importance import importance
+from jaxsparse.channels.layers import Shallower, drop_layers
 from jaxsparse.channels.losses import attention_transfer, feature_flow
 from jaxsparse.channels.prune import prune
 from jaxsparse.channels.shrink import Report, Shrunk, shrink, zero, zero_invariance
@@ -22,11 +23,13 @@ __all__ = [
     "Member",
     "Plan",
     "Report",
+    "Shallower",
     "Shrunk",
     "add_identity",
     "attention_transfer",
     "compress",
     "dense_kernel",
+    "drop_layers",
     "feature_flow",
     "find",
     "fold_batch_norm",
