@@ -129,7 +129,12 @@ def test_numbered_layers_of_linen_are_renumbered():
         ("blocks", [1, -3], None, r"drop=\[1, -3\]: must be different"),
         ("blocks", [], None, "one at least and not all"),
         ("blocks", [0, 1, 2, 3], None, "one at least and not all"),
-        ("blocks", [0], {"mu": jnp.ones(3)}, "opt_state: it holds no slots of 4 layers at 'blocks'"),
+        (
+            "blocks",
+            [0],
+            {"mu": jnp.ones(3)},
+            "opt_state: it holds no slots of 4 layers at 'blocks'",
+        ),
     ],
 )
 def test_what_cannot_go_is_named(where, drop, state, message):
