@@ -282,8 +282,9 @@ def ada_snapkv(
     Frontier, 2025.
 
     Scores are the largest probability over window and heads of a group; `budget * kv_heads` entries stay in all, of which
-    each head has a share of `floor` at least. Heads have different numbers, at most the cache's capacity: give it
-    more than the budget.
+    each head has a share of `floor` at least. Heads have different numbers, at most the cache's capacity, and one may
+    fill it to the brim: give it `budget * (1 + (1 - floor) * (kv_heads - 1))`, which no head exceeds, and room for what is
+    generated.
 
     Args:
       budget: mean entries per head.
