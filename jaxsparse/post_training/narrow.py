@@ -134,9 +134,12 @@ class _Layer:
 
 
 def _hidden(group: Group) -> bool:
+    """Whether these are hidden units of a perceptron: one reader, and one entry for each; of a head there are many."""
+    single = all(np.bincount(m.channel[m.channel >= 0]).max(initial=0) <= 1 for m in group.members)
     readers = {m.path for m in group.members if m.side == "in"}
     makers = {m.path for m in group.members if m.side == "out"}
-    return len(readers) == 1 and bool(makers - readers) and not group.summed and not group.tied
+    alone = len(readers) == 1 and bool(makers - readers)
+    return single and alone and not group.summed and not group.tied
 
 
 def _reader(group: Group) -> str:

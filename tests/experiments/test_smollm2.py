@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.models import smollm2
 from jaxsparse import post_training as pt
@@ -66,6 +67,16 @@ def test_real_layers_are_pruned_block_by_block(slice_of_four):
         kept[method] = np.mean([r.pruned for r in result.layers])
     # A real network has features that stand out: here activations do help.
     assert kept["sparsegpt"] < kept["wanda"] < kept["magnitude"]
+
+
+def test_narrow_removes_hidden_units_and_no_heads():
+    config = smollm2.Config(2, width=24, hidden=16, heads=3, groups=1, vocabulary=50)
+    model = smollm2.SmolLM2(config, nnx.Rngs(0))
+    small = pt.narrow(model, [jnp.arange(8)[None]], "cfsp", sparsity=0.25, slope=0.0).model
+    for layer in small.layers:
+        assert layer.up.kernel.shape == layer.gate.kernel.shape == (24, 12)
+        assert layer.attention.query.kernel.shape == (24, 24)
+        assert layer.attention.out.kernel.shape == (24, 24)
 
 
 @pytest.mark.slow
