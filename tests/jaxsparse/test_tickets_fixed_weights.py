@@ -84,7 +84,7 @@ def test_compact_slots_train_the_same_weights_in_a_fraction_of_the_memory():
         jax.jit(lambda m: anchored(ADAM(), m, compact=True).init(start))(MASKS)
 
 
-def test_three_kinds_reduce_to_pruning_freezing_and_the_inner_optimizer_bit_by_bit():
+def test_three_kinds_reduce_to_pruning_and_freezing_bit_by_bit_and_to_the_inner_optimizer():
     start = init(jax.random.key(2))
     kinds = lambda low: {
         n: {"kernel": jnp.where(MASKS[n]["kernel"], 2, low).astype(jnp.int8), "bias": None}
@@ -98,7 +98,9 @@ def test_three_kinds_reduce_to_pruning_freezing_and_the_inner_optimizer_bit_by_b
         train(anchored(ADAM(), MASKS), start)[0],
     )
     whole = jax.tree.map(lambda k: jnp.full_like(k, 2), kinds(0))
-    same_bits(train(tickets.three_valued(ADAM(), whole), start)[0], train(ADAM(), start)[0])
+    # Another program: the compiler may sum the norm of the gradient in another order on some CPUs.
+    rows = (train(tx, start)[0] for tx in (tickets.three_valued(ADAM(), whole), ADAM()))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *rows)
     mixed = kinds(1)
     mixed["a"]["kernel"] = mixed["a"]["kernel"].at[:2].set(0)
     after, _ = train(tickets.three_valued(ADAM(), mixed), start)
