@@ -37,8 +37,9 @@ def planted(signals: int, rows: int, atoms: int, k: int) -> tuple[np.ndarray, np
 
 def objectives(a: np.ndarray, y: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The LASSO objective of each signal, in float64."""
-    a, y, codes = (np.asarray(v, np.float64) for v in (a, y, codes))
-    return 0.5 * np.sum((y - codes @ a.T) ** 2, -1) + STRENGTH * np.abs(codes).sum(-1)
+    with jax.enable_x64(True):
+        a64, y64, x64 = (jnp.asarray(v, jnp.float64) for v in (a, y, codes))
+        return np.asarray(coding.lasso_objective(a64, y64, x64, STRENGTH))
 
 
 def lasso(a: np.ndarray, y: np.ndarray, gram: np.ndarray, tolerance: float) -> np.ndarray:

@@ -64,8 +64,21 @@ def resnet50() -> dict[str, jax.Array]:
     return {n: 0.05 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())}
 
 
+def runner(step: Callable[..., Any], carry: list[Any]) -> Callable[..., Any]:
+    """A function that takes one step from where the last one ended; the counter of a sparse method, whose
+    state comes last, is set to `at` before it."""
+
+    def run(at: int | None = None):
+        if at is not None:
+            carry[-1] = carry[-1]._replace(count=jnp.int32(at))
+        carry[:] = step(*carry)
+        return carry[0]
+
+    return run
+
+
 def stepper(tx, params, grads) -> Callable[..., Any]:
-    """A function that takes one step; the counter of a sparse method is set to `at` before it."""
+    """A `runner` of the optimizer alone."""
 
     @jax.jit
     def start(params):
@@ -76,15 +89,7 @@ def stepper(tx, params, grads) -> Callable[..., Any]:
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    carry = list(start(params))
-
-    def run(at: int | None = None):
-        if at is not None:
-            carry[1] = carry[1]._replace(count=jnp.int32(at))
-        carry[:] = step(carry[0], carry[1], grads)
-        return carry[0]
-
-    return run
+    return runner(lambda params, state: step(params, state, grads), list(start(params)))
 
 
 def size_of(tx, params) -> int:
@@ -226,15 +231,7 @@ def training_step(args: argparse.Namespace) -> None:
             updates, state = tx.update(grads, state, weights)
             return optax.apply_updates(weights, updates), statistics, state
 
-        carry = [*jax.tree.map(jnp.copy, (weights, statistics)), tx.init(weights)]
-
-        def run(at: int | None = None):
-            if at is not None:
-                carry[2] = carry[2]._replace(count=jnp.int32(at))
-            carry[:] = step(*carry)
-            return jax.tree.leaves(carry[0])[0]
-
-        return run
+        return runner(step, [*jax.tree.map(jnp.copy, (weights, statistics)), tx.init(weights)])
 
     timed = functools.partial(medians, rounds=args.rounds, seconds=240, clock=args.clock)
     print(f"### Training step, ResNet-50, {args.batch} images of 224 x 224\n")

@@ -124,25 +124,24 @@ def table(rows: list[dict[str, Any]], whole: bool) -> str:
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path, whole: bool) -> None:
     """Every method over its sparsities."""
-    from matplotlib.figure import Figure
+    from jaxsparse.analysis import plots
 
     value = "perplexity" if whole else "divergence"
-    figure = Figure(figsize=(8, 4.5), layout="tight")
-    axes = figure.subplots()
-    for i, name in enumerate(METHODS):
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for name in METHODS:
         points = sorted(
             (float(row["budget"]), row[value])
             for row in rows
             if row["name"] == name and row["budget"].replace(".", "").isdigit()
         )
         if points:
-            style = ("-", "--", ":")[i // 10]
-            axes.plot(*zip(*points), style, marker=".", linewidth=1, color=f"C{i % 10}", label=name)
-    if whole and rows:
-        axes.axhline(rows[0]["dense_perplexity"], color="black", linewidth=0.8, label="dense")
-    axes.set(xlabel="sparsity of every kernel", ylabel=value, yscale="log")
-    if axes.lines:
-        axes.legend(fontsize="x-small", ncols=2)
+            lines[name] = [s for s, _ in points], [v for _, v in points]
+    if whole and lines:
+        ends = [choose(x for xs, _ in lines.values() for x in xs) for choose in (min, max)]
+        lines["dense"] = ends, [rows[0]["dense_perplexity"]] * 2
+    figure = plots.curves(
+        lines, title="SmolLM2, pruned", xlabel="sparsity of every kernel", ylabel=value, log=True
+    )
     figure.savefig(path, dpi=120)
 
 

@@ -80,19 +80,16 @@ def drop_layers(
             f"drop={drop}: must be different numbers of the {n} layers at {where!r}, one at least and not all"
         )
     kept = tuple(i for i in range(n) if i not in gone)
-    if isinstance(model, nnx.Module):
-        small = _without(model, where, kept)
-        after = nnx.state(small)
-    else:
-        small = after = _walk(model, where, kept)[0]
+    after = _walk(params, where, kept)[0]
+    small = _without(model, where, kept, after) if isinstance(model, nnx.Module) else after
     size = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
     return Shallower(
         small, _cut_state(opt_state, where, n, kept), kept, (size(params), size(after))
     )
 
 
-def _without(model: nnx.Module, where: str, kept: Sequence[int]) -> nnx.Module:
-    """A copy of the module with these layers."""
+def _without(model: nnx.Module, where: str, kept: Sequence[int], state: object) -> nnx.Module:
+    """A copy of the module with these layers, whose `state` it has then."""
     small = nnx.clone(model)
     *owners, name = where.split("/")
     owner: object = small
@@ -102,7 +99,7 @@ def _without(model: nnx.Module, where: str, kept: Sequence[int]) -> nnx.Module:
     if isinstance(layers, nnx.List | list | tuple):
         setattr(owner, name, type(layers)([layers[i] for i in kept]))
     else:
-        nnx.update(small, _walk(nnx.state(model), where, kept)[0])
+        nnx.update(small, state)
     return small
 
 
@@ -130,7 +127,7 @@ def _cut_state(opt_state: object, where: str, n: int, kept: Sequence[int]) -> ob
 def _walk(
     tree: object, where: str, kept: Sequence[int] | None, path: str = ""
 ) -> tuple[object, list[int]]:
-    """The tree with the layers at `where` that are `kept` (all of them with None), and how many were at
+    """The tree with the layers at `where` that are `kept` (with None it stays as it is), and how many are at
     each place where there are some."""
     if _is_leaf(tree):
         return tree, []
@@ -143,7 +140,7 @@ def _walk(
         found = _numbered(tree, name)
     if found is not None:
         n, take = found
-        return take(range(n) if kept is None else kept), [n]
+        return tree if kept is None else take(kept), [n]
     rows, join = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     below = [
         _walk(child, where, kept, f"{path}/{path_name(key)}".strip("/")) for key, child in rows
