@@ -54,6 +54,17 @@ def dense(params):
     )
 
 
+def check_goes_on_as(step, one, other, steps):
+    """Two runs `(params, state)` of different capacity, step by step."""
+    for _ in range(steps):
+        *one, a = step(*one)
+        *other, b = step(*other)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    check_stored(other[1])
+    for a, b in zip(dense(one[0]), dense(other[0])):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_a_run_that_is_pruned_goes_on_in_less_room_as_it_would_have():
     rule = dict(rule="magnitude", sparsity=0.75, total_steps=24, update_every=2, end_step=16)
     tx = optax.MultiSteps(jaxsparse.stored(optax.adamw(1e-2), **rule), 2).gradient_transformation()
@@ -67,13 +78,7 @@ def test_a_run_that_is_pruned_goes_on_in_less_room_as_it_would_have():
     assert small["up"]["values"].shape == (report[1].after, 4, 4)
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     assert size(optax.tree.get(state_of, "mu")) < 0.7 * size(optax.tree.get(state, "mu"))
-    for _ in range(15):
-        params, state, a = step(params, state)
-        small, state_of, b = step(small, state_of)
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    check_stored(state_of)
-    for a, b in zip(dense(params), dense(small)):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    check_goes_on_as(step, (params, state), (small, state_of), 15)
 
 
 @pytest.mark.slow
@@ -87,13 +92,7 @@ def test_a_checkpoint_of_less_capacity_has_more_room_and_goes_on(groups):
         params, state, _ = step(params, state)
     more, state_of, report = refit(params, state, 1.25, groups=groups)
     assert [r.after for r in report] == [20, 30]
-    for _ in range(5):
-        params, state, a = step(params, state)
-        more, state_of, b = step(more, state_of)
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    check_stored(state_of)
-    for a, b in zip(dense(params), dense(more)):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    check_goes_on_as(step, (params, state), (more, state_of), 5)
 
 
 def test_an_nnx_optimizer_goes_on():

@@ -37,17 +37,15 @@ def step(model, optimizer):
     optimizer.update(model, grads)
 
 
-# At a step that moves blocks, and between two.
-@pytest.mark.parametrize("stop", [20, pytest.param(23, marks=pytest.mark.slow)])
-def test_a_masked_run_goes_on_as_stored_along_the_same_trajectory(stop):
+def check_goes_on(method, structure, rule, stop, read, **options):
+    """A masked run that is stored at step `stop` and the masked run itself hold the same weights and masks 15 steps later;
+    `read(layer)` is the stored layer's matrix and mask."""
     model = Model()
-    tx = jaxsparse.rigl(INNER, 0.5, structure="block:4x4", allocation="uniform", **OPTIONS)
+    tx = method(INNER, 0.5, structure=structure, allocation="uniform", **OPTIONS)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(stop):
         step(model, optimizer)
-    sparse, stored_tx, state = store(
-        model, optimizer, INNER, block_shape=(4, 4), rule="rigl", **OPTIONS
-    )
+    sparse, stored_tx, state = store(model, optimizer, INNER, rule=rule, **options, **OPTIONS)
     other = nnx.Optimizer(sparse, stored_tx, wrt=Trained)
     nnx.update(other.opt_state, nnx.state(state))
     start = jaxsparse.get_masks(optimizer)
@@ -56,36 +54,33 @@ def test_a_masked_run_goes_on_as_stored_along_the_same_trajectory(stop):
         step(sparse, other)
     masks = jaxsparse.get_masks(optimizer)
     for i in range(2):
-        layer = sparse.layers[i]
-        assert isinstance(layer, BlockSparseLinear)
-        np.testing.assert_allclose(layer.weight.to_dense(), model.layers[i].kernel[...], atol=1e-5)
+        matrix, held = read(sparse.layers[i])
         mask = np.asarray(masks["layers"][i]["kernel"])
-        np.testing.assert_array_equal(np.kron(layer.weight.block_mask, np.ones((4, 4))), mask)
+        np.testing.assert_allclose(matrix, model.layers[i].kernel[...], atol=1e-5)
+        np.testing.assert_array_equal(held, mask)
         assert (mask != np.asarray(start["layers"][i]["kernel"])).any()
+
+
+# At a step that moves blocks, and between two.
+@pytest.mark.parametrize("stop", [20, pytest.param(23, marks=pytest.mark.slow)])
+def test_a_masked_run_goes_on_as_stored_along_the_same_trajectory(stop):
+    def read(layer):
+        assert isinstance(layer, BlockSparseLinear)
+        return layer.weight.to_dense(), np.kron(layer.weight.block_mask, np.ones((4, 4)))
+
+    check_goes_on(jaxsparse.rigl, "block:4x4", "rigl", stop, read, block_shape=(4, 4))
 
 
 @pytest.mark.parametrize("rule", ["rigl", pytest.param("set", marks=pytest.mark.slow)])
 def test_so_it_does_with_weights_that_are_stored_one_by_one(rule):
-    model, method = Model(), {"rigl": jaxsparse.rigl, "set": jaxsparse.set_}[rule]
-    tx = method(INNER, 0.5, structure="fan_in", allocation="uniform", **OPTIONS)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    for _ in range(20):
-        step(model, optimizer)
-    sparse, stored_tx, state = store(model, optimizer, INNER, rule=rule, **OPTIONS)
-    other = nnx.Optimizer(sparse, stored_tx, wrt=Trained)
-    nnx.update(other.opt_state, nnx.state(state))
-    start = jaxsparse.get_masks(optimizer)
-    for _ in range(15):
-        step(model, optimizer)
-        step(sparse, other)
-    masks = jaxsparse.get_masks(optimizer)
-    for i in range(2):
-        layer, mask = sparse.layers[i], np.asarray(masks["layers"][i]["kernel"])
-        assert isinstance(layer, CondensedLinear) and layer.values.shape[1] * 2 == mask.shape[0]
-        np.testing.assert_allclose(layer.weight.to_dense(), model.layers[i].kernel[...], atol=1e-5)
+    def read(layer):
+        assert isinstance(layer, CondensedLinear)
+        assert layer.values.shape[1] * 2 == layer.weight.shape[0]
         held = layer.weight.with_values(jnp.ones_like(layer.values[...])).to_dense()
-        np.testing.assert_array_equal(held != 0, mask)
-        assert (mask != np.asarray(start["layers"][i]["kernel"])).any()
+        return layer.weight.to_dense(), held != 0
+
+    method = {"rigl": jaxsparse.rigl, "set": jaxsparse.set_}[rule]
+    check_goes_on(method, "fan_in", rule, 20, read)
 
 
 def test_slots_are_those_of_the_stored_blocks():

@@ -74,33 +74,29 @@ def moving(inner, **options):
 # -- the definition ----------------------------------------------------------------------------------
 
 
-def both_runs(rule, inner, sparsity, steps=300):
-    """The same run under masks and as stored: parameters, masks, and losses of each."""
+def both_runs(rule, inner, sparsity, structure, layer_of, start=lambda state: state, steps=300):
+    """The same run under masks and as stored: parameters, masks, and losses of each.
+
+    `layer_of(kernel, mask)` is a stored layer, and `start` changes the masked method's first state.
+    """
     rng = np.random.default_rng(0)
     xs = jnp.asarray(rng.normal(size=(steps, 16, 32)), jnp.float32)
     ys = jnp.argmax(xs @ rng.normal(size=(32, 4)), -1)
     method = {"set": jaxsparse.set_}.get(rule) or getattr(jaxsparse, rule)
     timing = {} if rule == "static" else dict(total_steps=steps, update_every=10)
-    masked = method(
-        inner,
-        sparsity,
-        structure=Block(8, 8),
-        allocation="uniform",
-        targets=[("(first|second)/kernel", True), (".*", False)],
-        seed=3,
-        **timing,
-    )
+    targets = [("(first|second)/kernel", True), (".*", False)]
+    options = dict(structure=structure, allocation="uniform", targets=targets, seed=3)
+    masked = method(inner, sparsity, **options, **timing)
     final = dict(sparsity=sparsity) if rule == "magnitude" else {}
     stored = jaxsparse.stored(inner, rule=rule, seed=3, **timing, **final)
 
     dense, params = split(MLP(nnx.Rngs(0)), nnx.Param)
-    state = masked.init(params)
+    state = start(masked.init(params))
     params, masks = jaxsparse.apply_masks(params, state), jaxsparse.get_masks(state)
     model = MLP(nnx.Rngs(0))
     for name in ("first", "second"):
-        w = BlockSparse.from_mask(params[name]["kernel"], masks[name]["kernel"], (8, 8))
-        setattr(model, name, BlockSparseLinear(*w.shape, block_shape=(8, 8), weight=w))
-    sparse, blocks = split(model)
+        setattr(model, name, layer_of(params[name]["kernel"], masks[name]["kernel"]))
+    sparse, arrays = split(model)
 
     def loss(make, p, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(make(p)(x), y).mean()
@@ -116,23 +112,37 @@ def both_runs(rule, inner, sparsity, steps=300):
         q, t, b = step(stored, sparse, q, t, *batch)
         return (p, s, q, t), (a, b)
 
-    carry = params, state, blocks, stored.init(blocks)
-    (params, state, blocks, _), losses = jax.jit(functools.partial(jax.lax.scan, pair))(
-        carry, (xs, ys)
-    )
-    return masks, params, jaxsparse.get_masks(state), blocks, losses
+    carry = params, state, arrays, stored.init(arrays)
+    run = jax.jit(lambda carry, data: jax.lax.scan(pair, carry, data))
+    (params, state, arrays, end), losses = run(carry, (xs, ys))
+    check_stored(end)
+    return masks, params, jaxsparse.get_masks(state), arrays, losses
 
 
-def check_definition(rule, inner, sparsity):
-    first, params, masks, blocks, (masked, stored) = both_runs(rule, inner, sparsity)
+def check_same_run(rule, inner, sparsity, structure, layer_of, weight_of, **options):
+    """`weight_of(arrays, shape)` is what a stored layer holds, and where."""
+    found = both_runs(rule, inner, sparsity, structure, layer_of, **options)
+    first, params, masks, arrays, (masked, stored) = found
     np.testing.assert_allclose(masked, stored, atol=1e-5)
     assert masked[-50:].mean() < masked[:50].mean()
     for name in ("first", "second"):
         kernel, mask = params[name]["kernel"], np.asarray(masks[name]["kernel"])
-        w = BlockSparse(blocks[name]["values"], blocks[name]["places"], kernel.shape, (8, 8))
-        np.testing.assert_allclose(w.to_dense(), kernel, atol=1e-5)
-        np.testing.assert_array_equal(np.kron(w.block_mask, np.ones((8, 8))) > 0, mask)
+        matrix, held = weight_of(arrays[name], kernel.shape)
+        np.testing.assert_allclose(matrix, kernel, atol=1e-5)
+        np.testing.assert_array_equal(held, mask)
         assert (rule == "static") == np.array_equal(mask, first[name]["kernel"])
+
+
+def check_definition(rule, inner, sparsity):
+    def layer_of(kernel, mask):
+        w = BlockSparse.from_mask(kernel, mask, (8, 8))
+        return BlockSparseLinear(*w.shape, block_shape=(8, 8), weight=w)
+
+    def weight_of(arrays, shape):
+        w = BlockSparse(arrays["values"], arrays["places"], shape, (8, 8))
+        return w.to_dense(), np.kron(w.block_mask, np.ones((8, 8))) > 0
+
+    check_same_run(rule, inner, sparsity, Block(8, 8), layer_of, weight_of)
 
 
 @pytest.mark.parametrize("rule", ["rigl", "set"])

@@ -11,76 +11,30 @@ import jaxsparse
 from jaxsparse.nn import BlockSparseLinear, CondensedLinear, check_stored, full_gradients
 from jaxsparse.structures import FanIn
 from pallas_kernels import Condensed, cpu
-from tests.jaxsparse.test_stored import MLP, split
+from tests.jaxsparse.test_stored import check_same_run, split
 from tests.jaxsparse.test_stored_scale import sizes
 
 X = jax.random.normal(jax.random.key(0), (16, 32))
 
 
-def both_runs(rule, inner, sparsity, steps, uneven=False):
-    """The same run under masks and as stored, side by side: what remains of each, and the losses."""
-    rng = np.random.default_rng(0)
-    xs = jnp.asarray(rng.normal(size=(steps, 16, 32)), jnp.float32)
-    ys = jnp.argmax(xs @ rng.normal(size=(32, 4)), -1)
-    timing = {} if rule == "static" else dict(total_steps=steps, update_every=10)
-    method = {"set": jaxsparse.set_}.get(rule) or getattr(jaxsparse, rule)
-    targets = [("(first|second)/kernel", True), (".*", False)]
-    options = dict(structure=FanIn(), allocation="uniform", targets=targets, seed=3)
-    masked = method(inner, sparsity, **options, **timing)
-    final = dict(sparsity=sparsity) if rule == "magnitude" else {}
-    stored = jaxsparse.stored(inner, rule=rule, seed=3, **timing, **final)
-
-    dense, params = split(MLP(nnx.Rngs(0)), nnx.Param)
-    state = masked.init(params)
-    if uneven:  # an unstructured pattern: outputs keep different numbers of inputs
-        thin = lambda m: m & (np.arange(m.shape[0])[:, None] % 3 < 1 + np.arange(m.shape[1]) % 3)
-        masks = jaxsparse.get_masks(state)
-        masks = {k: {"kernel": jnp.asarray(thin(masks[k]["kernel"]))} for k in ("first", "second")}
-        flat, treedef = jax.tree.flatten(state.masks)
-        kernels = [masks["first"]["kernel"], masks["second"]["kernel"]]
-        state = state._replace(masks=treedef.unflatten(kernels[: len(flat)]))
-    params, masks = jaxsparse.apply_masks(params, state), jaxsparse.get_masks(state)
-    model = MLP(nnx.Rngs(0))
-    for name in ("first", "second"):
-        w = Condensed.from_mask(params[name]["kernel"], masks[name]["kernel"])
-        layer = CondensedLinear(*w.shape, weight=w, candidates=1.0)
-        setattr(model, name, layer)
-    sparse, columns = split(model)
-
-    def step(tx, make, p, s, x, y):
-        def loss(p):
-            return optax.softmax_cross_entropy_with_integer_labels(make(p)(x), y).mean()
-
-        value, g = jax.value_and_grad(loss, allow_int=True)(p)
-        u, s = tx.update(g, s, p)
-        return optax.apply_updates(p, u), s, value
-
-    def pair(carry, batch):
-        p, s, q, t = carry
-        p, s, a = step(masked, dense, p, s, *batch)
-        q, t, b = step(stored, sparse, q, t, *batch)
-        return (p, s, q, t), (a, b)
-
-    carry = params, state, columns, stored.init(columns)
-    run = jax.jit(lambda carry, data: jax.lax.scan(pair, carry, data))
-    (params, state, columns, end), losses = run(carry, (xs, ys))
-    check_stored(end)
-    return masks, params, jaxsparse.get_masks(state), columns, losses
+def thinned(state):
+    """The first state with an unstructured pattern: outputs keep different numbers of inputs."""
+    thin = lambda m: m & (np.arange(m.shape[0])[:, None] % 3 < 1 + np.arange(m.shape[1]) % 3)
+    kernels, treedef = jax.tree.flatten(state.masks)
+    return state._replace(masks=treedef.unflatten([jnp.asarray(thin(m)) for m in kernels]))
 
 
-def check_definition(rule, inner, sparsity, steps=300, **options):
-    found = both_runs(rule, inner, sparsity, steps, **options)
-    first, params, masks, columns, (masked, stored) = found
-    np.testing.assert_allclose(masked, stored, atol=1e-5)
-    assert masked[-50:].mean() < masked[:50].mean()
-    for name in ("first", "second"):
-        kernel, mask = params[name]["kernel"], np.asarray(masks[name]["kernel"])
-        one = columns[name]
-        w = Condensed(one["values"], one["rows"], one["outputs"], kernel.shape)
-        np.testing.assert_allclose(w.to_dense(), kernel, atol=1e-5)
-        held = w.with_values(jnp.ones_like(w.values)).to_dense() != 0
-        np.testing.assert_array_equal(held, mask)
-        assert (rule == "static") == np.array_equal(mask, first[name]["kernel"])
+def check_definition(rule, inner, sparsity, uneven=False):
+    def layer_of(kernel, mask):
+        w = Condensed.from_mask(kernel, mask)
+        return CondensedLinear(*w.shape, weight=w, candidates=1.0)
+
+    def weight_of(arrays, shape):
+        w = Condensed(arrays["values"], arrays["rows"], arrays["outputs"], shape)
+        return w.to_dense(), w.with_values(jnp.ones_like(w.values)).to_dense() != 0
+
+    start = thinned if uneven else lambda state: state
+    check_same_run(rule, inner, sparsity, FanIn(), layer_of, weight_of, start=start)
 
 
 @pytest.mark.parametrize("rule", ["rigl", pytest.param("set", marks=pytest.mark.slow)])
