@@ -1,11 +1,12 @@
 """Attention with the choice of its blocks, next to dense attention: what a predictor adds, and what is left of dense.
 
-    python -m experiments.benchmarks.attention_choice --cpu --tpu --out docs/results
+    python -m experiments.benchmarks.attention_choice --cpu --tpu --decode --out docs/results
 
 CPU: ratios of medians of interleaved runs in one process, at 8192 tokens, whole attention with its predictor over XLA's
 dense attention (`jax.nn.dot_product_attention`, causal). TPU: the real compiler's static schedule of the predictor's
 program, of the kernel with as many blocks of each row, and of splash attention, at 32768 tokens (libtpu needs no TPU;
-see `tools.tpu_static`): cycles, not times.
+see `tools.tpu_static`): cycles, not times. Decode: a token with Quest, the bytes of HBM that the compiled programs read over
+those of the chosen pages.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from experiments.benchmarks import block_sparse_attention as kernels
 from experiments.benchmarks.timing import machine, medians
 from jaxsparse import attention
 from jaxsparse.attention import Layout, State
-from pallas_kernels import BlockMask
+from pallas_kernels import BlockMask, block_sparse_decode
 from pallas_kernels.block_sparse_attention import tpu
 from pallas_kernels.block_sparse_attention.inputs import Inputs
 
@@ -112,6 +113,65 @@ def dense_splash(length: int):
     return kernels.splash(kind="causal", length=length)
 
 
+def deciding(length: int, page: int, budget: int):
+    """Quest's choice for a token, up to the list that decoding reads."""
+    choose = attention.quest(budget=budget, page=page)
+    q = jax.ShapeDtypeStruct((1, HEADS, 1, DIM), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((1, HEADS, length, DIM), jnp.bfloat16)
+    bounds = jax.ShapeDtypeStruct((1, HEADS, length // page, DIM), jnp.bfloat16)
+
+    def run(q, k, low, high):
+        bounds = attention.Pages(low, high)
+        mask = choose(q, k, None, State(params=bounds, lengths=jnp.full(1, length, jnp.int32)))
+        return mask.row_entries, mask.counts
+
+    return jax.jit(run), (q, cache, bounds, bounds)
+
+
+def decoding(length: int, page: int, budget: int, implementation: str | None = None):
+    """A token against as many pages, drawn at random."""
+    draw = np.random.default_rng(0).random((1, HEADS, 1, length // page))
+    keep = draw.argsort(-1).argsort(-1) < budget // page
+    mask = BlockMask.from_dense(keep, (1, page), capacity=budget // page)
+    q = jax.ShapeDtypeStruct((1, HEADS, DIM), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((1, HEADS, length, DIM), jnp.bfloat16)
+    run = functools.partial(block_sparse_decode, implementation=implementation)
+    return run, (q, cache, cache, mask, np.full(1, length, np.int32))
+
+
+def _read(report: dict[str, Any]) -> float:
+    """Bytes of HBM that a program's kernels and fusions move, and those that XLA copies beside them."""
+    moved = sum(k["hbm_bytes"] for k in report["kernels"])
+    return moved + report["hlo"]["prefetched_bytes"]
+
+
+def measure_decode(results: Results, topology: str, length: int, pages: list[int]) -> None:
+    from tools.tpu_static import analyze
+
+    root = str(pathlib.Path(__file__).parents[2])
+    largest = max(pages)
+    budget = round(DENSITY * length / largest) * largest
+    chosen = 2.0 * HEADS * budget * DIM * 2  # keys and values, 16 bits
+    table = results.setdefault("decode", {}).setdefault(topology.split(":")[0], {})
+    table |= dict(length=length, budget=budget, chosen_bytes=chosen)
+    for page in pages:
+        row = table.setdefault(str(page), {})
+        sizes = dict(length=length, page=page, budget=budget)
+        for name, factory, more in (
+            ("choice", "deciding", {}),
+            ("kernel", "decoding", {}),
+            ("gather", "decoding", dict(implementation="xla")),
+        ):
+            r = analyze(
+                f"{MODULE}:{factory}", topology=topology, paths=[root], kwargs=sizes | more, all_kernels=True
+            )  # fmt: skip
+            if not r["ok"]:
+                row[name] = r["error"][-300:]
+                continue
+            row[name] = dict(read=_read(r) / chosen, scheduled=r["schedule_total_cycles_dma"])
+            print(topology, page, name, row[name], flush=True)
+
+
 def measure_tpu(results: Results, topology: str, length: int, blocks: list[int]) -> None:
     from tools.tpu_static import analyze
 
@@ -145,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--tpu", action="store_true")
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--length", type=int, default=8192, help="of the CPU's run")
     parser.add_argument("--heads", type=int, default=4, help="of the CPU's run")
@@ -153,6 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--tpu-length", type=int, default=32768)
     parser.add_argument("--tpu-blocks", default="128,256")
+    parser.add_argument("--pages", default="16,64,128")
     options = parser.parse_args(arguments)
     path = options.out / "attention_choice.json"
     results: Results = json.loads(path.read_text()) if path.exists() else {}
@@ -163,6 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tpu:
         blocks = [int(b) for b in options.tpu_blocks.split(",")]
         measure_tpu(results, options.topology, options.tpu_length, blocks)
+        save()
+    if options.decode:
+        pages = [int(n) for n in options.pages.split(",")]
+        measure_decode(results, options.topology, options.tpu_length, pages)
         save()
 
 

@@ -332,9 +332,7 @@ class BlockSparseAttention(nnx.Module):
         mask = BlockMask.from_scores(
             scores[:, :, None], num_blocks, (1, block), forced=forced[:, None, None]
         )
-        out = block_sparse_decode(
-            q[:, :, 0], cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask, cache.lengths
-        )
+        out = block_sparse_decode(q[:, :, 0], cache.k, cache.v, mask, cache.lengths)
         return self.out(out[:, None]), cache
 
     def _append(self, x: Array, cache: BlockCache) -> tuple[Array, BlockCache]:
@@ -362,9 +360,7 @@ class BlockSparseAttention(nnx.Module):
         q, cache = self._append(x, cache)
         state = State(params=cache.pages, lengths=cache.lengths)
         mask = self.choose(q, cache.k, cache.v, state)
-        out = block_sparse_decode(
-            q[:, :, 0], cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask, cache.lengths
-        )
+        out = block_sparse_decode(q[:, :, 0], cache.k, cache.v, mask, cache.lengths)
         return self.out(out[:, None]), cache
 
     def _heads(self, x: Array, positions: Array) -> tuple[Array, Array, Array, State]:

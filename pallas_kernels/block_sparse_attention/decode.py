@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._dispatch import choose, vary_alike
-from pallas_kernels.block_sparse_attention import gpu_decode
+from pallas_kernels.block_sparse_attention import gpu_decode, tpu_decode
 from pallas_kernels.block_sparse_attention.inputs import MASKED
 from pallas_kernels.block_sparse_attention.lists import CODE_BITS
 from pallas_kernels.block_sparse_attention.mask import BlockMask
+
+KERNELS: dict[str, Any] = {"tpu": tpu_decode, "gpu": gpu_decode}
+"""By name, the best first."""
 
 
 def block_sparse_decode(
@@ -29,20 +33,23 @@ def block_sparse_decode(
     """Attention of one query per sequence over the chosen blocks of its cache.
 
     Memory traffic is that of the chosen blocks (up to `mask.capacity` per head of the cache), whatever
-    the cache's length: a gather of the list's blocks and two small products in plain JAX, or on a GPU a
-    kernel that reads the blocks where they lie.
+    the cache's length: kernels on TPU and GPU read the blocks where they lie, elsewhere a gather of the
+    list's blocks and two small products in plain JAX.
 
     Args:
       q: `[batch, heads, head_dim]`.
-      k_cache, v_cache: `[batch, kv_heads, capacity, dim]`, whole blocks.
+      k_cache, v_cache: `[batch, kv_heads, capacity, dim]`, whole blocks. Of another dtype than q's, what is
+        read of them is cast to it.
       mask: chosen blocks for one query (`q_len=1, block_q=1`), per head of the cache, without
         patterns (`from_dense`, `from_scores` or `from_indices`).
       lengths: int `[batch]`, how much of each cache is filled; later positions are not seen, and may
         hold anything, NaN too. (So may blocks that are not chosen.)
       scale: by default `head_dim ** -0.5`.
-      implementation: `'gpu'` (Pallas Triton, compute capability 8.0), `'xla'` (any device), or None
-        for the best one that takes these arguments.
-      interpret: run the GPU kernel in the interpreter, for tests on a machine without a GPU.
+      implementation: `'tpu'` (Pallas TPU: heads of 128 or 256, blocks of whole tiles, 16 positions in
+        bfloat16), `'gpu'` (Pallas Triton, compute capability 8.0), `'xla'` (any device), or None for the
+        best one that takes these arguments.
+      interpret: run a kernel in the interpreter, for tests on a machine without the device; needs
+        `implementation`.
 
     Returns:
       `[batch, heads, v_dim]` in q's dtype; 0 where nothing is visible.
@@ -86,26 +93,28 @@ def block_sparse_decode(
         )
     factor = dim**-0.5 if scale is None else float(scale)
     reasons = {
-        "gpu": gpu_decode.why_not(q, k_cache, v_cache, mask, interpret),
-        "xla": "interpret=True is about the Pallas kernels" if interpret else None,
+        name: kernel.why_not(q, k_cache, v_cache, mask, interpret)
+        for name, kernel in KERNELS.items()
     }
-    if choose(implementation, reasons) == "xla":
+    reasons["xla"] = "interpret=True is about the Pallas kernels" if interpret else None
+    name = choose(implementation, reasons)
+    if name == "xla":
         return _decode(factor, q, k_cache, v_cache, mask, lengths)
     q, k_cache, v_cache, mask, lengths = vary_alike(q, k_cache, v_cache, mask, lengths)
-    return _kernel(factor, interpret, q, k_cache, v_cache, mask, lengths)
+    return _kernel(name, factor, interpret, q, k_cache, v_cache, mask, lengths)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel(scale: float, interpret: bool, *args) -> Array:
-    run = functools.partial(gpu_decode.decode, scale=scale, interpret=interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kernel(name: str, scale: float, interpret: bool, *args) -> Array:
+    run = functools.partial(KERNELS[name].decode, scale=scale, interpret=interpret)
     return jax.custom_batching.sequential_vmap(run)(*args)
 
 
-def _kernel_fwd(scale, interpret, *args):
-    return _kernel(scale, interpret, *args), args
+def _kernel_fwd(name, scale, interpret, *args):
+    return _kernel(name, scale, interpret, *args), args
 
 
-def _kernel_bwd(scale, interpret, args, dout):
+def _kernel_bwd(name, scale, interpret, args, dout):
     q, k, v, mask, lengths = args
     _, pull = jax.vjp(lambda q, k, v: _decode(scale, q, k, v, mask, lengths), q, k, v)
     return (*pull(dout), None, None)
@@ -128,7 +137,7 @@ def _decode(
         chosen = jnp.take_along_axis(blocks, indices[..., None, None], 2)
         # Room that is not filled may hold anything, and 0 * NaN is NaN.
         chosen = jnp.where(seen[..., None], chosen, 0)
-        return chosen.reshape(batch, kv_heads, n * block, -1)
+        return chosen.reshape(batch, kv_heads, n * block, -1).astype(q.dtype)
 
     positions = indices[..., None] * block + jnp.arange(block).reshape(1, 1, 1, -1)
     seen = listed[..., None] & (positions < lengths[:, None, None, None])

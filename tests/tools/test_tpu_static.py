@@ -127,6 +127,17 @@ def test_estimates_in_a_loop_count_as_often_as_it_runs():
     assert hlo.parse_hlo(told)["estimated_cycles"] == 90
 
 
+def test_what_is_copied_to_vmem_beside_the_kernels_is_counted():
+    text = textwrap.dedent("""
+        ENTRY %main (v: bf16[8,128]) -> bf16[8,128] {
+          %a = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%v)
+          %b = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%w)
+          %c = (s32[4]{0:T(128)S(1)}, s32[4]{0:T(128)S(1)}, u32[]{:S(2)}) copy-start(%x)
+        }
+    """)
+    assert hlo.parse_hlo(text)["prefetched_bytes"] == 8 * 128 * 2
+
+
 def test_dumps_are_read_by_kernel_and_kind(tmp_path):
     for name in ("12-matmul.1-34-final_bundles.txt", "12-matmul.1-40-packed-bundles-post-ra.txt"):
         (tmp_path / name).write_text("")

@@ -79,7 +79,8 @@ _COSTLY = (
 
 
 def parse_hlo(text: str) -> dict[str, Any]:
-    """XLA's own estimate, multiplied by known trip counts of while loops."""
+    """XLA's own estimate, and the bytes that it copies from HBM to VMEM beside the kernels, multiplied by known trip
+    counts of while loops."""
     comps, cur = {}, None
     for line in text.splitlines():
         m = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
@@ -96,8 +97,9 @@ def parse_hlo(text: str) -> dict[str, Any]:
                 ls.append(line)
     entry = next((c for c, v in comps.items() if v["entry"]), None)
     tot = dict(
-        estimated_cycles=0, instructions_with_cycles=0, unknown_trip_loops=0, without_estimate=0
-    )
+        estimated_cycles=0, instructions_with_cycles=0, unknown_trip_loops=0, without_estimate=0,
+        prefetched_bytes=0,
+    )  # fmt: skip
     colls, mosaic, items, mult_of, est_of = [], [], [], {}, {}
     seen = set()
 
@@ -123,6 +125,10 @@ def parse_hlo(text: str) -> dict[str, Any]:
                 items.append((c * mult, nm, op, mult))
             elif op in _COSTLY and "S(6)" not in shape:
                 tot["without_estimate"] += 1
+            if op in ("copy-start", "slice-start"):
+                to, source = shape.split("}, ")[:2]
+                if "S(1)" in to and "S(" not in source:  # S(1) is VMEM, nothing is HBM
+                    tot["prefetched_bytes"] += shape_bytes(to) * mult
             base = op[:-6] if op.endswith("-start") else op
             if base in _COLL:
                 g = re.search(r"replica_groups=(\{\{.*?\}\}|\[[^ ]*)", line)
