@@ -75,9 +75,11 @@ from jaxsparse.coding.unrolled import (
     lista_init,
     nmse,
 )
+from jaxsparse.coding.working_set import Certified, working_set
 
 __all__ = [
     "Alista",
+    "Certified",
     "Coupled",
     "Dense",
     "Encoder",
@@ -163,4 +165,5 @@ __all__ = [
     "transport_plan",
     "truncated_svd",
     "unit_atoms",
+    "working_set",
 ]

@@ -74,7 +74,14 @@ def duality_gap(
     """
     op = _light(dictionary)
     r = signals - op.forward(codes)
-    largest = jnp.max(jnp.abs(op.adjoint(r)), -1)
+    return gap_of(signals, r, op.adjoint(r), codes, strength)
+
+
+def gap_of(
+    signals: Array, r: Array, correlation: Array, codes: Array, strength: Array | float
+) -> Array:
+    """`duality_gap` where the residual r and its products with the atoms are known."""
+    largest = jnp.max(jnp.abs(correlation), -1)
     scale = jnp.minimum(1, strength / jnp.maximum(largest, jnp.finfo(r.dtype).tiny))
     # 1/2 |y|^2 - 1/2 |y - theta|^2 = theta . (y - theta / 2): no difference of large numbers.
     theta = r * scale[..., None]

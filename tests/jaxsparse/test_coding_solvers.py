@@ -1,9 +1,13 @@
 """Solvers of sparse coding against scikit-learn, closed forms and their bounds."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import Lasso, OrthogonalMatchingPursuit
 
 from jaxsparse import coding
@@ -41,9 +45,12 @@ ISTA = jax.jit(lambda a, y, s, steps: coding.ista(a, y, s, steps=steps))
 FISTA = jax.jit(lambda a, y, s, steps: coding.fista(a, y, s, steps=steps, restart=False))
 RESTARTED = jax.jit(lambda a, y, s, steps: coding.fista(a, y, s, steps=steps))
 ADMM = jax.jit(lambda a, y, s, rho, steps: coding.admm(a, y, s, rho=rho, steps=steps))
+SETS = jax.jit(
+    lambda a, y, s, rounds: coding.working_set(a, y, s, size=16, rounds=rounds, sweeps=40)
+)
 
 
-@pytest.mark.parametrize("name", ["ista", "fista", "restarted", "admm"])
+@pytest.mark.parametrize("name", ["ista", "fista", "restarted", "admm", "sets"])
 def test_lasso_is_that_of_scikit_learn(problem, lasso, name):
     a, y, _ = problem
     strength, expected, best = lasso
@@ -53,6 +60,7 @@ def test_lasso_is_that_of_scikit_learn(problem, lasso, name):
             "fista": lambda: FISTA(a, y, strength, 5000),
             "restarted": lambda: RESTARTED(a, y, strength, 1000),
             "admm": lambda: ADMM(a, y, strength, 1.0, 2000),
+            "sets": lambda: SETS(a, y, strength, 6).codes,
         }[name]
         x = np.asarray(solve())
         gap = np.asarray(coding.duality_gap(a, jnp.asarray(y), jnp.asarray(x), strength))
@@ -63,6 +71,71 @@ def test_lasso_is_that_of_scikit_learn(problem, lasso, name):
     slope = (y - x @ a.T) @ a  # the conditions of optimality, entry by entry
     np.testing.assert_allclose(slope[x != 0], strength * np.sign(x[x != 0]), atol=1e-6)
     assert (np.abs(slope) <= strength + 1e-6).all() and (x == 0).mean() > 0.5
+
+
+def by_all_supports(a, y, strength):
+    """The least objective: for every support with signs, where the gradient vanishes and signs agree."""
+    best = 0.5 * (y**2).sum()
+    for signs in itertools.product((-1, 0, 1), repeat=a.shape[1]):
+        signs = np.array(signs)
+        on = signs != 0
+        x = np.zeros(a.shape[1])
+        if on.any():
+            x[on] = np.linalg.lstsq(a[:, on].T @ a[:, on], a[:, on].T @ y - strength * signs[on])[0]
+        best = min(best, objective(a, y, x, strength))
+    return best
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), strength=st.floats(0.05, 3.0), size=st.sampled_from((1, 2, 5)))
+def test_the_gap_of_working_sets_is_a_certificate_whatever_the_size(seed, strength, size):
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(4, 5)) * rng.choice([0.0, 0.3, 1.0, 4.0], 5)  # of all lengths, zero too
+    a[:, 1] = a[:, 0] if seed % 3 == 0 else a[:, 1]
+    y = rng.normal(size=4)
+    with jax.enable_x64(True):
+        codes, gap = map(np.asarray, SMALL(a, y, strength, size))
+    excess = objective(a, y, codes, strength) - by_all_supports(a, y, strength)
+    assert -1e-9 <= excess <= gap + 1e-9
+    assert (codes != 0).sum() <= size
+    if size == 5:  # all atoms: coordinate descent converges
+        assert excess < 1e-6
+
+
+SMALL = jax.jit(
+    lambda a, y, s, size: coding.working_set(a, y, s, size=size, rounds=8, sweeps=60),
+    static_argnums=3,
+)
+
+
+def test_a_set_that_is_too_small_is_reported_and_fista_goes_on_from_it(problem, lasso):
+    a, y, _ = (jnp.asarray(v, jnp.float32) for v in problem)
+    needed = (lasso[1] != 0).sum(-1)
+    assert needed.min() > 2
+    found = coding.working_set(a, y, lasso[0], size=2)
+    excess = objective(a, y, found.codes, lasso[0]) - lasso[2]
+    assert (found.gap >= excess).all() and (excess > 0.1).all()
+    after = coding.fista(a, y, lasso[0], steps=300, init=found.codes)
+    np.testing.assert_allclose(objective(a, y, after, lasso[0]), lasso[2], rtol=1e-5)
+
+
+def test_working_sets_take_a_strength_for_each_signal_and_map(problem):
+    a, y, _ = (jnp.asarray(v, jnp.float32) for v in problem)
+    strengths = jnp.linspace(0.05, 0.5, B)[:, None]
+    together = coding.working_set(a, y, strengths, size=16)
+    apart = jax.vmap(lambda y, s: coding.working_set(a, y, s, size=16))(y, strengths)
+    assert together.gap.shape == (B,)
+    np.testing.assert_allclose(together.codes, apart.codes, atol=1e-5)
+    np.testing.assert_allclose(together.gap, apart.gap, atol=1e-4)
+    for one, signal, strength in zip(together.codes, y, strengths):
+        alone = coding.fista(a, signal, strength, steps=500)
+        np.testing.assert_allclose(one, alone, atol=2e-4)
+    with pytest.raises(ValueError, match="type Operator: give a matrix"):
+        coding.working_set(coding.Operator(lambda x: x, lambda r: r, 1.0, M, M), y, 0.1)  # pyright: ignore
+    with pytest.raises(ValueError, match="size=0"):
+        coding.working_set(a, y, 0.1, size=0)
+    with pytest.raises(ValueError, match="strength=0"):
+        coding.working_set(a, y, 0.0)
 
 
 def test_ista_falls_at_every_step_and_both_keep_their_bounds(problem, lasso):
