@@ -49,7 +49,12 @@ from jaxsparse.coding.retrieval import (
     term_weights,
 )
 from jaxsparse.coding.segments import change_points, hausdorff, mean_cost
-from jaxsparse.coding.signatures import signature, signature_features
+from jaxsparse.coding.signatures import (
+    SignatureLasso,
+    fit_signatures,
+    signature,
+    signature_features,
+)
 from jaxsparse.coding.thresholds import (
     fused,
     group_soft,
@@ -94,6 +99,7 @@ __all__ = [
     "Operator",
     "Posterior",
     "Separated",
+    "SignatureLasso",
     "Sliced",
     "Transport",
     "admm",
@@ -111,6 +117,7 @@ __all__ = [
     "duality_gap",
     "factorize",
     "fista",
+    "fit_signatures",
     "fused",
     "gated_inner_product",
     "gradient_pursuit",

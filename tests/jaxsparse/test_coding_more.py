@@ -12,6 +12,7 @@ import pytest
 import scipy.interpolate
 import scipy.linalg
 import scipy.optimize
+from sklearn.linear_model import LassoCV, MultiTaskLassoCV
 
 from jaxsparse import coding
 from pallas_kernels import Condensed, condensed_matmul
@@ -186,6 +187,63 @@ def test_the_lasso_on_signatures_finds_what_drives_a_system(double):
     assert int(np.abs(w).argmax()) == place
     assert abs(float(w[place]) / scale[place] - 2) < 0.2
     assert (np.abs(np.delete(np.asarray(w), place)) < 0.1 * abs(float(w[place]))).all()
+
+
+def driven_paths(n, seed):
+    """Paths of time and two walks, and 2 times the integral of x1 d x2, which is linear in one entry of level 2."""
+    paths = np.cumsum(np.random.default_rng(seed).normal(size=(n, 10, 3)), 1)
+    paths[:, :, 0] = np.linspace(0, 1, 10)
+    paths -= paths[:, :1]
+    paths /= np.linalg.norm(np.diff(paths, axis=1), axis=2).sum(1)[:, None, None]
+    middle = (paths[:, 1:, 1] + paths[:, :-1, 1]) / 2
+    return paths, 2 * np.cumsum(middle * np.diff(paths[:, :, 2], axis=1), 1)
+
+
+@pytest.mark.parametrize("q", [1, 2])
+def test_strengths_of_signatures_are_those_of_scikit_learns_cross_validation(double, q):
+    paths, along = driven_paths(33, 0)
+    targets = (
+        along[:, -1:] * np.arange(1, q + 1) + np.random.default_rng(1).normal(size=(33, q)) / 100
+    )
+    alphas = np.logspace(-3, -5.5, 12)
+    fit = jax.jit(lambda x, y: coding.fit_signatures(x, y, 2, alphas=alphas, steps=4000))(
+        jnp.asarray(paths), jnp.asarray(targets if q > 1 else targets[:, 0])
+    )
+    x = np.concatenate([paths[:, -1], level_two(paths).reshape(33, -1)], 1)  # variations are 1
+    kind = LassoCV if q == 1 else MultiTaskLassoCV
+    model = kind(alphas=alphas, cv=5, tol=1e-9, max_iter=100_000)
+    model.fit(x, targets if q > 1 else targets[:, 0])
+    np.testing.assert_allclose(fit.alphas, model.alphas_)
+    np.testing.assert_allclose(fit.errors, model.mse_path_.mean(1), rtol=1e-4)
+    assert float(fit.alpha) == pytest.approx(model.alpha_)
+    np.testing.assert_allclose(fit.weights, np.atleast_2d(model.coef_).T, atol=1e-5)
+    np.testing.assert_allclose(fit.intercept, np.atleast_1d(model.intercept_), atol=1e-7)
+
+
+def level_two(paths):
+    """The second level of piecewise linear paths, as a double sum over segments."""
+    v = np.diff(paths, axis=1)
+    before = np.cumsum(v, 1) - v
+    return np.einsum("bti,btj->bij", before + v / 2, v)
+
+
+def test_a_system_is_predicted_at_every_point_of_paths_that_were_not_seen(double):
+    paths, along = driven_paths(60, 0)
+    fit = jax.jit(lambda x, y: coding.fit_signatures(x, y, 2, factorial=True, steps=1000))(
+        jnp.asarray(paths), jnp.asarray(along[:, -1])
+    )
+    new, _ = driven_paths(20, 5)
+    found = np.asarray(jax.jit(jax.vmap(fit.along))(jnp.asarray(new)))
+    for t in (3, 9):  # as for the path that ends there, scaled by its own variation
+        cut = new[:, : t + 1]
+        alone = np.asarray(jax.jit(jax.vmap(fit))(jnp.asarray(cut)))
+        np.testing.assert_allclose(found[:, t - 1], alone, atol=1e-12)
+        scaled = cut / np.linalg.norm(np.diff(cut, axis=1), axis=2).sum(1)[:, None, None]
+        truth = 2 * level_two(scaled)[:, 1, 2]
+        assert ((alone - truth) ** 2).mean() < 0.02 * truth.var()
+    place = 3 + 1 * 3 + 2
+    weights = np.abs(np.asarray(fit.weights)[:, 0])
+    assert weights.argmax() == place and np.delete(weights, place).max() < 0.1 * weights[place]
 
 
 # ---- change points --------------------------------------------------------------------------------
@@ -364,6 +422,9 @@ REFUSED = [
     ),
     (lambda: coding.signature(jnp.ones((1, 2)), 2), r"path has shape \(1, 2\)"),
     (lambda: coding.signature(jnp.ones((4, 2)), 0), "order=0"),
+    (lambda: coding.fit_signatures(jnp.ones((4, 2)), ONES, 2), r"paths have shape \(4, 2\)"),
+    (lambda: coding.fit_signatures(jnp.ones((4, 3, 2)), ONES, 2), r"targets have shape \(3,\)"),
+    (lambda: coding.fit_signatures(jnp.ones((3, 3, 2)), ONES, 2, folds=4), "folds=4: use 2 to 3"),
     (lambda: coding.change_points(coding.mean_cost(ONES), 3, 1.0, grid=3), "grid=3: use 1 to 2"),
     (lambda: coding.cover_greedily(-jnp.eye(3), 2), "similarity="),
     (lambda: coding.truncated_svd(jnp.eye(3), 4), "rank=4"),
