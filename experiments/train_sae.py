@@ -112,7 +112,7 @@ def check(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Rows to train and to measure on; the true atoms, or a network to put reconstructions into."""
+    """Rows to train and to measure on; the true atoms, or a network, its texts, and its loss with reconstructions."""
 
     rows: np.ndarray
     held_out: np.ndarray
@@ -120,10 +120,15 @@ class Data:
     network: nnx.Module | None = None
     tokens: tuple[jax.Array, ...] = ()
     decode: Callable[[list[int]], str] | None = None
+    recovery: sae.Recovery | None = None
 
 
-def load(config: Any) -> Data:
+def load(config: Any, whole: nnx.Module | None = None) -> Data:
     """The activations that a configuration asks for.
+
+    Args:
+      config: as of `train`.
+      whole: a language model whose loss is measured in place of that of its first blocks.
 
     Raises:
       ValueError: a site that does not exist, more tokens than the text has.
@@ -139,9 +144,13 @@ def load(config: Any) -> Data:
     training = smollm2.batches(tokenizer, "calibration", count, config.length)
     evaluation = smollm2.batches(tokenizer, "evaluation", config.eval_sequences, config.length)
     collect = lambda b: sae.Stored.collect(network, config.site, b, batch_size=1, skip_first=1).rows
+    recovery = sae.Recovery(
+        network if whole is None else whole, config.site, evaluation, smollm2.next_token_loss,
+        skip_first=1,
+    )  # fmt: skip
     return Data(
         collect(training)[: config.tokens], collect(evaluation), None, network, tuple(evaluation),
-        tokenizer.decode,
+        tokenizer.decode, recovery,
     )  # fmt: skip
 
 
@@ -188,9 +197,24 @@ def train(config: Any, workdir: str | pathlib.Path, data: Data | None = None) ->
       Diverged: the loss is not finite.
     """
     check(config)
+    data = load(config) if data is None else data
+    model = fit(config, workdir, data)
+    measures = evaluate(config, model, data)
+    report(config, model, data, measures, pathlib.Path(workdir).absolute())
+    return measures
+
+
+def fit(config: Any, workdir: str | pathlib.Path, data: Data) -> sae.SAE:
+    """Trains to the end, from the last checkpoint in `workdir` if there is one, and measures nothing.
+
+    Args, Raises: as of `train`.
+
+    Returns:
+      The autoencoder of rows as they are.
+    """
+    check(config)
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    data = load(config) if data is None else data
     if config.batch_size % config.mesh[0]:
         raise ValueError(
             f"batch_size={config.batch_size}: must be a multiple of the {config.mesh[0]} devices of mesh"
@@ -258,10 +282,7 @@ def train(config: Any, workdir: str | pathlib.Path, data: Data | None = None) ->
                 sys.exit(0)
     logs.close()
     checkpoints.close()
-    model = nnx.merge(graph, *state[:2]).fold_scale(scale)
-    measures = evaluate(config, model, data)
-    report(config, model, data, measures, workdir)
-    return measures
+    return nnx.merge(graph, *state[:2]).fold_scale(scale)
 
 
 def _resample(graph, state, tx, x, seed):
@@ -278,10 +299,8 @@ def evaluate(config: Any, model: sae.SAE, data: Data) -> dict[str, float]:
     if data.atoms is not None:
         cosines = sae.max_cosines(jnp.asarray(data.atoms), model.W_dec[...])
         found |= {"recovery": float(cosines.mean()), "recovered": float(np.mean(cosines > 0.9))}
-    if data.network is not None:
-        loss = sae.loss_recovered(
-            data.network, config.site, model, data.tokens, smollm2.next_token_loss, skip_first=1
-        )
+    if data.recovery is not None:
+        loss = data.recovery(model)
         found |= {"loss_recovered": loss.fraction} | {
             f"loss_{k}": v for k, v in dataclasses.asdict(loss).items()
         }

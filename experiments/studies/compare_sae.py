@@ -12,7 +12,6 @@ family has some settings of its sparsity, the same number of steps, the same bat
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import tempfile
@@ -43,24 +42,30 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "FeatureChoice": [{"k": k} for k in (16, 32, 64)],
         "ReLU": [{"l1": x} for x in (8.0, 4.0, 2.0)],
         "Gated": [{"l1": x} for x in (8.0, 4.0, 2.0)],
-        "JumpReLU": [{"target_l0": float(k), "l0": 3.0} for k in (16, 32, 64)],
+        "JumpReLU": [{"target_l0": float(k), "l0": 100.0} for k in (16, 32, 64)],
     },
 }
 MEASURE = {"planted": "recovery", "smollm2": "loss_recovered"}
 
 
 def configuration(
-    data: str, family: str, options: dict[str, Any], seed: int, steps: int | None
+    data: str,
+    family: str,
+    options: dict[str, Any],
+    seed: int,
+    steps: int | None,
+    batch_size: int | None = None,
 ) -> Any:
     """The config of one run."""
     config: Any = (sae_planted if data == "planted" else sae_smollm2).get_config()
     config.steps = steps or config.steps
+    config.batch_size = batch_size or config.batch_size
     if family in ("BatchTopK", "FeatureChoice"):
         options = options | {"threshold_from": config.steps // 2}
     with config.unlocked():
         config.options = config_dict.ConfigDict(options, convert_dict=False)
     config.family, config.seed = family, seed
-    config.noise = 0.05
+    config.noise, config.eval_sequences = 0.05, 8
     config.sparsity_warmup = config.steps // 4
     config.log_every = config.checkpoint_every = config.steps
     config.keep_checkpoints = 1
@@ -68,29 +73,40 @@ def configuration(
     return config
 
 
-def study(
-    data: str, families: list[str], seeds: int, steps: int | None, whole: bool
-) -> list[dict[str, Any]]:
-    """Measures of every run; with `whole` reconstructions are put into the whole language model."""
+def study(args: argparse.Namespace, families: list[str]) -> list[dict[str, Any]]:
+    """Measures of every run.
+
+    Rows are written to a file as they are found, and read from there: the same command goes on where it stopped.
+    """
+    path = args.workdir / f"{args.data}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows: list[dict[str, Any]] = []
     loaded: dict[int, train_sae.Data] = {}
-    for family in families:
-        for options in SETTINGS[data][family]:
-            for seed in range(seeds):
-                config = configuration(data, family, options, seed, steps)
-                # One network and its activations for all; of planted rows a draw for each seed.
-                key = seed if data == "planted" else 0
-                if key not in loaded:
-                    loaded[key] = train_sae.load(config)
-                    if whole and data == "smollm2":
-                        network = smollm2.load()[0]
-                        loaded[key] = dataclasses.replace(loaded[key], network=network)
-                with tempfile.TemporaryDirectory() as scratch:
-                    found = train_sae.train(config, scratch, loaded[key])
-                row = dict(family=family, options=options, seed=seed) | found
-                rows.append(row)
+    for seed in range(args.seeds):
+        for family in families:
+            for number in args.settings:
+                options = SETTINGS[args.data][family][number - 1]
+                config = configuration(
+                    args.data, family, options, seed, args.steps, args.batch_size
+                )
+                asked = json.loads(config.to_json_best_effort()) | {"whole": args.whole}
+                row = next((row for row in known if row["config"] == asked), None)
+                if row is None:
+                    # One network and its activations for all; of planted rows a draw for each seed.
+                    key = seed if args.data == "planted" else 0
+                    if key not in loaded:
+                        whole = smollm2.load()[0] if args.whole and args.data == "smollm2" else None
+                        loaded[key] = train_sae.load(config, whole)
+                    with tempfile.TemporaryDirectory() as scratch:
+                        model = train_sae.fit(config, scratch, loaded[key])
+                    found = train_sae.evaluate(config, model, loaded[key])
+                    row = dict(family=family, options=options, seed=seed, config=asked) | found
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                rows.append(row | {"options": options})
                 print(
-                    f"{family} {options} {seed}: L0 {found['l0']:.1f}, {found[MEASURE[data]]:.3f}",
+                    f"{family} {options} {seed}: L0 {row['l0']:.1f}, {row[MEASURE[args.data]]:.3f}",
                     flush=True,
                 )
     return rows
@@ -160,15 +176,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--families", help="by commas; all of them by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int, help="rows of a step")
+    parser.add_argument(
+        "--settings", type=lambda text: [int(i) for i in text.split(",")], default=[1, 2, 3],
+        help="which of the three settings of each family, by commas",
+    )  # fmt: skip
     parser.add_argument(
         "--whole", action="store_true", help="smollm2: the loss is that of all 30 blocks"
     )
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, default=pathlib.Path("runs/compare_sae"),
+        help="where finished runs are kept",
+    )  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
     args = parser.parse_args(argv)
     families = args.families.split(",") if args.families else list(SETTINGS[args.data])
     if unknown := sorted(set(families) - set(SETTINGS[args.data])):
         parser.error(f"--families={','.join(unknown)}: use {', '.join(SETTINGS[args.data])}")
-    rows = study(args.data, families, args.seeds, args.steps, args.whole)
+    if not set(args.settings) <= {1, 2, 3}:
+        parser.error(f"--settings={args.settings}: use some of 1, 2, 3")
+    rows = study(args, families)
     found = means(rows, args.data)
     (args.out / f"sae_{args.data}.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(found, args.data, args.out / f"sae_{args.data}.png")

@@ -36,7 +36,7 @@ from jaxsparse.coding.low_rank import (
     truncated_svd,
 )
 from jaxsparse.coding.maintained import Maintained, maintain, reweigh
-from jaxsparse.coding.movies import Movie, red_psm, spline_matrix
+from jaxsparse.coding.movies import Cleaned, Movie, rdledm, red_psm, spline_matrix
 from jaxsparse.coding.operators import Dense, Operator, dense, norm_bound
 from jaxsparse.coding.predictive import Encoder, psd_codes, psd_init, psd_loss, unit_atoms
 from jaxsparse.coding.proximal import admm, duality_gap, fista, iht, ista, lasso_objective
@@ -85,6 +85,7 @@ from jaxsparse.coding.working_set import Certified, working_set
 __all__ = [
     "Alista",
     "Certified",
+    "Cleaned",
     "Coupled",
     "Dense",
     "Encoder",
@@ -151,6 +152,7 @@ __all__ = [
     "psd_codes",
     "psd_init",
     "psd_loss",
+    "rdledm",
     "red_psm",
     "refit_atoms",
     "reweigh",

@@ -23,6 +23,7 @@ from jaxsparse.sae.decode import sparse_decode, topk_encode
 from jaxsparse.sae.evaluation import (
     Evaluation,
     Recovered,
+    Recovery,
     evaluate,
     loss_recovered,
     max_cosines,
@@ -49,6 +50,7 @@ __all__ = [
     "MutualChoice",
     "ReLU",
     "Recovered",
+    "Recovery",
     "Statistic",
     "Stored",
     "TopK",

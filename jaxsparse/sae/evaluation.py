@@ -176,6 +176,81 @@ class Recovered:
         return (self.ablated - self.patched) / lost if lost else float("nan")
 
 
+class Recovery:
+    """Measures many models of one layer by `loss_recovered`: what does not depend on the model is done once.
+
+    The activations of the layer are kept on the host. The network is compiled once, from activations to the loss,
+    so that the blocks before the layer cost nothing.
+
+    Args:
+      network, site, part: as of `Activations`.
+      batches: what the network is called with.
+      loss: of the network's output and the batch, a scalar.
+      skip_first: positions of each sequence that stay as they are in all three runs.
+
+    Raises:
+      ValueError: no batch; a site that does not exist.
+
+    >>> network = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.sin)
+    >>> loss = lambda y, x: jnp.mean((y - 1.0) ** 2)
+    >>> measure = Recovery(network, "layers/0", [jnp.ones((4, 2))], loss)
+    >>> measure(lambda y: y).fraction, measure(jnp.zeros_like).fraction
+    (1.0, 0.0)
+    """
+
+    def __init__(
+        self,
+        network: hooks.Network,
+        site: str,
+        batches: Iterable[Any],
+        loss: Callable[[Any, Any], Array],
+        *,
+        part: hooks.Part = "output",
+        skip_first: int = 0,
+    ):
+        if isinstance(network, tuple):
+            module, weights = network
+            bind = lambda weights: (module, weights)
+        else:
+            graph, weights = nnx.split(network)
+            bind = lambda weights: nnx.merge(graph, weights)
+        read = jax.jit(lambda w, batch: hooks.capture(bind(w), site, batch, part=part))
+        patched = jax.jit(
+            lambda w, batch, new: loss(
+                hooks.run(bind(w), site, lambda _: new, batch, part=part), batch
+            )
+        )
+        self.skip_first = skip_first
+        self._batches = [(batch, np.asarray(read(weights, batch))) for batch in batches]
+        if not self._batches:
+            raise ValueError("batches: are empty; give at least one")
+        self._loss = lambda batch, new: patched(weights, batch, new)
+        self._original = self._mean(lambda value: value)
+        self._ablated = self._mean(jnp.zeros_like)
+
+    def __call__(self, model: Callable[[Array], Array]) -> Recovered:
+        """The losses with what `model` makes of the activations, `[..., D]` to the same shape: an autoencoder of
+        activations as they are (fold the input scale first), or any function."""
+        rebuild = (lambda v: _call(model, v)) if isinstance(model, nnx.Module) else model
+        return Recovered(self._original, self._mean(rebuild), self._ablated)
+
+    def _mean(self, change: Callable[[Array], Array]) -> float:
+        losses = []
+        for batch, kept in self._batches:
+            value = jnp.asarray(kept)
+            new = change(value)
+            if self.skip_first:
+                first = jnp.arange(value.shape[1])[:, None] < self.skip_first
+                new = jnp.where(first, value, new)
+            losses.append(float(self._loss(batch, new)))
+        return float(np.mean(losses))
+
+
+@nnx.jit
+def _call(model, value):
+    return model(value)
+
+
 def loss_recovered(
     network: hooks.Network,
     site: str,
@@ -186,7 +261,8 @@ def loss_recovered(
     part: hooks.Part = "output",
     skip_first: int = 0,
 ) -> Recovered:
-    """The network's loss with reconstructions of one layer in place of its activations.
+    """The network's loss with reconstructions of one layer in place of its activations. For several models of one
+    layer `Recovery` is faster.
 
     Args:
       network, site, part: as of `Activations`.
@@ -204,33 +280,4 @@ def loss_recovered(
     >>> loss_recovered(network, "layers/0", lambda y: y, [jnp.ones((4, 2))], loss).fraction
     1.0
     """
-
-    def patched(change, net, batch, rebuild):
-        def put(value):
-            new = change(rebuild, value)
-            if not skip_first:
-                return new
-            first = jnp.arange(value.shape[1])[:, None] < skip_first
-            return jnp.where(first, value, new)
-
-        return loss(hooks.run(net, site, put, batch, part=part), batch)
-
-    changes = (lambda m, v: v, lambda m, v: m(v), lambda m, v: jnp.zeros_like(v))
-    all_three = lambda net, batch, m: jnp.stack([patched(c, net, batch, m) for c in changes])
-    graph, state = nnx.split((network if not isinstance(network, tuple) else None, _module(model)))
-
-    @jax.jit
-    def measure(state, variables, batch):
-        inner, rebuild = nnx.merge(graph, state)
-        net = (network[0], variables) if isinstance(network, tuple) else inner
-        return all_three(net, batch, model if rebuild is None else rebuild)
-
-    variables = network[1] if isinstance(network, tuple) else None
-    found = [np.asarray(measure(state, variables, batch), np.float64) for batch in batches]
-    if not found:
-        raise ValueError("batches: are empty; give at least one")
-    return Recovered(*(float(v) for v in np.mean(found, axis=0)))
-
-
-def _module(model):
-    return model if isinstance(model, nnx.Module) else None
+    return Recovery(network, site, batches, loss, part=part, skip_first=skip_first)(model)

@@ -1,9 +1,9 @@
 r"""ReLU autoencoders with an L1 penalty, and the two that mend its bias: JumpReLU and Gated.
 
 Sources: Bricken et al. 2023 and the update of April 2024; Rajamanoharan et al. 2024 (JumpReLU) and 2024
-(Gated). Differs from public code in: the step function of JumpReLU acts on z, not on f, and its
-threshold is trained itself, not its logarithm, which does not move under Adam; the auxiliary
-loss of Gated stops the gradient of the decoder.
+(Gated); Anthropic, "Circuits updates, January 2025", for JumpReLU's gradient of inputs. Differs from public code in: the
+step function of JumpReLU acts on z, not on f, and its threshold is trained itself, not its logarithm, which does not move
+under Adam; the auxiliary loss of Gated stops the gradient of the decoder.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ class ReLU(SAE):
         return jnp.linalg.norm(self.W_dec[...], axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def jump_relu(z: Array, threshold: Array, bandwidth: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def jump_relu(z: Array, threshold: Array, bandwidth: float, inputs: bool = False) -> Array:
     r"""$z\,[z > \theta]$, with $\partial f/\partial\theta := -\frac{\theta}{\epsilon} K((z-\theta)/\epsilon)$,
-    K the rectangle on (-1/2, 1/2); the gradient of z is $[z > \theta]$ alone.
+    K the rectangle on (-1/2, 1/2); the gradient of z is $[z > \theta]$, and with `inputs` the negative of that of
+    $\theta$ besides.
 
     >>> jump_relu(jnp.array([0.4, 0.6]), jnp.array([0.5, 0.5]), 0.1).tolist()
     [0.0, 0.6...]
@@ -85,18 +86,20 @@ def _to_threshold(g, threshold):
     return jnp.sum(g, axis=tuple(range(g.ndim - threshold.ndim))).astype(threshold.dtype)
 
 
-def _jump_backward(bandwidth, saved, g):
+def _jump_backward(bandwidth, inputs, saved, g):
     z, threshold = saved
-    d_threshold = -threshold * _near(z, threshold, bandwidth) * g
-    return jnp.where(z > threshold, g, 0.0), _to_threshold(d_threshold, threshold)
+    estimate = (threshold * _near(z, threshold, bandwidth) * g).astype(z.dtype)
+    through = jnp.where(z > threshold, g, 0.0)
+    return through + estimate if inputs else through, _to_threshold(-estimate, threshold)
 
 
-jump_relu.defvjp(lambda z, t, b: (jump_relu(z, t, b), (z, t)), _jump_backward)
+jump_relu.defvjp(lambda z, t, b, i: (jump_relu(z, t, b, i), (z, t)), _jump_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def step(z: Array, threshold: Array, bandwidth: float) -> Array:
-    r"""$[z > \theta]$, with $-\frac1\epsilon K((z-\theta)/\epsilon)$ as the gradient of $\theta$, none of z.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def step(z: Array, threshold: Array, bandwidth: float, inputs: bool = False) -> Array:
+    r"""$[z > \theta]$, with $-\frac1\epsilon K((z-\theta)/\epsilon)$ as the gradient of $\theta$, and none of z, or
+    with `inputs` the negative of that.
 
     >>> step(jnp.array([0.4, 0.6]), jnp.array([0.5, 0.5]), 0.1).tolist()
     [0.0, 1.0]
@@ -104,12 +107,13 @@ def step(z: Array, threshold: Array, bandwidth: float) -> Array:
     return (z > threshold).astype(z.dtype)
 
 
-def _step_backward(bandwidth, saved, g):
+def _step_backward(bandwidth, inputs, saved, g):
     z, threshold = saved
-    return jnp.zeros_like(z), _to_threshold(-_near(z, threshold, bandwidth) * g, threshold)
+    estimate = (_near(z, threshold, bandwidth) * g).astype(z.dtype)
+    return estimate if inputs else jnp.zeros_like(z), _to_threshold(-estimate, threshold)
 
 
-step.defvjp(lambda z, t, b: (step(z, t, b), (z, t)), _step_backward)
+step.defvjp(lambda z, t, b, i: (step(z, t, b, i), (z, t)), _step_backward)
 
 
 class JumpReLU(SAE):
@@ -122,7 +126,11 @@ class JumpReLU(SAE):
       l0: the weight of the penalty.
       target_l0: None penalises $\lambda L_0$; a number penalises $\lambda (L_0/\text{target} - 1)^2$.
       threshold: where all thresholds start.
-      bandwidth: the width of the rectangle. Scale the inputs to unit mean square for these defaults.
+      bandwidth: the width of the rectangle. Scale the inputs to unit mean square, `input_scale`, for these defaults.
+      straight_through: what the penalty's gradient reaches. "all": encoder and biases too, through pre-activations
+        near their threshold, so that a target is reached in hundreds of steps. "threshold": thresholds alone, as
+        published; Adam moves them by a learning rate in a step at most, and a narrow rectangle seldom sees a
+        pre-activation, so that this takes hundreds of thousands of steps.
       pre_act: the weight of the loss that revives dead latents,
         $\mathrm{mean}_b \sum_{i\ \text{dead}} \max(\theta_i - z_i, 0)\,\|d_i\|$.
       d_model, d_sae, d_out, skip, dead_after, rngs: as of `SAE`.
@@ -141,8 +149,9 @@ class JumpReLU(SAE):
         *,
         l0: float = 1e-2,
         target_l0: float | None = None,
-        threshold: float = 1e-3,
-        bandwidth: float = 1e-3,
+        threshold: float = 0.1,
+        bandwidth: float = 0.5,
+        straight_through: Literal["all", "threshold"] = "all",
         pre_act: float = 0.0,
         d_out: int | None = None,
         skip: bool = False,
@@ -153,6 +162,9 @@ class JumpReLU(SAE):
         for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
             if not value > 0:
                 raise ValueError(f"{name}={value}: give a positive number")
+        if straight_through not in ("all", "threshold"):
+            raise ValueError(f'straight_through={straight_through!r}: give "all" or "threshold"')
+        self.inputs = straight_through == "all"
         self.l0, self.target_l0, self.bandwidth, self.pre_act = l0, target_l0, bandwidth, pre_act
         self.threshold = nnx.Param(jnp.full(d_sae, threshold, jnp.float32))
 
@@ -162,10 +174,10 @@ class JumpReLU(SAE):
         return raw + jax.lax.stop_gradient(jax.nn.relu(raw) - raw)
 
     def activate(self, z: Array) -> Array:
-        return jump_relu(z, self.theta(), self.bandwidth)
+        return jump_relu(z, self.theta(), self.bandwidth, self.inputs)
 
     def penalty(self, z: Array, f: Array) -> Array:
-        l0 = jnp.mean(jnp.sum(step(z, self.theta(), self.bandwidth), axis=-1))
+        l0 = jnp.mean(jnp.sum(step(z, self.theta(), self.bandwidth, self.inputs), axis=-1))
         return self.l0 * (l0 if self.target_l0 is None else (l0 / self.target_l0 - 1) ** 2)
 
     def auxiliary(self, z: Array, error: Array, target: Array) -> Array:

@@ -318,6 +318,96 @@ def test_a_still_scene_and_a_moving_square_are_separated(double):
     np.testing.assert_allclose(found.low_rank + found.sparse, still + moving, atol=1e-4)
 
 
+def everything(shape):
+    size = math.prod(shape)
+    return coding.Operator(lambda x: x, lambda r: r, 1.0, size, size)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_nuclear_norm_or_one_variation_has_the_closed_form(double, axis):
+    y = np.random.default_rng(0).normal(size=(3, 4, 5))
+    low_rank = tuple(0.7 if a == axis else 0.0 for a in range(3))
+    found, errors = coding.rdledm(everything(y.shape), jnp.asarray(y.ravel()), y.shape,
+                                  space=0.0, time=0.0, low_rank=low_rank, error=None)  # fmt: skip
+    u, s, vt = np.linalg.svd(
+        np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1), full_matrices=False
+    )
+    want = (u * np.maximum(s - 0.7, 0)) @ vt
+    np.testing.assert_allclose(np.moveaxis(found, axis, 0).reshape(want.shape), want, atol=1e-8)
+    assert not np.asarray(errors).any()
+    step = np.moveaxis(np.zeros((6, 2, 2)) + np.repeat([0.0, 3.0], [2, 4])[:, None, None], 0, axis)
+    found, _ = coding.rdledm(everything(step.shape), jnp.asarray(step.ravel()), step.shape,
+                             space=float(axis > 0), time=float(axis == 0), low_rank=(0.0, 0.0, 0.0),
+                             error=None, steps=2000)  # fmt: skip
+    line = np.moveaxis(np.asarray(found), axis, 0)[
+        :, 0, 0
+    ]  # 1 moves over the jump, shared by each side
+    np.testing.assert_allclose(line, np.repeat([1 / 2, 3 - 1 / 4], [2, 4]), atol=1e-6)
+
+
+def test_all_terms_together_reach_the_least_objective(double):
+    """Against a quasi-Newton method on the objective with every kink rounded off, of a map that is not square."""
+    shape, rng = (3, 2, 3), np.random.default_rng(1)
+    r = rng.normal(size=(12, 18))
+    y = rng.normal(size=12) * 3
+    op = coding.Operator(
+        lambda x: x @ jnp.asarray(r.T), lambda z: z @ jnp.asarray(r), np.linalg.norm(r, 2), 12, 18
+    )
+    found = jax.jit(
+        lambda y: coding.rdledm(
+            op, y, shape, space=0.3, time=0.2, low_rank=(0.4, 0.1, 0.0), error=0.9, steps=20_000
+        )  # fmt: skip
+    )(jnp.asarray(y))
+
+    def objective(z, round_=0.0):
+        x, e = z.reshape(2, *shape)
+        size = lambda v: np.sqrt(v**2 + round_**2).sum()
+        singular = lambda axis: np.linalg.svd(
+            np.moveaxis(x, axis, 0).reshape(shape[axis], -1), compute_uv=False
+        )
+        return (
+            0.5 * ((r @ (x + e).ravel() - y) ** 2).sum()
+            + 0.3 * (size(np.diff(x, axis=1)) + size(np.diff(x, axis=2)))
+            + 0.2 * size(np.diff(x, axis=0))
+            + 0.4 * size(singular(0)) + 0.1 * size(singular(1)) + 0.9 * size(e)
+        )  # fmt: skip
+
+    ours = np.stack([found.movie, found.errors]).ravel()
+    z = np.zeros(36)
+    for rounding in (1e-1, 1e-2, 1e-3, 1e-4):
+        z = scipy.optimize.minimize(objective, z, (rounding,), "BFGS", options={"maxiter": 400}).x
+    assert 0.5 < (np.asarray(found.errors) == 0).mean() < 1
+    assert objective(ours) < objective(z) + 1e-6
+    assert objective(ours) > objective(z, 1e-4) - 80 * 1e-4  # what rounding off adds at most
+
+
+def test_gross_errors_of_a_movie_are_found_apart(double):
+    frames, side = 8, 10
+    movie = np.zeros((frames, side, side))
+    movie[:, 2:8, 2:6] = 1
+    movie[4:, 5:9, 5:9] += 0.5
+    rng = np.random.default_rng(0)
+    places = rng.choice(movie.size, 30, replace=False)
+    gross = np.zeros(movie.size)
+    gross[places] = rng.choice([-5, 5], 30)
+    y = movie.ravel() + gross + 0.02 * rng.normal(size=movie.size)
+    run = lambda error: jax.jit(
+        lambda y: coding.rdledm(
+            everything(movie.shape),
+            y,
+            movie.shape,
+            space=0.1,
+            time=0.1,
+            low_rank=(0.1, 0.0, 0.0),
+            error=error,
+        )  # fmt: skip
+    )(jnp.asarray(y))
+    found, plain = run(0.3), run(None)
+    off = lambda m: np.linalg.norm(np.asarray(m) - movie) / np.linalg.norm(movie)
+    assert 3 * off(found.movie) < 0.6 < off(plain.movie)
+    assert set(np.flatnonzero(np.abs(np.asarray(found.errors).ravel()) > 2)) == set(places)
+
+
 def test_a_decomposition_grows_like_that_of_the_whole_matrix(double):
     rng = np.random.default_rng(0)
     a = rng.normal(size=(60, 8)) @ rng.normal(size=(8, 50))
@@ -422,6 +512,11 @@ REFUSED = [
     ),
     (lambda: coding.signature(jnp.ones((1, 2)), 2), r"path has shape \(1, 2\)"),
     (lambda: coding.signature(jnp.ones((4, 2)), 0), "order=0"),
+    (
+        lambda: coding.rdledm(everything((2, 2, 2)), jnp.ones(8), (2, 2, 3)),
+        r"shape=\(2, 2, 3\): give",
+    ),
+    (lambda: coding.rdledm(everything((2, 2, 2)), jnp.ones(8), (2, 2, 2), time=-1.0), "time=-1"),
     (lambda: coding.fit_signatures(jnp.ones((4, 2)), ONES, 2), r"paths have shape \(4, 2\)"),
     (lambda: coding.fit_signatures(jnp.ones((4, 3, 2)), ONES, 2), r"targets have shape \(3,\)"),
     (lambda: coding.fit_signatures(jnp.ones((3, 3, 2)), ONES, 2, folds=4), "folds=4: use 2 to 3"),

@@ -208,6 +208,43 @@ def test_the_threshold_gradient_of_the_step_is_a_density():
     np.testing.assert_allclose(near, [-0.7 / 0.2], rtol=1e-6)
 
 
+def test_the_straight_through_gradient_of_inputs_is_that_of_thresholds_turned_round():
+    z, theta = X[:, :4], jnp.array([0.1, 0.4, 0.7, 1.0])
+    g = jnp.asarray(RNG.normal(size=z.shape), jnp.float32)
+    for function, plain in ((sae.step, 0.0), (sae.jump_relu, g * (z > theta))):
+        of = lambda inputs, f=function: lambda z, t: f(z, t, 0.6, inputs)
+        _, pull = jax.vjp(of(True), z, theta)
+        dz, dt = pull(g)
+        np.testing.assert_allclose(jnp.sum(dz - plain, 0), -dt, rtol=1e-5, atol=1e-6)
+        assert (np.abs(dt) > 0).any()
+        _, pull = jax.vjp(of(False), z, theta)
+        np.testing.assert_allclose(pull(g)[0], plain * jnp.ones_like(z))
+        np.testing.assert_allclose(pull(g)[1], dt)
+
+
+@pytest.mark.parametrize("way, reached", [("all", True), ("threshold", False)])
+def test_the_penalty_alone_reaches_its_target_through_all_that_precedes_the_thresholds(
+    way, reached
+):
+    model = sae.JumpReLU(D, 64, l0=30.0, target_l0=4.0, straight_through=way, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(256, D)), jnp.float32)
+    tx = optax.adam(5e-3)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        value, metrics = nnx.merge(graph, params, rest, copy=True).loss(x)
+        return value, metrics["l0"]
+
+    def one(carry, _):
+        params, slots = carry
+        (_, l0), slope = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, slots = tx.update(slope, slots)
+        return (optax.apply_updates(params, updates), slots), l0
+
+    l0 = jax.jit(lambda p: jax.lax.scan(one, (p, tx.init(p)), length=150)[1])(params)
+    assert l0[0] > 20 and (l0[-1] < 6) == reached, l0
+
+
 def test_a_threshold_below_zero_counts_as_zero_and_still_moves():
     model = make(sae.JumpReLU, l0=1.0, bandwidth=0.5)
     model.threshold[...] = jnp.full(F, -0.3)
@@ -426,6 +463,7 @@ def test_arguments_that_cannot_be_are_named():
         (sae.MatryoshkaTopK, {"ks": (5, 2)}, "ks="),
         (sae.MatryoshkaBatchTopK, {"k": 2, "groups": (3, 3)}, "groups="),
         (sae.JumpReLU, {"bandwidth": 0.0}, "bandwidth=0"),
+        (sae.JumpReLU, {"straight_through": "z"}, "straight_through='z': give"),
     ]:
         with pytest.raises(ValueError, match=message):
             kind(D, F, rngs=nnx.Rngs(0), **options)
