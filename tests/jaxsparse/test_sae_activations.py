@@ -1,6 +1,7 @@
 """Activations read from models, measures against NumPy, files of SAELens, and the page of features."""
 
 import json
+from html.parser import HTMLParser
 
 import jax
 import jax.numpy as jnp
@@ -241,7 +242,104 @@ def test_the_page_of_features_shows_where_a_latent_is_largest(network):
     tokens, values, peak = examples[0][0]
     np.testing.assert_allclose(values[peak], codes[..., latent].max(), rtol=1e-4)
     np.testing.assert_allclose(density, [(codes[..., latent] != 0).mean()])
-    page = sae.dashboard(examples, density, [latent], lambda ids: f"<{ids[0]}>")
-    assert f"Latent {latent}" in page and f"&lt;{tokens[peak]}&gt;" in page
+    page = Page(sae.dashboard(examples, density, [latent], lambda ids: f"<{ids[0]}>"))
+    assert f"Latent {latent}" in page.texts
+    assert f"<{tokens[peak]}>" in [text for text, kind, _ in page.marks if kind == "top"]
     with pytest.raises(ValueError, match=f"latents: {F}"):
         sae.top_examples(model, network, "layers/1", TOKENS, [F])
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element is closed in order, attributes are not given twice."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.marks, self.lines = [], [], [], []
+        assert text.startswith("<!doctype html>")
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs) and tag != "script"
+        if tag == "p" and dict(attrs)["class"] == "text":
+            self.lines.append("")
+        if tag == "mark":
+            self.marks.append(["", dict(attrs)["class"], dict(attrs)["title"]])
+        if tag != "meta":  # has no end
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        assert "<" not in data or self.open[-1] in ("mark", "p", "title", "h1", "span")
+        self.texts.append(data)
+        if self.open and self.open[-1] == "mark":
+            self.marks[-1][0] += data
+        if self.lines and "p" in self.open:
+            self.lines[-1] += data
+
+
+WORDS = [
+    "<script>alert(1)</script>",
+    "&amp;",
+    '"',
+    "'",
+    "\0\r",
+    "a\nb",
+    "</p></body>",
+    "<!--",
+    "plain",
+    "",
+]
+
+
+def test_the_page_is_valid_html_whatever_texts_are_in_it():
+    tokens = np.arange(len(WORDS))
+    values = np.full(len(WORDS), 0.5)
+    values[0], values[8] = 2.0, 0.0
+    page = Page(
+        sae.dashboard(
+            [[(tokens, values, 0)]],
+            np.array([0.5]),
+            [7],
+            lambda ids: WORDS[ids[0]],
+            title="</title><script>",
+            context=20,
+        )  # fmt: skip
+    )
+    shown = [w for w in WORDS if w not in ("plain", "", "\0\r", "a\nb")]
+    found = [text for text, _, _ in page.marks]
+    assert [text for text in found if text in WORDS] == shown
+    assert {"␀␍", "a↵b", "⟨9⟩"} <= set(found) and "plain" in page.lines[0]
+    assert page.marks[0] == [WORDS[0], "top", "2"] and page.marks[1][1:] == ["on", "0.5"]
+    assert page.texts.count("</title><script>") == 2
+
+
+def test_long_contexts_are_cut_around_the_most_active_token_with_dots():
+    tokens, values = np.arange(5000), np.zeros(5000)
+    values[3000] = values[2999] = 1.0
+    make = lambda peak, **o: Page(
+        sae.dashboard([[(tokens, values, peak)]], np.ones(1), [0], lambda ids: f" {ids[0]}", **o)
+    )
+    page = make(3000, context=4)
+    assert page.lines == ["1… 2996 2997 2998 2999 3000 3001 3002…"]
+    assert [kind for _, kind, _ in page.marks] == ["on", "top"]
+    assert len(make(3000, context=10_000).lines[0].split()) == 5001  # and the value
+    silent = sae.dashboard([[(tokens, 0 * values, 0)], []], np.zeros(2), [0, 1], str)
+    assert not Page(silent).marks and "never active on these texts" in silent
+    with pytest.raises(ValueError, match="context=-1"):
+        make(0, context=-1)
+    with pytest.raises(ValueError, match="1 lists of examples and 1 densities for 2 latents"):
+        sae.dashboard([[]], np.ones(1), [0, 1], str)
+
+
+def test_a_character_of_several_tokens_is_shown_once():
+    data = "aé漢".encode()
+    decode = lambda ids: bytes(ids).decode(errors="replace")
+    tokens, values = np.frombuffer(data, np.uint8), np.array([0.0, 0.0, 0.0, 0.0, 3.0, 0.0])
+    page = Page(sae.dashboard([[(tokens, values, 4)]], np.ones(1), [0], decode))
+    assert page.lines == ["3aé漢"] and page.marks == [["漢", "top", "3"]]
+    cut = Page(sae.dashboard([[(tokens[:4], values[:4] + 1, 0)]], np.ones(1), [0], decode))
+    assert cut.lines == ["1aé\ufffd"]
