@@ -105,7 +105,7 @@ class SignatureLasso:
       weights: `[features, q]` for q targets; `signature_features` says in which order.
       intercept: `[q]`.
       alpha: the strength that was chosen.
-      alphas: those that were tried, falling `[s]`.
+      alphas: those that were tried `[s]`.
       errors: their mean squared errors on rows that were left out `[s]`.
       order, factorial: of the features.
       flat: one target, given as `[paths]`.
@@ -155,7 +155,7 @@ def fit_signatures(
       paths: `[n, points, d]`, with time among the coordinates. Shorter paths end by repeating their last point.
       targets: `[n]`, or `[n, q]`.
       order: the last level of the signatures.
-      alphas: strengths to try; None: 30 from the least that gives all zeros down to a thousandth of it.
+      alphas: strengths to try, the first of the best is taken; None: 30 from the least that gives all zeros down to a thousandth of it.
       folds: runs of neighbouring paths that are left out in turn, 2 to n; shuffle paths that have an order.
       factorial: as of `signature_features`; it is kept for prediction.
       steps: of FISTA.
@@ -193,7 +193,7 @@ def fit_signatures(
         tried = jnp.maximum(largest, jnp.finfo(x.dtype).tiny) * jnp.logspace(0, -3, 30)
     else:
         check_positive("alphas", alphas)
-        tried = jnp.sort(jnp.asarray(alphas, x.dtype))[::-1]
+        tried = jnp.asarray(alphas, x.dtype)
     solve = functools.partial(_group_lasso, x, y, steps=steps)
 
     # The first n % folds of them have one more, as scikit-learn's KFold.
