@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -87,6 +87,8 @@ def adapt(model: object, args: Sequence[object], params: chex.ArrayTree | None =
     Raises:
       ValueError: if `model` is none of what is known.
     """
+    if isinstance(model, type):
+        raise ValueError(f"model: {model.__name__} is a class; give an instance of it")
     if isinstance(model, nnx.Module):
         graph, state = nnx.split(serving(model))
         apply = lambda state, *args: nnx.merge(graph, state)(*args)
@@ -110,6 +112,11 @@ def adapt(model: object, args: Sequence[object], params: chex.ArrayTree | None =
             "params: a function needs its parameters: give (apply_fn, params, *inputs)"
         )
     own: Any
+    if is_linen and not isinstance(args[0] if params is None else params, Mapping):
+        raise ValueError(
+            f"params: {type(model).__name__} is a Linen module and needs its variables, as init returns them: give "
+            "(module, variables, *inputs), or params="
+        )
     own, inputs = (args[0], args[1:]) if params is None else (params, args)
     apply: Any = getattr(model, "apply") if is_linen else model  # noqa: B009 - of no common type
     return Adapted(own, apply, tuple(inputs), "linen" if is_linen else "function", model)

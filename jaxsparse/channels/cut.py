@@ -62,8 +62,14 @@ def cut_opt_state(
     without one of its axes (factored moments). Scalars and counts stay.
 
     Raises:
-      ValueError: a slot of another shape, a state without any slot of these parameters.
+      ValueError: no state, a slot of another shape, a state without any slot of these parameters.
     """
+    wrong = next((x for x in jax.tree.leaves(opt_state) if callable(x) or isinstance(x, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"opt_state: it holds {wrong!r}, as an optimizer does and not its state; give what tx.init(params) "
+            "and tx.update return"
+        )
     places, paths = kept_positions(groups, kept), aliases(groups)
     packed = lambda x: isinstance(x, PackedMask)
     named = named_leaves(opt_state, is_leaf=packed)

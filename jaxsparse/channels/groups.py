@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,6 @@ from jaxsparse.channels.rules import RULES
 from jaxsparse.channels.trace import Trace, Value, shape_of
 from jaxsparse.channels.union import Expr, Reason
 from jaxsparse.structures.coupled import Coupled, Part
-from jaxsparse.targets import unmatched_message
 
 _SILENT = ("the window of a convolution", "the length of a scan")
 
@@ -54,7 +54,7 @@ class Groups(Mapping[str, Group]):
 
     def __getitem__(self, name: str) -> Group:
         if name not in self.groups:
-            raise KeyError(unmatched_message("groups", [name], list(self.groups)))
+            raise KeyError(self.missing("groups", [name]))
         return self.groups[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -76,7 +76,7 @@ class Groups(Mapping[str, Group]):
         """
         kept = {name: g for name, g in self.groups.items() if re.search(pattern, name)}
         if not kept:
-            raise ValueError(unmatched_message("pattern", [pattern], list(self.groups)))
+            raise ValueError(self.missing("pattern", [pattern], re.search))
         return self.only(kept)
 
     def without(self, *patterns: str) -> Groups:
@@ -87,7 +87,7 @@ class Groups(Mapping[str, Group]):
         """
         missing = [p for p in patterns if not any(re.search(p, name) for name in self.groups)]
         if missing:
-            raise ValueError(unmatched_message("patterns", missing, list(self.groups)))
+            raise ValueError(self.missing("patterns", missing, re.search))
         gone = lambda name: any(re.search(p, name) for p in patterns)
         return self.only([name for name in self.groups if not gone(name)])
 
@@ -97,6 +97,33 @@ class Groups(Mapping[str, Group]):
         kept = {name: g for name, g in self.groups.items() if name in names}
         out = tuple(Fixed(n, g.width, why) for n, g in self.groups.items() if n not in kept)
         return dataclasses.replace(self, groups=kept, fixed=(*self.fixed, *out))
+
+    def missing(
+        self,
+        argument: str,
+        wanted: Sequence[str],
+        means: Callable[[str, str], object] = operator.eq,
+    ) -> str:
+        """The error for names or patterns that no group has: why channels of that name stay, or names that there
+        are."""
+        stay = [str(f) for f in self.fixed if any(means(w, f.name) for w in wanted)]
+        what = f"{argument}: no group is called {', '.join(map(repr, wanted))}"
+        if stay:
+            return f"{what}; channels that stay: {'; '.join(stay[:4])}"
+        return f"{what}; the groups are {', '.join(self) or 'none'}"
+
+    def check_some(self, argument: str) -> None:
+        """Raises `ValueError` where there is no group at all, with what stays and why."""
+        if not self.groups:
+            why = "; ".join(map(str, self.reported()[:4]))
+            raise ValueError(f"{argument}: there are no channels that may go. What stays: {why}")
+
+    def untrained(self, group: Group) -> str:
+        """The leaves of a group none of which is a floating-point parameter, with their types."""
+        types = {path: leaf.dtype for path, leaf in self.model.named()}
+        return ", ".join(
+            f"{p!r} ({types[p]})" for p in dict.fromkeys(m.path for m in group.members)
+        )
 
     def structure(
         self,
@@ -122,9 +149,16 @@ class Groups(Mapping[str, Group]):
         >>> [part.path for part in groups.structure().groups[0].parts]
         ['a', 'b']
         """
+        self.check_some("groups")
         strip = "params/" if self.model.kind == "linen" else ""
         parts = [self._parts(group, strip, sides) for group in self.groups.values()]
         if not any(parts):
+            some = next(iter(self.groups.values()))
+            if not any(m.path in self.trained for g in self.groups.values() for m in g.members):
+                raise ValueError(
+                    f"groups: no floating-point parameter belongs to group {some.name!r}, which has "
+                    f"{self.untrained(some)}; train before weights are quantized"
+                )
             raise ValueError(
                 f"sides={tuple(sides)}: no group has a leaf of these; give some of 'out', 'with', 'in'"
             )

@@ -90,9 +90,10 @@ def importance(
             m for m in group.members if m.path in leaves and _counts(m, score == "batch_norm")
         ]
         if not counted:
-            what = "no scale of a norm" if score == "batch_norm" else "no parameter"
+            what = "no scale of a norm" if score == "batch_norm" else "no floating-point parameter"
             raise ValueError(
-                f"score={score!r}: {what} belongs to group {name!r}; leave it out with groups.without"
+                f"score={score!r}: {what} belongs to group {name!r}, which has {groups.untrained(group)}; leave it "
+                "out with groups.without, or name its channels with shrink(keep=)"
             )
         rows = []
         for member in counted:

@@ -81,9 +81,7 @@ def as_given(groups: Groups, keep: Keep) -> dict[str, np.ndarray]:
     """
     unknown = sorted(set(keep) - set(groups))
     if unknown:
-        raise ValueError(
-            f"keep: no group is called {', '.join(map(repr, unknown))}; the groups are {', '.join(groups)}"
-        )
+        raise ValueError(groups.missing("keep", unknown))
     kept = {name: np.ones(group.width, bool) for name, group in groups.items()}
     for name, value in keep.items():
         given, width = np.asarray(value), groups[name].width

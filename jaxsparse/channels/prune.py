@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxsparse import selection
 from jaxsparse._counts import kept_count
-from jaxsparse.channels.adapt import adapt
+from jaxsparse.channels.adapt import adapt, is_array
 from jaxsparse.channels.groups import Groups, groups_of
 from jaxsparse.channels.importance import Normalization, Reduction, Score, ScoreName, importance
 from jaxsparse.channels.keep import best
@@ -78,7 +80,24 @@ def prune(
     """
     _check(sparsity, allocation, target, steps, tolerance)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    first = groups_of(adapt(model, inputs, params)) if groups is None else groups
+    if groups is None:
+        own = isinstance(model, nnx.Module) or any(map(is_array, jax.tree.leaves(model)))
+        if params is None and not own:
+            raise ValueError(
+                "params: a function or a Linen module needs its parameters; give params="
+            )
+        first = groups_of(adapt(model, inputs, params))
+    elif isinstance(groups, Groups):
+        first = groups
+    else:
+        raise ValueError(f"groups: give what channels.find returned, not {type(groups).__name__}")
+    if sparsity > 0:
+        first.check_some(f"sparsity={sparsity}")
+    if steps > 1 and first.model.kind == "linen":
+        raise ValueError(
+            f"steps={steps}: a Linen module must be built again before it runs with the new sizes; call prune for each "
+            "step, with the module of that size"
+        )
     goal_of = lambda step: sparsity * step / steps
     now, names, kept = first, tuple(first), {n: np.arange(g.width) for n, g in first.items()}
     small = None
@@ -209,8 +228,8 @@ def _report(first: Groups, small: Shrunk, kept: Mapping[str, np.ndarray]) -> Rep
 
 
 def _check(sparsity: float, allocation: str, target: str, steps: int, tolerance: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+    if isinstance(sparsity, str | bool | None) or np.ndim(sparsity) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity!r}: must be in [0, 1)")
     if allocation not in ("uniform", "global"):
         raise ValueError(f"allocation={allocation!r}: use 'uniform' or 'global'")
     if target not in ("channels", "params", "flops"):

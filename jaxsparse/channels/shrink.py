@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsparse._control import is_concrete
 from jaxsparse.channels.adapt import Adapted, adapt
 from jaxsparse.channels.cut import cut_opt_state, cut_params, kept_positions, zero_params
 from jaxsparse.channels.edit import Edit, candidates, known_edits
@@ -28,10 +29,11 @@ class Report:
       parameters, flops: before and after; operations are those on the example input.
       difference: the largest difference of the outputs of the model that was given and of the narrower one, on
         the example input, relative to the largest output if that is above 1. None where the narrower model could
-        not be run: a Linen module must be built again first.
+        not be run: a Linen module must be built again first, a function may hold a width as a number.
       zeroed: the same between the model with zeros in place of the channels and the narrower one.
       edits: the attributes that were changed, in words.
       left: what stays whole and why, in words.
+      unrun: why the narrower model could not be run, if it could not.
     """
 
     before: Mapping[str, int]
@@ -42,6 +44,7 @@ class Report:
     zeroed: float | None
     edits: tuple[str, ...]
     left: tuple[str, ...]
+    unrun: str = ""
 
     def __str__(self) -> str:
         def change(pair):
@@ -49,7 +52,7 @@ class Report:
 
         lines = [f"parameters {change(self.parameters)}", f"operations {change(self.flops)}"]
         if self.difference is None:
-            lines.append("not run: build the module again with the new sizes")
+            lines.append(f"not run: {self.unrun}")
         else:
             lines.append(
                 f"outputs differ by {self.difference:.1e} from the model's, by {self.zeroed:.1e} from those "
@@ -111,15 +114,16 @@ def shrink(
       round_to: widths are multiples of this where the old width allows: removed channels of the largest weights
         stay. 8 suits most devices, 128 a TPU. At least one channel stays.
       edit: for modules of one's own: changes attributes of the narrower model (in place, or it returns the
-        model), before it is traced.
+        model), before it is traced. For a Linen module or a function it returns the one that is built for the new
+        widths, which is then run and compared as any other.
 
     Returns:
       The model, its parameters and optimizer state, the indices of what was kept, and a report.
 
     Raises:
       ValueError: `groups` of another model, an unknown group, a choice that leaves nothing, an optimizer state of
-        another model; outputs that change by more than rounding while `exact`; a model that does not run when it
-        is narrower, with what to do.
+        another model; outputs that change by more than rounding while `exact`, or of which that cannot be said; a
+        model that does not run when it is narrower, with what to do.
 
     >>> import optax
     >>> from jaxsparse import channels
@@ -137,19 +141,21 @@ def shrink(
     kept = alive(groups, wide, opt_state) if keep is None else as_given(groups, keep)
     kept = rounded(groups, kept, wide, round_to)
     cut = cut_params(groups, wide.params, kept)
-    small, edits = _rebuild(groups, wide, cut, kept, edit)
+    small, edits, unrun = _rebuild(groups, wide, cut, kept, edit)
     changed = zeroed = None
     if small is not None:
         inputs = _inputs(wide.args)
         ran = _output(small, small.params, inputs)
         changed = difference(_output(wide, wide.params, inputs), ran)
         zeroed = difference(_output(wide, zero_params(groups, wide.params, kept), inputs), ran)
-        if exact and changed > _tolerance(wide):
+        if exact and not changed <= _tolerance(wide):
             raise ValueError(
                 f"exact: removing these channels changes the outputs by {changed:.1e} (relative to the largest), "
                 f"and what zeros in their place give by {zeroed:.1e}; {_blame(groups, kept)}give exact=False to "
                 "remove them nevertheless"
             )
+    elif exact:
+        _check_zeros(groups, wide, kept, unrun)
     counts = {name: int(mask.sum()) for name, mask in kept.items()}
     places = kept_positions(groups, kept)
     shapes = {path: tuple(int(axis.sum()) for axis in axes) for path, axes in places.items()}
@@ -162,6 +168,7 @@ def shrink(
         zeroed,
         edits,
         tuple(map(str, groups.reported())),
+        unrun,
     )
     return Shrunk(
         model if small is None else small.model,
@@ -219,9 +226,19 @@ def zero_invariance(
 def _same(model: object, groups: Groups, params: chex.ArrayTree | None) -> Adapted:
     if not isinstance(groups, Groups):
         raise ValueError(f"groups: give what channels.find returned, not {type(groups).__name__}")
-    if params is None and groups.model.kind in ("function", "linen"):
+    kinds = ("function", "linen")
+    if params is None and groups.model.kind in kinds and not isinstance(model, nnx.Module):
         params = groups.model.params
     adapted = adapt(model, groups.model.args, params)
+    if adapted.kind != groups.model.kind:
+        raise ValueError(
+            f"groups: they were found in a model of kind {groups.model.kind!r}, and this one is of kind "
+            f"{adapted.kind!r}; give the model that find was given"
+        )
+    if not is_concrete(*(leaf for _, leaf in adapted.named())):
+        raise ValueError(
+            "model: its arrays are traced; call it outside of jit, the new shapes depend on values"
+        )
     shapes = {path: tuple(leaf.shape) for path, leaf in adapted.named()}
     if shapes != groups.shapes:
         wrong = next(p for p in (*groups.shapes, *shapes) if shapes.get(p) != groups.shapes.get(p))
@@ -238,8 +255,9 @@ def _rebuild(
     params: chex.ArrayTree,
     kept: Mapping[str, np.ndarray],
     edit: Callable[[object], object] | None,
-) -> tuple[Adapted | None, tuple[str, ...]]:
-    """The narrower model, and the edits that made it run in words; None for a module that must be built again."""
+) -> tuple[Adapted | None, tuple[str, ...], str]:
+    """The narrower model, and the edits that made it run in words; None for a module that must be built again, or a
+    function that holds a width, and why."""
     counts = {groups[name].atom: int(mask.sum()) for name, mask in kept.items()}
     wrong = ""
     for trial in _trials(groups, wide, params, counts):
@@ -251,16 +269,35 @@ def _rebuild(
         small = adapt(model, wide.args, given)
         found = mismatch(groups, small, kept)
         if not found:
-            return small, tuple(
-                f"{type(e.module).__name__}.{e.attribute} = {e.value}" for e in edits
-            )
-        if wide.kind in ("function", "linen"):
-            return None, ()
+            words = (f"{type(e.module).__name__}.{e.attribute} = {e.value}" for e in edits)
+            return small, tuple(words), ""
+        if edit is None and wide.kind == "linen":
+            return None, (), "build the module again with the new sizes"
+        if edit is None and wide.kind == "function":
+            return None, (), f"the function holds a width: {found}"
         wrong = wrong or found
     raise ValueError(
         f"model: the narrower model is not what is left of it: {wrong}. Change its attributes with edit=, or leave "
         "groups out with groups.without(pattern)"
     )
+
+
+def _check_zeros(groups: Groups, wide: Adapted, kept: Mapping[str, np.ndarray], unrun: str) -> None:
+    """Refuses what changes the outputs of a model whose narrower form cannot be run: zeros say so, if no statistic
+    is taken over the channels that go."""
+    inputs = _inputs(wide.args)
+    zeros = _output(wide, zero_params(groups, wide.params, kept), inputs)
+    changed = difference(_output(wide, wide.params, inputs), zeros)
+    if not changed <= _tolerance(wide):
+        raise ValueError(
+            f"exact: zeros in place of these channels change the outputs by {changed:.1e} (relative to the largest); "
+            "give exact=False to remove them nevertheless"
+        )
+    if blame := _blame(groups, kept):
+        raise ValueError(
+            f"exact: {blame}what that changes is not known, since the narrower model was not run ({unrun}). Give it "
+            "as edit=lambda model: ..., or exact=False"
+        )
 
 
 def _trials(
