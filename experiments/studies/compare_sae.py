@@ -1,7 +1,7 @@
 """All families of sparse autoencoders on the same activations: what is recovered at how many active latents.
 
   python -m experiments.studies.compare_sae --data=planted [--seeds=3] [--out=docs/results]
-  python -m experiments.studies.compare_sae --data=smollm2 [--seeds=3] [--steps=1000]
+  python -m experiments.studies.compare_sae --data=smollm2 --whole [--seeds=3] [--steps=200] [--batch-size=256] [--settings=1,3]
 
 *planted*: rows of a known dictionary with noise; the measure is the mean over true atoms of the largest cosine with
 a learned one. *smollm2*: the residual stream of SmolLM2-135M; the measure is the share of the loss that is recovered
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "FeatureChoice": [{"k": k} for k in (2, 3, 5)],
         "ReLU": [{"l1": x} for x in (1.6, 0.8, 0.4)],
         "Gated": [{"l1": x} for x in (6.4, 3.2, 1.6)],
-        "JumpReLU": [{"target_l0": float(k), "l0": 3.0} for k in (2, 3, 5)],
+        "JumpReLU": [{"target_l0": float(k), "l0": 10.0} for k in (2, 3, 5)],
     },
     "smollm2": {
         "TopK": [{"k": k} for k in (16, 32, 64)],
@@ -126,6 +126,7 @@ def means(rows: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
                 family=group[0]["family"],
                 options=group[0]["options"],
                 l0=mean("l0"),
+                seeds=len(group),
                 measure=float(np.mean(values)),
                 deviation=float(np.std(values)),
                 explained=mean("explained_variance"),
@@ -133,6 +134,14 @@ def means(rows: list[dict[str, Any]], data: str) -> list[dict[str, Any]]:
             )
         )
     return found
+
+
+def others(file: pathlib.Path, families: list[str]) -> list[dict[str, Any]]:
+    """What an earlier run found of families that this one leaves out."""
+    rows = json.loads(file.read_text()) if file.exists() else []
+    as_given = lambda value: tuple(value) if isinstance(value, list) else value
+    options = lambda row: {name: as_given(value) for name, value in row["options"].items()}
+    return [row | {"options": options(row)} for row in rows if row["family"] not in families]
 
 
 def table(found: list[dict[str, Any]], data: str) -> str:
@@ -173,7 +182,9 @@ def plot(found: list[dict[str, Any]], data: str, path: pathlib.Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", choices=tuple(SETTINGS), default="planted")
-    parser.add_argument("--families", help="by commas; all of them by default")
+    parser.add_argument(
+        "--families", help="by commas, all by default; what was found of others is kept"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int, help="rows of a step")
@@ -196,8 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     if not set(args.settings) <= {1, 2, 3}:
         parser.error(f"--settings={args.settings}: use some of 1, 2, 3")
     rows = study(args, families)
-    found = means(rows, args.data)
-    (args.out / f"sae_{args.data}.json").write_text(json.dumps(found, indent=1) + "\n")
+    file = args.out / f"sae_{args.data}.json"
+    found = means(rows, args.data) + others(file, families)
+    found.sort(key=lambda row: list(SETTINGS[args.data]).index(row["family"]))
+    file.write_text(json.dumps(found, indent=1) + "\n")
     plot(found, args.data, args.out / f"sae_{args.data}.png")
     print(table(found, args.data))
 
