@@ -23,14 +23,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxsparse.attention import pool, select
-from jaxsparse.attention.layout import DEFAULT, Layout, Sizes, group
+from jaxsparse.attention.layout import DEFAULT, Layout, Sizes, check_heads, group
 from jaxsparse.attention.mass import block_mass, sample_scores
 from jaxsparse.attention.predictor import Predictor, State, blocks_of, pooled_cost
-from jaxsparse.selection import topk_mask
 from pallas_kernels import BlockMask, Grid
+from pallas_kernels.block_sparse_attention.lists import best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,8 @@ def flexprefill(
             for x in (vertical, slash)
         ]
         counts = [-(-n // unit) for n in counts]
-        keep = _lines(vertical, slash, counts[0], counts[1], 4, 64, unit, layout, grid)
+        units = unit_means(vertical, unit), unit_means(slash, unit)
+        keep = _lines(*units, counts[0], counts[1], 4, 64, unit, layout, grid)
         return _finish(keep, k.shape[1], layout, grid)
 
     cost = lambda sizes: _sample_cost(sizes, layout, sample)
@@ -232,6 +233,59 @@ def line_scores(
     return vertical, diagonals(a)
 
 
+def unit_scores(
+    q: Array, k: Array, sample: int, unit: int, lengths: Array | None = None
+) -> tuple[Array, Array]:
+    r"""`unit_means` of both `line_scores`, float32 `[batch, heads, units]` both.
+
+    With units as long as the sample, and longer, no row is shifted: the keys of unit b are at
+    distances of two units from query i, $c_i - b$ up to the key at place $r_i$ of the unit and $c_i - b - 1$ after it, with
+    $p_i = c_i u + r_i$ the query's position. So two sums over each unit of keys, with and without what comes after $r_i$, are all that
+    is needed.
+    """
+    sizes = check_heads(q, k)
+    number, length = min(sample, sizes.q_len), sizes.kv_len
+    if lengths is not None or unit < number:
+        vertical, slash = line_scores(q, k, sample, lengths)
+        return unit_means(vertical, unit), unit_means(slash, unit)
+    last = group(q[:, :, sizes.q_len - number :], sizes.kv_heads)
+    units = -(-length // unit)
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, units * unit - length), (0, 0)))
+    k = k.reshape(*k.shape[:2], units, unit, -1)
+    position = np.arange(length - number, length)
+    unit_of, place = position // unit, position % unit
+    key = np.arange(units * unit).reshape(units, unit)
+
+    def of_keys(head: Array) -> Array:
+        """Both sums, for the queries that share a head of keys, `[2, batch, heads / kv_heads, number, units]`."""
+        rows, keys = (lax.dynamic_index_in_dim(x, head, 1, keepdims=False) for x in (last, k))
+        s = jnp.einsum("brid,butd->briut", rows, keys, preferred_element_type=jnp.float32)
+        s = jnp.where(key <= position[:, None, None], s * sizes.dim**-0.5, -jnp.inf)
+        top = s.max(-1, keepdims=True)
+        weights = jnp.exp(s - jnp.where(jnp.isneginf(top), 0.0, top))
+        before = jnp.where(np.arange(unit) <= place[:, None, None], weights, 0.0)
+        sums = jnp.stack([weights.sum(-1), before.sum(-1)])
+        sums = sums * jnp.exp(top - top.max(-2, keepdims=True))[..., 0]
+        return sums / sums[0].sum(-1, keepdims=True)
+
+    # One head of keys at a time, so that the probabilities of its queries stay in fast memory.
+    sums = jnp.moveaxis(lax.map(of_keys, jnp.arange(sizes.kv_heads)), 0, 2)
+    whole, near = sums.reshape(2, *q.shape[:2], number, units)
+
+    def at_distance(x: Array, nearest: int) -> Array:
+        """Sums of rows whose unit `nearest` is at distance 0, by distance."""
+        backwards = jnp.flip(x.sum(2)[..., : nearest + 1], -1)
+        return jnp.pad(backwards, ((0, 0), (0, 0), (0, units - 1 - nearest)))
+
+    slash = jnp.zeros_like(whole[:, :, 0])
+    for c in np.unique(unit_of):
+        rows = slice(*np.searchsorted(unit_of, [c, c + 1]))
+        slash = slash + at_distance(near[:, :, rows], c)
+        slash = slash + at_distance((whole - near)[:, :, rows], c - 1)
+    size = np.minimum(unit, length - np.arange(units) * unit)
+    return whole.sum(2) / size, slash / size
+
+
 def diagonals(a: Array) -> Array:
     """Sums of `[..., n, length]` over pairs of one distance, `[..., length]`: row i ends at length - n + i, distance 0.
 
@@ -270,7 +324,7 @@ def pattern_blocks(
         rule = select.TopK(max(1, round(pattern.share * grid.kv_blocks)))
         visible = layout.visible(grid)
         return select.keep(logits, rule, visible, np.zeros_like(visible))
-    vertical, slash = line_scores(q, k, pattern.sample, lengths)
+    vertical, slash = unit_scores(q, k, pattern.sample, pattern.unit, lengths)
     whole = lambda n: whole_units(n, grid.kv_len, pattern.unit)
     return _lines(
         vertical, slash, whole(pattern.vertical), whole(pattern.slash), pattern.first, pattern.near,
@@ -282,9 +336,10 @@ def _lines(
     vertical: Array, slash: Array, num_vertical: Array | int, num_slash: Array | int,
     first: int, near: int, unit: int, layout: Layout, grid: Grid,
 ) -> Array:  # fmt: skip
-    """Blocks that contain a pair of a chosen key or of a chosen distance."""
+    """Blocks that contain a pair of a key or of a distance in the best units."""
     _, _, k0, k1 = layout.bounds(grid)
-    columns = _any_between(_best_units(vertical, num_vertical, first, unit), k0, k1)[:, :, None]
+    chosen = _best_units(vertical, num_vertical, first, unit)
+    columns = _any_between(chosen, k0, k1, unit, grid.kv_len)[:, :, None]
     diagonals = slash_blocks(slash, num_slash, near, unit, layout, grid)
     return (columns & layout.visible(grid)) | diagonals
 
@@ -292,10 +347,10 @@ def _lines(
 def slash_blocks(
     slash: Array, number: Array | int, near: int, unit: int, layout: Layout, grid: Grid
 ) -> Array:
-    """Blocks that contain a pair of a chosen distance, bool `[batch, heads, q_blocks, kv_blocks]`."""
+    """Blocks that contain a pair of a distance in the best units, bool `[batch, heads, q_blocks, kv_blocks]`."""
     q0, q1, k0, k1 = layout.bounds(grid)
     chosen = _best_units(slash, number, near, unit)
-    return _any_between(chosen, q0 - k1, q1 - k0) & layout.visible(grid)
+    return _any_between(chosen, q0 - k1, q1 - k0, unit, grid.kv_len) & layout.visible(grid)
 
 
 def whole_units(number: int, length: int, unit: int) -> int:
@@ -303,19 +358,25 @@ def whole_units(number: int, length: int, unit: int) -> int:
     return max(1, min(number, length) // unit)
 
 
-def _best_units(scores: Array, number: Array | int, forced: int, unit: int) -> Array:
-    """The keys or distances in the best units by mean, bool `[..., length]`."""
-    means = pool.mean(scores[..., None], unit)[..., 0]
+def unit_means(scores: Array, unit: int) -> Array:
+    """Means over units of the last axis, float32; the last unit may be short."""
+    return pool.mean(scores[..., None], unit)[..., 0]
+
+
+def _best_units(means: Array, number: Array | int, forced: int, unit: int) -> Array:
+    """The units that are best or begin among the first `forced` keys or distances, bool `[..., units]`."""
     first = np.arange(means.shape[-1]) * unit < forced
-    chosen = topk_mask(jnp.where(first, jnp.inf, means), number, axis=-1)
-    return jnp.repeat(chosen, unit, axis=-1)[..., : scores.shape[-1]]
+    return best(jnp.where(first, jnp.inf, means), jnp.asarray(number))
 
 
-def _any_between(chosen: Array, low: np.ndarray, high: np.ndarray) -> Array:
-    """Whether one is chosen in [low, high]; the range is cut to what exists."""
-    n = chosen.shape[-1]
+def _any_between(chosen: Array, low: np.ndarray, high: np.ndarray, unit: int, length: int) -> Array:
+    """Whether a key or distance of [low, high] is in a chosen unit; the range is cut to what exists, [0, length)."""
     total = jnp.cumsum(jnp.pad(chosen, ((0, 0), (0, 0), (1, 0))), -1, dtype=jnp.int32)
-    return total[..., np.clip(high + 1, 0, n)] > total[..., np.clip(low, 0, n)]
+    low, high = np.clip(low, 0, length), np.clip(high + 1, 0, length)
+    return (
+        total[..., -(-high // unit)]
+        > total[..., np.where(low < high, low // unit, -(-high // unit))]
+    )
 
 
 def _finish(keep: Array, kv_heads: int, layout: Layout, grid: Grid) -> BlockMask:

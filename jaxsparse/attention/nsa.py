@@ -37,6 +37,7 @@ PUBLISHED = Layout(block_q=1, block_kv=64, sinks=1, local=2)
 """Each query for itself; the first block and two around the query are forced."""
 TILES = Layout(block_kv=64)
 """128 queries share a choice."""
+_QUERIES = 2048  # whose probabilities over compressed blocks exist at a time while `nsa` chooses
 
 
 class Compressor(nnx.Module):
@@ -91,7 +92,13 @@ def mean_blocks(length: int, stride: int | None = None) -> Compress:
     """Means of blocks, in place of a `Compressor`; `stride` None: blocks that do not overlap."""
     step = length if stride is None else stride
     _check_blocks(length, step)
-    return lambda x: _windows(x.astype(jnp.float32), length, step).mean(-2)
+
+    def means(x: Array) -> Array:
+        if length != step:
+            return _windows(x.astype(jnp.float32), length, step).mean(-2)
+        return pool.mean(x[:, :, : x.shape[2] // length * length], length)
+
+    return means
 
 
 def compressed_attention(
@@ -111,23 +118,60 @@ def compressed_attention(
     """
     position = np.arange(q.shape[2])[:, None] + offset
     seen = np.arange(k_blocks.shape[2]) * stride + length - 1 <= position
-    grouped = group(q.astype(jnp.float32), k_blocks.shape[1])
-    s = jnp.einsum("bgrtd,bgcd->bgrtc", grouped, k_blocks.astype(jnp.float32))
     some = seen.any(-1, keepdims=True)
-    p = jax.nn.softmax(jnp.where(seen, s * q.shape[-1] ** -0.5, -1e30), -1)
+    p = jax.nn.softmax(jnp.where(seen, _compressed_scores(q, k_blocks), -1e30), -1)
     p = jnp.where(seen & some, p, 0.0)
     out = jnp.einsum("bgrtc,bgcd->bgrtd", p, v_blocks.astype(jnp.float32))
     return out.reshape(*q.shape[:3], -1), p
+
+
+def _compressed_scores(q: Array, k_blocks: Array) -> Array:
+    """Scaled products in q's precision, float32 `[batch, kv_heads, heads / kv_heads, q_len, blocks]`."""
+    grouped = group(q, k_blocks.shape[1])
+    s = jnp.einsum(
+        "bgrtd,bgcd->bgrtc", grouped, k_blocks.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    return s * q.shape[-1] ** -0.5
+
+
+def _tile_scores(
+    q: Array, k_blocks: Array, layout: Layout, kv_len: int, *, length: int, stride: int
+) -> Array:
+    """`selection_scores` of the probabilities of `compressed_attention`, of which only those of some tiles of queries
+    exist at a time; the queries are the last positions."""
+    tiles = -(-q.shape[2] // layout.block_q)
+    number = max(1, min(tiles, _QUERIES // layout.block_q))  # of tiles at a time
+    rows, steps = number * layout.block_q, -(-tiles // number)
+    offset = kv_len - q.shape[2]
+    last_key = jnp.arange(k_blocks.shape[2]) * stride + length - 1
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, steps * rows - q.shape[2]), (0, 0)))
+
+    def some_tiles(i: Array) -> Array:
+        some = lax.dynamic_slice_in_dim(padded, i * rows, rows, 2)
+        at = i * rows + jnp.arange(rows)[:, None]
+        s = jnp.where(last_key <= at + offset, _compressed_scores(some, k_blocks), -jnp.inf)
+        top = jnp.maximum(s.max(-1, keepdims=True), -1e30)  # of a row that sees nothing, too
+        weights = jnp.exp(s - top)
+        total = weights.sum(-1, keepdims=True)
+        p = weights * jnp.where((total > 0) & (at < q.shape[2]), 1 / total, 0.0)
+        return selection_scores(p, layout, kv_len, length=length, stride=stride)
+
+    scores = jnp.moveaxis(lax.map(some_tiles, jnp.arange(steps)), 0, 2)
+    return scores.reshape(*scores.shape[:2], steps * number, -1)[:, :, :tiles]
 
 
 def selection_scores(p: Array, layout: Layout, kv_len: int, *, length: int, stride: int) -> Array:
     """Compressed probabilities summed over heads of a group, overlapping blocks and queries of a tile, float32
     `[batch, kv_heads, q_blocks, kv_blocks]`."""
     blocks = -(-kv_len // layout.block_kv)
+    p = lax.stop_gradient(p)
+    if length == stride == layout.block_kv:  # each overlaps itself; the last may not be complete
+        by_block = pool.cut(p.sum(2), layout.block_q)[0].sum(-2)
+        return jnp.pad(by_block, ((0, 0), (0, 0), (0, 0), (0, blocks - p.shape[-1])))
     start = np.arange(p.shape[-1]) * stride
     first = np.arange(blocks) * layout.block_kv
     meet = (start[:, None] < first + layout.block_kv) & (start[:, None] + length > first)
-    by_query = jnp.einsum("bgrtc,cn->bgtn", lax.stop_gradient(p), meet.astype(np.float32))
+    by_query = jnp.einsum("bgrtc,cn->bgtn", p, meet.astype(np.float32))
     summed, _ = pool.cut(by_query, layout.block_q)
     return summed.sum(-2)
 
@@ -229,9 +273,7 @@ def nsa(
         if not layout.causal:
             raise ValueError("causal=False: nsa compresses blocks that lie before the query")
         blocks = mean_blocks(size, step)(k)
-        offset = k.shape[2] - q.shape[2]
-        _, p = compressed_attention(q, blocks, blocks, length=size, stride=step, offset=offset)
-        s = selection_scores(p, layout, k.shape[2], length=size, stride=step)
+        s = _tile_scores(q, blocks, layout, k.shape[2], length=size, stride=step)
         return jnp.log(jnp.maximum(s, 1e-30))
 
     cost = lambda sizes: sizes.heads * sizes.q_len * (sizes.kv_len / step) * (2.0 * sizes.dim + 8)

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsparse.attention.layout import DEFAULT, Layout, check_heads
-from jaxsparse.attention.minference import VerticalSlash, line_scores, slash_blocks, whole_units
+from jaxsparse.attention.minference import (
+    VerticalSlash,
+    line_scores,
+    slash_blocks,
+    unit_means,
+    whole_units,
+)
 from jaxsparse.selection import topk_indices
 from pallas_kernels import block_sparse_attention, merge_attention
 
@@ -48,6 +54,7 @@ def vertical_slash_attention(
     grid = layout.grid(sizes.q_len, sizes.kv_len)
     vertical, slash = line_scores(q, k, pattern.sample)
     number = whole_units(pattern.slash, grid.kv_len, pattern.unit)
+    slash = unit_means(slash, pattern.unit)
     blocks = slash_blocks(slash, number, pattern.near, pattern.unit, layout, grid)
     blocks = jnp.broadcast_to(blocks | layout.forced(grid), (*q.shape[:2], *blocks.shape[2:]))
     by_blocks = block_sparse_attention(q, k, v, layout.mask(blocks, grid), return_lse=True)

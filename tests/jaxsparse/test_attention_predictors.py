@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxsparse import attention
 from jaxsparse.attention import Layout, State, mass, select
-from jaxsparse.attention.minference import _lines, line_scores
+from jaxsparse.attention.minference import _any_between, _lines, line_scores, unit_scores
 from jaxsparse.attention.quest import page_scores
 from jaxsparse.attention.sparge import sparge_scores
 from pallas_kernels import BlockMask, Grid, block_sparse_attention, block_sparse_decode
@@ -264,6 +264,35 @@ def test_line_scores_are_sums_over_columns_and_diagonals():
         for j in range(N - 16 + i + 1):
             want[:, :, N - 16 + i - j] += a[:, :, i, j]
     np.testing.assert_allclose(slash, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1, 9, 16, 20, 100])
+def test_scores_of_units_are_means_over_their_keys_and_distances(unit):
+    q, k = (
+        Q[:, :, :50],
+        K[:, :, :61],
+    )  # whose last unit is short, and whose rows begin inside of one
+    a = probabilities(q, k)[:, :, -11:]
+    want = np.zeros((2, 2, HEADS, -(-61 // unit)))
+    for i in range(11):
+        for j in range(61 - 11 + i + 1):
+            want[0, :, :, j // unit] += a[:, :, i, j]
+            want[1, :, :, (61 - 11 + i - j) // unit] += a[:, :, i, j]
+    want /= np.bincount(np.arange(61) // unit)
+    for got, x in zip(unit_scores(q, k, 11, unit), want):
+        np.testing.assert_allclose(got, x, atol=1e-5)
+
+
+def test_ranges_of_keys_meet_the_chosen_units_that_they_touch():
+    rng = np.random.default_rng(0)
+    low = rng.integers(-9, 33, (6, 7))
+    high = low + rng.integers(-1, 9, (6, 7))
+    chosen = rng.random((1, 2, 5)) < 0.4
+    got = _any_between(jnp.asarray(chosen), low, high, 6, 27)
+    by_key = np.repeat(chosen, 6, -1)[..., :27]
+    for at in np.ndindex(got.shape):
+        here = slice(max(low[at[2:]], 0), max(high[at[2:]] + 1, 0))
+        assert got[at] == by_key[at[:2]][here].any()
 
 
 @pytest.mark.slow

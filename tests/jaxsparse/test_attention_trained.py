@@ -1,6 +1,7 @@
 """Predictors that train: the gate of SeerAttention, DSV's projections, NSA; gradients through the kernel."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxsparse.attention import Layout, State
 from jaxsparse.attention.nsa import Compressor, compressed_attention, mean_blocks, selection_scores
 from jaxsparse.attention.seer import rotary
 
+nsa_module = importlib.import_module("jaxsparse.attention.nsa")  # the name is the function's
 RNG = np.random.default_rng(2)
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
@@ -220,6 +222,28 @@ def test_compression_and_selection_are_those_of_a_loop():
                     scores[g, t, n] += weight * (c < n * B + B and c + 6 > n * B)
     got = selection_scores(p, CHOICE, N, length=6, stride=3)
     np.testing.assert_allclose(got[0], scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, stride", [(B, B), (6, 3)])
+def test_a_predictor_that_looks_at_a_few_queries_at_a_time_scores_the_same(
+    monkeypatch, length, stride
+):
+    monkeypatch.setattr(nsa_module, "_QUERIES", 2 * B)
+    q, k = (
+        Q[:, :, :43],
+        K[:, :, :62],
+    )  # the last tile, the last part and the last block are not whole
+    sizes = dict(length=length, stride=stride)
+    blocks = mean_blocks(length, stride)(k)
+    p = np.asarray(compressed_attention(q, blocks, blocks, offset=62 - 43, **sizes)[1]).sum(2)
+    want = np.zeros((*p.shape[:2], 6, 8))
+    for t, c in np.ndindex(p.shape[2:]):
+        for n in range(8):
+            want[:, :, t // B, n] += p[:, :, t, c] * (
+                c * stride < (n + 1) * B and c * stride + length > n * B
+            )
+    got = nsa_module._tile_scores(q, blocks, Layout(B, B), 62, **sizes)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_with_all_blocks_the_selected_branch_is_dense_and_the_window_is_a_window():
