@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "FeatureChoice": [{"k": k} for k in (2, 3, 5)],
         "ReLU": [{"l1": x} for x in (1.6, 0.8, 0.4)],
         "Gated": [{"l1": x} for x in (6.4, 3.2, 1.6)],
-        "JumpReLU": [{"target_l0": float(k), "l0": 10.0} for k in (2, 3, 5)],
+        "JumpReLU": [{"target_l0": float(k), "l0": 3.0} for k in (2, 3, 5)],
     },
     "smollm2": {
         "TopK": [{"k": k} for k in (16, 32, 64)],
@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--families={','.join(unknown)}: use {', '.join(SETTINGS[args.data])}")
     if not set(args.settings) <= {1, 2, 3}:
         parser.error(f"--settings={args.settings}: use some of 1, 2, 3")
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = study(args, families)
     file = args.out / f"sae_{args.data}.json"
     found = means(rows, args.data) + others(file, families)
