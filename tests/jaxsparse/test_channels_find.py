@@ -414,9 +414,9 @@ def test_groups_can_be_chosen_by_name():
     assert list(groups.matching("layers/0")) == ["layers/0/kernel:1"]
     assert list(groups.without("layers/0")) == ["layers/1/kernel:1"]
     assert why(groups.without("layers/0"), "layers/0/kernel:1") == "left out on request"
-    with pytest.raises(ValueError, match="no leaf matches 'nosuch'"):
+    with pytest.raises(ValueError, match="no group is called 'nosuch'"):
         groups.without("nosuch")
-    with pytest.raises(ValueError, match="no leaf matches 'nosuch'"):
+    with pytest.raises(ValueError, match="no group is called 'nosuch'"):
         groups.matching("nosuch")
 
 
