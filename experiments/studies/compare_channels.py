@@ -1,164 +1,254 @@
-"""Methods on whole channels at equal operations: accuracy of the shrunk network on digits.
+"""Methods on whole channels at equal operations: accuracy of the shrunk network.
 
-  python -m experiments.studies.compare_channels
+  python -m experiments.studies.compare_channels --task=digits --sparsity=0.75
 
-A small convolutional network trains on the digits of scikit-learn with each method, is shrunk by
-`channels.shrink`, and the narrower network is what is tested. Beside it stands a dense network of the same
-widths that trains from scratch for as many steps. Three seeds.
+Each method trains a network, decides on channels until the middle of the run, and has the other half to recover
+in, with a learning rate that starts anew; then `channels.shrink` makes the narrower network that is tested. Every
+group loses the same share, so that all methods end with the same operations. Beside them stand a dense network of
+the same widths that trains from scratch for as many steps, under the same schedule and under one that falls once.
+Each method's strength is chosen of three by the accuracy on validation data, from seeds that are not tested.
 """
 
 import argparse
+import dataclasses
+import functools
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from flax import nnx
+from jax import Array
 
 import jaxsparse
+from experiments.datasets import load
+from experiments.models.cnn import CNN
+from experiments.models.resnet import ResNet
 from jaxsparse import channels
 
-METHODS: dict[str, dict[str, Any]] = {
-    "hspg": dict(strength=1e-3),
-    "hesso": {},
-    "ssl": dict(families={"units": 1e-3}),
-    "wgsef": dict(strength=3e-5),
-    "slimming": dict(strength=1e-3, allocation="uniform"),
-    "mask_sparsity": dict(strength=2e-3, allocation="uniform"),
-    "polarization": dict(strength=1e-3, allocation="uniform"),
-    "depgraph": dict(strength=1e-3),
-    "group_slimming": dict(strength=1e-3),
-    "magnitude": {},
-    "random_pruning": {},
+# By method what is tried: the option that says how hard it presses, and three values of it.
+STRENGTHS = ("strength", (1e-4, 1e-3, 1e-2))
+METHODS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "hspg": STRENGTHS,
+    "hesso": ("periods", (1, 5, 20)),
+    "ssl": ("families", tuple({"units": s} for s in STRENGTHS[1])),
+    "wgsef": ("strength", (1e-6, 1e-5, 1e-4)),
+    "slimming": STRENGTHS,
+    "mask_sparsity": STRENGTHS,
+    "polarization": STRENGTHS,
+    "depgraph": STRENGTHS,
+    "group_slimming": STRENGTHS,
+    "magnitude": ("update_every", (1, 10, 50)),
+    "random_pruning": ("seed", (0,)),
 }
-WIDTHS = (16, 32)
+VALIDATION_SEED = 100
 
 
-def network(params: dict[str, Any], x: Array) -> Array:
-    """Two convolutions with scales and shifts, a mean over space, a linear layer."""
-    for name, stride in (("first", 1), ("second", 2)):
-        layer = params[name]
-        x = lax.conv_general_dilated(
-            x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x * layer["scale"] + layer["bias"])
-    return x.mean((1, 2)) @ params["last"]["kernel"] + params["last"]["bias"]
+class Convolutions(nnx.Module):
+    """Two convolutions with batch norms, a mean over space, a linear layer."""
+
+    def __init__(self, widths: tuple[int, int], *, rngs: nnx.Rngs):
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, rngs=rngs)
+        self.first, self.second = conv(1, widths[0]), conv(*widths)
+        self.norms = nnx.List([nnx.BatchNorm(w, momentum=0.9, rngs=rngs) for w in widths])
+        self.head = nnx.Linear(widths[1], 10, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = nnx.relu(self.norms[0](self.first(x)))
+        x = nnx.relu(self.norms[1](self.second(nnx.avg_pool(x, (2, 2), (2, 2)))))
+        return self.head(x.mean((1, 2)))
 
 
-def initial(seed: Array | int, widths: tuple[int, int] = WIDTHS) -> dict[str, Any]:
-    """Parameters of a network of these widths."""
-    keys, (a, b) = jax.random.split(jax.random.key(seed), 3), widths
-    he = jax.nn.initializers.he_normal()
-    layer = lambda key, shape: {
-        "kernel": he(key, shape),
-        "scale": jnp.ones(shape[-1]),
-        "bias": jnp.zeros(shape[-1]),
-    }
-    return {
-        "first": layer(keys[0], (3, 3, 1, a)),
-        "second": layer(keys[1], (3, 3, a, b)),
-        "last": {"kernel": he(keys[2], (b, 10)), "bias": jnp.zeros(10)},
-    }
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set, and networks for it with a share of the channels, from a seed."""
+
+    data: str
+    build: Callable[[float, nnx.Rngs], nnx.Module]
 
 
-def digits() -> tuple[Array, Array, Array, Array]:
-    """Training images and labels, test images and labels."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = jnp.asarray(np.asarray(pixels).reshape(-1, 8, 8, 1) / 8.0 - 1.0, jnp.float32)
-    labels = jnp.asarray(labels)
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:1200], order[1200:]
-    return images[train], labels[train], images[test], labels[test]
+def _width(full: int, share: float) -> int:
+    return full - int(np.floor(full * (1 - share)))
 
 
-def trained(tx, steps: int, seeds: int, widths: tuple[int, int] = WIDTHS):
-    """Parameters and states of all seeds, stacked."""
-    x, y, _, _ = digits()
-
-    def loss(params, at):
-        logits = network(params, x[at])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y[at]).mean()
-
-    def run(seed):
-        params = initial(seed, widths)
-
-        def step(carry, key):
-            params, state = carry
-            at = jax.random.randint(key, (64,), 0, len(y))
-            updates, state = tx.update(jax.grad(loss)(params, at), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        keys = jax.random.split(jax.random.key(seed + 1000), steps)
-        return lax.scan(step, (params, tx.init(params)), keys)[0]
-
-    # One compilation, one seed after the other: under vmap the convolutions would be grouped, and slow on CPU.
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *map(jax.jit(run), jnp.arange(seeds)))
+TASKS = {
+    "digits": Task(
+        "digits",
+        lambda share, rngs: Convolutions((_width(16, share), _width(32, share)), rngs=rngs),
+    ),
+    "mnist1d": Task(
+        "mnist1d",
+        lambda share, rngs: CNN((40, 1), 10, features=(_width(24, share),) * 3, rngs=rngs),
+    ),
+    "resnet": Task(
+        "digits",
+        lambda share, rngs: ResNet((8, 8, 1), 10, depth=8, width=_width(16, share), rngs=rngs),
+    ),
+}
 
 
-def accuracy(params) -> float:
-    """Of a network on the test images, in per cent."""
-    _, _, x, y = digits()
-    return 100 * float((network(params, x).argmax(1) == y).mean())
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One task at one sparsity: trains, shrinks and tests.
 
+    Attributes:
+      task: the network and its data.
+      sparsity: the share of the channels of every group that goes.
+      steps: the length of all runs.
+      rate: the largest learning rate, of Adam.
+    """
 
-def study(sparsity: float, steps: int, seeds: int) -> list[tuple[str, float, float, float]]:
-    """Name, mean and deviation of the accuracy, operations kept."""
-    schedule = optax.cosine_decay_schedule(3e-3, steps)
-    example = jnp.zeros((1, 8, 8, 1))
-    groups = channels.find(network, initial(0), example)
-    rows = []
+    task: Task
+    sparsity: float
+    steps: int
+    rate: float = 3e-3
 
-    def add(name: str, scores: list[float], operations: float) -> None:
-        rows.append((name, float(np.mean(scores)), float(np.std(scores)), operations))
-        print(
-            f"{name}: {np.mean(scores):.1f} ± {np.std(scores):.1f} at {operations:.3f}", flush=True
-        )
+    @functools.cached_property
+    def splits(self) -> dict[str, tuple[Array, Array]]:
+        """Inputs and labels to train on, to choose strengths on (a sixth of the training set), and to test on."""
+        data = load(self.task.data)
+        pair = lambda part: (jnp.asarray(part["x"]), jnp.asarray(part["y"]))
+        (x, y), test = pair(data.arrays("train")), pair(data.arrays("test"))
+        n = len(y) // 6
+        return {"train": (x[n:], y[n:]), "validation": (x[:n], y[:n]), "test": test}
 
-    dense, _ = trained(optax.adam(schedule), steps, seeds)
-    one = lambda tree, i: jax.tree.map(lambda v: v[i], tree)
-    add("dense, all channels", [accuracy(one(dense, i)) for i in range(seeds)], 1.0)
-    counts = {n: w - int(np.floor(sparsity * w)) for n, w in groups.widths.items()}
-    a, b = counts["first/kernel:3"], counts["second/kernel:3"]
-    small, _ = trained(optax.adam(schedule), steps, seeds, (a, b))
-    share = groups.flops(counts) / groups.flops()
-    add(
-        "dense of the small size, from scratch",
-        [accuracy(one(small, i)) for i in range(seeds)],
-        share,
-    )
-    for name, options in METHODS.items():
-        given = options | {"total_steps": steps, "sparsity": sparsity}
-        if "groups" in jaxsparse.METHODS[name].options:
-            given["groups"] = groups
+    def wide(self, seed: int, share: float = 1.0) -> nnx.Module:
+        return self.task.build(share, nnx.Rngs(seed))
+
+    @property
+    def twice(self) -> optax.Schedule:
+        """Down to 0 in the first half of the run, and again in the second."""
+        half = self.steps // 2
+        falls = [optax.cosine_decay_schedule(self.rate, n) for n in (half, self.steps - half)]
+        return optax.join_schedules(falls, [half])
+
+    @property
+    def once(self) -> optax.Schedule:
+        return optax.cosine_decay_schedule(self.rate, self.steps)
+
+    def train(self, tx: optax.GradientTransformation, seeds: list[int], share: float = 1.0):
+        """The trained networks and the states of their optimizer, by seed; one compilation for all."""
+        x, y = map(np.asarray, self.splits["train"])
+
+        def loss(params, graph, rest, x, y):
+            model = nnx.merge(graph, params, rest, copy=True)
+            logits = model(x)  # pyright: ignore[reportCallIssue]
+            found = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            return found, nnx.state(model, nnx.Not(nnx.Param))
+
+        @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+        def step(graph, carry, x, y):
+            params, rest, state = carry
+            grads, rest = jax.grad(loss, has_aux=True)(params, graph, rest, x, y)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), rest, state
+
+        trained = []
+        for seed in seeds:
+            graph, params, rest = nnx.split(self.wide(seed, share), nnx.Param, ...)
+            carry = (params, rest, tx.init(params))
+            rng = np.random.default_rng(seed)
+            for _ in range(self.steps):  # inside of scan convolutions are slow on CPU
+                at = rng.integers(0, len(y), 64)
+                carry = step(graph, carry, x[at], y[at])
+            params, rest, state = carry
+            trained.append((nnx.merge(graph, params, rest), state))
+        return trained
+
+    def accuracy(self, model: object, split: str) -> float:
+        """In per cent, with the running averages of norms."""
+        x, y = self.splits[split]
+        serving = nnx.view(model, use_running_average=True, raise_if_not_found=False)  # pyright: ignore[reportArgumentType]
+        return 100 * float((nnx.jit(lambda m: m(x))(serving).argmax(1) == y).mean())
+
+    def method(self, name: str, value: object, groups: channels.Groups):
+        """The method with all its budgets alike, that has decided at half of the run."""
+        options: dict[str, Any] = {METHODS[name][0]: value, "total_steps": self.steps}
+        known = jaxsparse.METHODS[name].options
+        if "end_step" in known:
+            options["end_step"] = self.steps // 2
+        if "allocation" in known:
+            options["allocation"] = "uniform"
+        if "bunches" in known:  # a threshold for each group
+            names = [g.name for g in groups.structure(sides=("out", "with")).groups]
+            options["bunches"] = {f"^{re.escape(n)}$": self.sparsity for n in names}
+        if "groups" in known:
+            options["groups"] = groups
         else:
-            given["structure"] = groups
-        tx = jaxsparse.make(name, optax.adam(schedule), **given)
-        params, states = trained(tx, steps, seeds)
+            options["structure"] = groups.structure()
+        return jaxsparse.make(name, optax.adam(self.twice), sparsity=self.sparsity, **options)
+
+    def shrunk(self, tx, groups: channels.Groups, seeds: list[int], split: str):
+        """Accuracies and shares of the operations of the shrunk networks."""
         scores, kept = [], []
-        for i in range(seeds):
-            cut = channels.shrink(
-                network, groups, one(states, i), params=one(params, i), exact=False
-            )
-            scores.append(accuracy(cut.params))
-            kept.append(cut.report.flops[1] / cut.report.flops[0])
-        add(name, scores, float(np.mean(kept)))
+        for model, state in self.train(tx, seeds):
+            small = channels.shrink(model, groups, state, exact=False)
+            scores.append(self.accuracy(small.model, split))
+            kept.append(small.report.flops[1] / small.report.flops[0])
+        return scores, kept
+
+
+def study(
+    it: Study, seeds: int, names: list[str], chosen: dict[str, str]
+) -> list[tuple[str, float, float, float, str]]:
+    """Name, mean and deviation of the accuracy, operations kept, the value that was chosen."""
+    x, _ = it.splits["test"]
+    groups = channels.find(it.wide(0), x[:1])
+    tested, rows = list(range(seeds)), []
+
+    def add(name: str, scores: list[float], operations: float, how: str = "") -> None:
+        rows.append((name, float(np.mean(scores)), float(np.std(scores)), operations, how))
+        print(f"{name}: {np.mean(scores):.1f} ± {np.std(scores):.1f} {how}", flush=True)
+
+    if "dense" in names:
+        tests = lambda trained: [it.accuracy(model, "test") for model, _ in trained]
+        add("dense, all channels", tests(it.train(optax.adam(it.once), tested)), 1.0)
+        share = 1 - it.sparsity
+        operations = channels.find(it.wide(0, share), x[:1]).flops() / groups.flops()
+        for how, schedule in (("once", it.once), ("twice", it.twice)):
+            scores = tests(it.train(optax.adam(schedule), tested, share))
+            add("dense of the small size, from scratch", scores, operations, f"rate falls {how}")
+    for name in [n for n in names if n != "dense"]:
+        run = lambda v, seeds, split, name=name: it.shrunk(
+            it.method(name, v, groups), groups, seeds, split
+        )
+        option, values = METHODS[name]
+        values = [v for v in values if chosen.get(name) in (None, _short(v))]
+        trials = [0.0]
+        if len(values) > 1:
+            trials = [run(v, [VALIDATION_SEED], "validation")[0][0] for v in values]
+            print(f"  {name}: {dict(zip(map(_short, values), trials))}", flush=True)
+        best = values[int(np.argmax(trials))]
+        scores, kept = run(best, tested, "test")
+        add(name, scores, float(np.mean(kept)), f"{option}={_short(best)}")
     return rows
+
+
+def _short(value: object) -> str:
+    return str(next(iter(value.values())) if isinstance(value, dict) else value)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--sparsity", type=float, default=0.75)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", type=lambda t: t.split(","), default=["dense", *METHODS])
+    parser.add_argument(
+        "--chosen", default="", help="values that are not tried again: hesso=5,magnitude=10"
+    )
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
-    rows = study(options.sparsity, options.steps, options.seeds)
-    lines = ["| method | accuracy | operations kept |", "|---|---|---|"]
-    lines += [f"| {n} | {m:.1f} ± {d:.1f} | {100 * o:.1f} % |" for n, m, d, o in rows]
+    chosen = dict(pair.split("=") for pair in options.chosen.split(",") if pair)
+    it = Study(TASKS[options.task], options.sparsity, options.steps)
+    rows = study(it, options.seeds, options.methods, chosen)
+    lines = ["| method | accuracy | operations kept | chosen |", "|---|---|---|---|"]
+    lines += [f"| {n} | {m:.1f} ± {d:.1f} | {100 * o:.1f} % | {c} |" for n, m, d, o, c in rows]
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
