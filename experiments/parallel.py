@@ -176,8 +176,14 @@ class Fsdp(Single):
         part = path.rpartition("/")[2]
         if part in ("places", "rows", "outputs", "scores", "due"):  # of a layer that stores
             return PartitionSpec()
-        if part == "values" and len(shape) >= 3:  # its blocks
-            axes[-3:] = [*self._fit([self.names], shape[-3:-2]), None, None]
+        if (
+            part == "values" and len(shape) >= 3
+        ):  # its blocks; what does not divide them, their rows
+            free = self.names
+            for i in (-3, -2):
+                taken = self._fit([free], [shape[i]])[0]
+                axes[i] = taken
+                free = tuple(n for n in free if n not in (taken, *(taken or ())))
             return PartitionSpec(*axes)
         name = next((p for p in reversed(path.split("/")) if p in self.TENSOR), None)
         if len(shape) >= 2 and name is not None:

@@ -59,6 +59,7 @@ def store_layers(
     rngs: nnx.Rngs,
     rows: NamedSharding | None = None,
     *,
+    axis_name: str | None = None,
     targets: jaxsparse.targets.Targets = None,
 ) -> nnx.Module:
     """The model with its sparse linear layers stored as blocks, or as weights of each output, at random
@@ -69,6 +70,7 @@ def store_layers(
       config: of the run.
       rngs: of the new layers.
       rows: how the batch is split over devices.
+      axis_name: the device axis under `jax.pmap`.
       targets: which leaves are sparse.
 
     Raises:
@@ -93,7 +95,7 @@ def store_layers(
                 "convolution in blocks; keep it dense with config.options.targets"
             )
         density = number * leaf.slices * leaf.unit_size / leaf.layer_size
-        make = functools.partial(_layer, cast(Any, linear), structure, density, rows)
+        make = functools.partial(_layer, cast(Any, linear), structure, density, rows, axis_name)
         if leaf.lead:
             (many,) = leaf.stack_shape
             layer = nnx.split_rngs(splits=many)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
@@ -121,6 +123,7 @@ def _layer(
     structure,
     density: float,
     rows: NamedSharding | None,
+    axis_name: str | None,
     rngs: nnx.Rngs,
 ) -> BlockSparseLinear | CondensedLinear:
     """A layer with the sizes of a dense one (or of each of a stack of them)."""
@@ -134,7 +137,7 @@ def _layer(
     sizes = linear.in_features, linear.out_features
     if not isinstance(structure, jaxsparse.structures.Block):
         return CondensedLinear(*sizes, **options)
-    options.update(block_shape=(structure.height, structure.width), rows=rows)
+    options.update(block_shape=(structure.height, structure.width), rows=rows, axis_name=axis_name)
     if isinstance(linear, nnx.Linear):
         return BlockSparseLinear(*sizes, **options)
     strides, space = linear.strides, len(linear.kernel_size)

@@ -109,6 +109,7 @@ def make_task(
                 config,
                 rngs,
                 rows,
+                axis_name=norm_axis,
                 targets=targets_of(config.options.get("targets"), models.stacked(model)),
             )
         )

@@ -34,8 +34,7 @@ def configure(args: argparse.Namespace) -> Any:
     c.sparsity, c.options.allocation = 1.0 - args.density, "uniform"
     c.options.update_every = args.update_every
     c.model_options.update(dim=args.dim, depth=args.depth, heads=args.dim // 128)
-    # One layer to compile: the compiler for TPU takes minutes for each.
-    c.model_options.scan_layers = args.pod
+    c.model_options.update(scan_layers=args.scan, remat=args.remat)
     c.length, c.batch_size, c.steps = args.length, args.batch, args.steps
     c.learning_rate, c.warmup_steps, c.decay = (
         args.learning_rate,
@@ -84,7 +83,7 @@ def pod(args: argparse.Namespace) -> None:
 
     args.batch, args.length, args.steps = 16, 256, 1000
     config = configure(args)
-    config.model_options.update(dtype="bfloat16", remat=True)
+    config.model_options.dtype = "bfloat16"
     config.parallel = "fsdp"
     data = datasets.Dataset("text", {}, lambda record, rng: dict(record), (2048,), 32_768, True)
     devices = devices_of("v5e:4x4")
@@ -112,6 +111,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pod", action="store_true")
+    parser.add_argument(
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        help="stack the layers, so that one is compiled for all; by default with --pod, whose compiler takes "
+        "minutes for each",
+    )
+    parser.add_argument(
+        "--remat",
+        action=argparse.BooleanOptionalAction,
+        help="compute the activations of a layer again in the backward pass; by default with --pod",
+    )
     parser.add_argument("--dim", type=int)
     parser.add_argument("--depth", type=int)
     parser.add_argument("--density", type=float, default=0.05)
@@ -121,6 +131,8 @@ def main() -> None:
     parser.add_argument("--update-every", type=int, default=25)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     args = parser.parse_args()
+    args.scan = args.pod if args.scan is None else args.scan
+    args.remat = args.pod if args.remat is None else args.remat
     args.dim, args.depth = (
         args.dim or (8192 if args.pod else 4096),
         args.depth or (25 if args.pod else 17),

@@ -48,6 +48,8 @@ class BlockSparseLinear(SparseLinear):
       rows: how the first axis of x is split over a mesh, where the blocks are shared by its devices:
         each device then gathers the blocks and multiplies its own rows (`jax.shard_map`), with kernels
         that XLA could not partition. None: XLA partitions the product, or there is one device.
+      axis_name: of the replicas whose gradients are averaged, where the layer is called inside of `pmap` or
+        `shard_map`: scores are then those of the average (`pallas_kernels.score_blocks`).
       rngs: key for places and values (`params`).
 
     Raises:
@@ -66,6 +68,7 @@ class BlockSparseLinear(SparseLinear):
     due: Pattern
     block_shape: tuple[int, int]
     rows: NamedSharding | None
+    axis_name: str | tuple[str, ...] | None
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class BlockSparseLinear(SparseLinear):
         precision: lax.PrecisionLike = None,
         implementation: str | None = None,
         rows: NamedSharding | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
         shape = in_features, out_features
@@ -112,7 +116,7 @@ class BlockSparseLinear(SparseLinear):
             weight, bias, dtype=dtype, precision=precision, implementation=implementation
         )
         self.places, self.block_shape = Pattern(weight.in_any_order().places), weight.block_shape
-        self.rows = rows
+        self.rows, self.axis_name = rows, axis_name
         scored = count_candidates(candidates, weight.grid[0], "block rows")
         self.scores = Scores(jnp.zeros((scored, weight.grid[1]), jnp.float32))
         self.due = Pattern(jnp.zeros(weight.grid[0], jnp.int32))
@@ -162,9 +166,12 @@ class BlockSparseLinear(SparseLinear):
         return layer
 
     def _multiply(self, x: jax.Array, w: BlockSparse) -> jax.Array:
+        axis_name = self.axis_name if self.rows is None else self.rows.spec[0]
+
         def one(x, w, scores, due):
             y = super(BlockSparseLinear, self)._multiply(x, w)
-            return score_blocks(x, y, scores, due, self.block_shape, precision=self.precision)
+            options: Any = dict(precision=self.precision, axis_name=axis_name)
+            return score_blocks(x, y, scores, due, self.block_shape, **options)
 
         run = one
         if self.rows is not None:

@@ -153,9 +153,9 @@ def stored(
       ValueError: an unknown rule, missing or contradictory arguments; at `init` parameters without
         stored matrices, or with a pattern that is none; at `update` gradients that are missing.
 
-    With gradients averaged by `pmean` the score of a block is the mean of the norms over the replicas, with
-    those of microbatches over these; the masked methods take the norm of the mean, and so do single
-    weights here. Slots of another shape than the values (factored moments) belong to no block and stay.
+    With gradients averaged by `pmean` the score of a block is the mean of the norms over the replicas, unless the
+    layers know their `axis_name`, and over microbatches it is the mean of theirs; the masked methods take the
+    norm of the mean, and so do single weights here. Slots of another shape than the values (factored moments) belong to no block and stay.
 
     Sources: Evci et al., Rigging the lottery, 2020; Mocanu et al., Scalable training of artificial neural
     networks with adaptive sparse connectivity, 2018; Zhu & Gupta, To prune, or not to prune, 2017. Stored

@@ -84,6 +84,7 @@ def score_blocks(
     block_shape: tuple[int, int],
     *,
     precision: lax.PrecisionLike = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """y, unchanged; but the gradient of `probe` is the `block_scores` of the weight that made y of x.
 
@@ -99,6 +100,10 @@ def score_blocks(
         rows, or nowhere.
       block_shape: `(bh, bw)`.
       precision: of the product `x^T dy`.
+      axis_name: inside `shard_map` or `pmap`, the axes over which rows are split: devices then exchange rows,
+        each scores its share of the block columns with those of all, and has zeros for the others. Summed
+        over the devices (as gradients of what `shard_map` holds whole are, and by `pmean`, which takes dy for the
+        gradient of a mean) that is the norm of the sum of all gradients. None: of the rows that are here.
 
     Raises:
       ValueError: a probe or `due` of another shape, a `due` that holds no integers.
@@ -119,15 +124,25 @@ def score_blocks(
         )
     if due.shape != grid[:1]:
         raise ValueError(f"due.shape={due.shape} must be {grid[:1]}, one number for each block row")
-    return probed(_scores, (tuple(block_shape), precision), x, y, probe, due)
+    return probed(_scores, (tuple(block_shape), precision, axis_name), x, y, probe, due)
 
 
 def _scores(static, x: Array, dy: Array, at: Array | None, places: None) -> Array:
     """The scores of all block rows, or of those `at` some numbers."""
-    block_shape, precision = static
+    block_shape, precision, axis_name = static
+    x, dy = (jnp.reshape(a, (-1, a.shape[-1])) for a in (x, dy))
     if at is not None:
-        rows, height = jnp.reshape(x, (-1, x.shape[-1])), block_shape[0]
-        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % height)))
-        x = rows.reshape(rows.shape[0], -1, height)[:, at].reshape(rows.shape[0], -1)
-        dy = jnp.reshape(dy, (-1, dy.shape[-1]))
-    return block_scores(x, dy, block_shape, precision=precision)
+        height = block_shape[0]
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % height)))
+        x = x.reshape(x.shape[0], -1, height)[:, at].reshape(x.shape[0], -1)
+    if axis_name is None:
+        return block_scores(x, dy, block_shape, precision=precision)
+    columns, devices = -(-dy.shape[1] // block_shape[1]), lax.axis_size(axis_name)
+    share = -(-columns // devices)
+    x = lax.all_gather(x, axis_name, tiled=True)
+    dy = jnp.pad(dy, ((0, 0), (0, devices * share * block_shape[1] - dy.shape[1])))
+    dy = lax.all_to_all(dy, axis_name, split_axis=1, concat_axis=0, tiled=True)
+    own = block_scores(x, dy, block_shape, precision=precision)
+    every = jnp.zeros((own.shape[0], devices, share), own.dtype)
+    every = every.at[:, lax.axis_index(axis_name)].set(own)
+    return every.reshape(own.shape[0], -1)[:, :columns]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import datasets, fields, storage, train
+from experiments import datasets, fields, parallel, storage, train
 from experiments.configs import base
 from experiments.task import make_task
 from jaxsparse.nn import stored_blocks
@@ -110,6 +110,34 @@ def test_layers_that_are_stacked_for_a_scan_store_as_many_each(data_dir):
     assert np.isfinite(numbers["loss"])
     moved = np.asarray(state.params["layers"]["up"]["places"])
     assert (places != moved).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "pmap"])
+def test_rigl_on_eight_devices_is_rigl_on_one(name, data_dir):
+    """Scores are of the gradient of the whole batch, not of those of the devices. 27 blocks of the first
+    matrix, of which eight devices hold a part of the rows each."""
+    found = {}
+    for parallel_name in ("none", name):
+        config = make_config(data_dir, parallel=parallel_name, structure="block:8x8", sparsity=0.15)
+        config.options.allocation = "uniform"
+        data = datasets.load("digits", data_dir=data_dir)
+        strategy = parallel.create(parallel_name, batch_size=64)
+        axis = strategy.axis_name if parallel_name == "pmap" else None
+        task = make_task(config, data, axis, mesh=strategy.mesh)
+        state = strategy.init(task.init)
+        step = strategy.compile(task.train_step, donate=True)
+        for batch in datasets.batches(data, 64, start=0, stop=9, seed=0):  # two updates
+            state, _ = step(state, strategy.put(batch))
+        found[parallel_name] = state.params["layers"]
+    if name == "fsdp":
+        shards = found[name][0]["values"].addressable_shards
+        assert shards[0].data.shape == (27, 1, 8)
+    for i in range(2):
+        one, other = found["none"][i], found[name][i]
+        places, values = (x[0] if name == "pmap" else x for x in (other["places"], other["values"]))
+        np.testing.assert_array_equal(one["places"], places)
+        np.testing.assert_allclose(one["values"], values, atol=1e-5)
 
 
 @pytest.mark.slow

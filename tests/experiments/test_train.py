@@ -256,6 +256,21 @@ def test_a_leaf_is_split_along_that_of_its_last_two_axes_that_most_devices_divid
     assert NamedSharding(strategy.parts, spec).shard_shape(shape) == shard
 
 
+@pytest.mark.parametrize(
+    ("shape", "shard"),
+    [
+        ((16, 4, 4), (2, 4, 4)),  # eight devices share the blocks
+        ((6, 16, 16), (3, 4, 16)),  # two the blocks, four the rows
+        ((3, 5, 16, 16), (3, 5, 2, 16)),  # stacked layers, an odd number of blocks
+        ((5, 3, 3), (5, 3, 3)),
+    ],
+)
+def test_stored_blocks_are_split_and_where_devices_do_not_divide_them_their_rows(shape, shard):
+    strategy = parallel.Fsdp(batch_size=64)
+    spec = strategy.spec("layers/up/values", shape)
+    assert NamedSharding(strategy.parts, spec).shard_shape(shape) == shard
+
+
 def test_with_a_tensor_axis_a_leaf_is_split_over_both():
     strategy = parallel.Fsdp(batch_size=64, tensor=2)
     shard = lambda name, shape: NamedSharding(

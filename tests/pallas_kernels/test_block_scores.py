@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import block_scores, score_blocks
 from pallas_kernels.block_scores import xla
@@ -85,6 +86,31 @@ def test_the_probe_costs_its_scores_where_they_are_due_only():
         np.testing.assert_allclose(some, want[1:], rtol=1e-5)
     text = jax.jit(jax.grad(loss, 1)).lower(w, probe, jnp.zeros(2, int)).as_text()
     assert "stablehlo.case" in text  # a conditional, not a select of both
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_devices_that_share_the_rows_find_the_scores_of_all(mean):
+    """Of five block columns eight devices score one or none each."""
+    x, w = operands(16, 8, 8)[0], jnp.asarray(np.random.default_rng(1).normal(size=(8, 10)))
+    due, rows, whole = jnp.array([1, 0]), PartitionSpec("data"), PartitionSpec()
+
+    def loss(probe, x, axis_name=None):
+        y = score_blocks(x, x @ w, probe, due, (4, 2), axis_name=axis_name)
+        return (y**2).mean() if mean else (y**2).sum()
+
+    def shared(probe, x):
+        one = lambda probe, x: loss(probe, x, "data")[None]
+        mesh = Mesh(jax.devices(), ("data",))
+        parts = jax.shard_map(one, mesh=mesh, in_specs=(whole, rows), out_specs=rows)(probe, x)
+        return parts.mean() if mean else parts.sum()
+
+    for probe in (jnp.zeros((1, 5)), jnp.zeros((2, 5))):
+        want = jax.grad(loss)(probe, x)
+        np.testing.assert_allclose(jax.jit(jax.grad(shared))(probe, x), want, rtol=1e-5)
+        assert (want != 0).any()
+    found = jax.pmap(lambda x: jax.lax.pmean(jax.grad(loss)(probe, x, "data"), "data"), "data")
+    whole_loss = jax.grad(lambda probe: loss(probe, x) / (1 if mean else 8))
+    np.testing.assert_allclose(found(x.reshape(8, 2, 8))[0], whole_loss(probe), rtol=1e-5)
 
 
 def test_scores_of_stacked_layers_are_those_of_each():
