@@ -1,7 +1,7 @@
 // Products with a matrix [in, out] of which blocks [height, width] are stored.
 //
 // Operands are cut into slabs, [blocks, batch, side], so that a block meets contiguous memory. The sums
-// of a few batch rows and up to 64 columns stay in registers over all blocks of a block column.
+// of a few batch rows and of one to four vectors of columns stay in registers over all blocks of a block column.
 #pragma once
 
 #include <vector>
@@ -9,6 +9,8 @@
 #include "vectors.h"
 
 namespace kernels {
+
+constexpr int kSums = kRegisters * 3 / 4;  // registers for sums; the others hold what they are made of
 
 struct Blocks {
   const float* values;   // [count, height, width]
@@ -68,7 +70,7 @@ struct Step {
   const float* weight;
 };
 
-// y[b, 0..16 n) = sum over steps of x[b, :] weight[:, 0..16 n), for `m` batch rows from `first`.
+// y[b, 0..kLanes n) = sum over steps of x[b, :] weight[:, 0..kLanes n), for `m` batch rows from `first`.
 template <int m, int n>
 void panel(const std::vector<Step>& steps, int64_t shift, const float* x, int64_t slab_size,
            int64_t first, int64_t inner, int64_t stride, float* y, int64_t y_stride,
@@ -139,15 +141,21 @@ void matmul(Pool& pool, const Blocks& w, const float* x, int64_t batch, bool tra
           panel<1, n>(steps[g], c, slabs, rows * inner, b, inner, side, out + c, y_width, left);
         }
       };
-      int64_t c = 0;  // panels of 64, 32 and 16 columns: 24 sums in registers
-      for (; c + 64 <= side && c < columns; c += 64) all_rows(int_<6>{}, int_<4>{}, c);
-      for (; c + 32 <= side && c < columns; c += 32) all_rows(int_<12>{}, int_<2>{}, c);
-      for (; c < columns; c += 16) all_rows(int_<24>{}, int_<1>{}, c);
+      int64_t c = 0;
+      auto panels = [&](auto n) {
+        constexpr int columns_of_panel = n * kLanes;
+        for (; c + columns_of_panel <= side && c < columns; c += columns_of_panel) {
+          all_rows(int_<kSums / n>{}, n, c);
+        }
+      };
+      if constexpr (kSums == 24) panels(int_<4>{});
+      panels(int_<2>{});
+      panels(int_<1>{});
     }
   });
 }
 
-// [m, 16 n] of a block: sum over the batch of x[b, i] dy[b, j].
+// [m, kLanes n] of a block: sum over the batch of x[b, i] dy[b, j].
 template <int m, int n>
 void outer(const float* x, int64_t x_stride, const float* dy, int64_t dy_stride, int64_t batch,
            float* to, int64_t stride) {
@@ -185,9 +193,13 @@ void value_gradient(Pool& pool, const Blocks& w, const float* x, const float* dy
       }
     };
     int64_t c = 0;
-    for (; c + 64 <= w.width; c += 64) all_rows(int_<4>{}, int_<4>{}, c);
-    for (; c + 32 <= w.width; c += 32) all_rows(int_<8>{}, int_<2>{}, c);
-    for (; c < w.width; c += 16) all_rows(int_<16>{}, int_<1>{}, c);
+    auto panels = [&](auto n) {  // of a number of rows that divides 16
+      constexpr int columns = n * kLanes;
+      for (; c + columns <= w.width; c += columns) all_rows(int_<kRegisters / 2 / n>{}, n, c);
+    };
+    if constexpr (kRegisters == 32) panels(int_<4>{});
+    panels(int_<2>{});
+    panels(int_<1>{});
   });
 }
 

@@ -33,7 +33,7 @@ inline bool rows_in_range(const Condensed& w) {
   return low >= 0 && high <= w.in;
 }
 
-// A batch of rows [batch, width], cut into transposed tiles [width + 1, 16 n]: the last of those that are
+// A batch of rows [batch, width], cut into transposed tiles [width + 1, kLanes n]: the last of those that are
 // read is zero, for what fills up an output.
 template <int n, class Pool>
 class Tiles {
@@ -56,7 +56,7 @@ class Tiles {
     for (int64_t t = 0; t < count_; ++t) std::fill_n(tile(t) + width_ * kRows, kRows, 0.0f);
   }
 
-  // Writes columns [from, from + columns) of tile t, given as [columns, 16 n].
+  // Writes columns [from, from + columns) of tile t, given as [columns, kLanes n].
   void write(float* y, const float* piece, int64_t t, int64_t from, int64_t columns) const {
     int64_t rows = std::min<int64_t>(kRows, batch_ - t * kRows);
     float* to = y + t * kRows * width_ + from;
@@ -99,7 +99,7 @@ int64_t parts_of(Pool& pool, int64_t out, int64_t tiles) {
 // y [batch, out] = x [batch, in] w.
 template <int n, class Pool>
 void matmul(Pool& pool, const Condensed& w, const float* x, int64_t batch, float* y) {
-  constexpr int kRows = kLanes * n, kUnroll = 8 / n;
+  constexpr int kRows = kLanes * n, kUnroll = std::max(1, 8 / n);
   Tiles<n, Pool> xs(pool, batch, w.in), ys(pool, batch, w.out, 0);
   xs.read(x);
   int64_t parts = parts_of(pool, w.out, xs.count());
@@ -227,12 +227,13 @@ void value_gradient(Pool& pool, const Condensed& w, const float* x, const float*
 // Calls f with the vectors of a tile, as a type: as many as the batch fills and the second cache takes.
 template <class F>
 void with_tile(int64_t batch, int64_t width, const F& f) {
-  if (batch <= kLanes || width > 8192) {
-    f(int_<1>{});
-  } else if (batch <= 2 * kLanes || width > 2048) {
-    f(int_<2>{});
+  constexpr int line = 16 / kLanes;  // vectors of a cache line
+  if (batch <= 16 || width > 8192) {
+    f(int_<line>{});
+  } else if (batch <= 32 || width > 2048) {
+    f(int_<2 * line>{});
   } else {
-    f(int_<4>{});
+    f(int_<4 * line>{});
   }
 }
 

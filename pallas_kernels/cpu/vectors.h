@@ -1,7 +1,4 @@
-// Vectors of 16 floats, threads, and scratch memory: what the kernels are written in.
-//
-// The compiler cuts a vector of 16 into as many registers as the machine needs (one of AVX-512, two of
-// AVX2, four of NEON).
+// Vectors, threads, and scratch memory: what the kernels are written in.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +15,20 @@
 
 namespace kernels {
 
-constexpr int kLanes = 16;
+// A vector is a register, and no more: compilers keep sums of longer ones in memory.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
 template <int n>
 using int_ = std::integral_constant<int, n>;
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
@@ -53,9 +59,11 @@ void exchange(Vector (&rows)[kLanes]) {
   }
 }
 
-// The transpose of a 16 x 16 matrix, in place.
+// The transpose of a matrix of `kLanes` vectors, in place.
 inline void transpose(Vector (&rows)[kLanes]) {
-  exchange<1>(rows), exchange<2>(rows), exchange<4>(rows), exchange<8>(rows);
+  exchange<1>(rows), exchange<2>(rows);
+  if constexpr (kLanes > 4) exchange<4>(rows);
+  if constexpr (kLanes > 8) exchange<8>(rows);
 }
 
 // The first half of `rows`, each the sum of groups of `w` lanes of two neighbours.
@@ -67,9 +75,11 @@ void add_pairs(Vector (&rows)[kLanes]) {
   }
 }
 
-// The sums of 16 vectors, as one vector; they are overwritten.
+// The sums of `kLanes` vectors, as one vector; they are overwritten.
 inline Vector sums(Vector (&rows)[kLanes]) {
-  add_pairs<1>(rows), add_pairs<2>(rows), add_pairs<4>(rows), add_pairs<8>(rows);
+  add_pairs<1>(rows), add_pairs<2>(rows);
+  if constexpr (kLanes > 4) add_pairs<4>(rows);
+  if constexpr (kLanes > 8) add_pairs<8>(rows);
   return rows[0];
 }
 

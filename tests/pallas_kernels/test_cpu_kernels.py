@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import warnings
@@ -191,14 +192,33 @@ def test_named_without_a_compiler_it_is_refused(monkeypatch):
 
 
 @built
+def compile_kernels(program, *flags):
+    """The kernels, called by a program of their own."""
+    source = pathlib.Path(__file__).parent / "sanitized.cc"
+    command = [cpu.compiler(), *cpu.FLAGS, *flags, "-pthread", f"-I{cpu.SOURCES}", source]
+    subprocess.run([*command, "-o", program], check=True)
+
+
+def largest_error(program):
+    """Of the results of that program."""
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return float(done.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
-    program = tmp_path / "sanitized"
-    source = pathlib.Path(__file__).parent / "sanitized.cc"
-    flags = f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-pthread"
-    command = [cpu.compiler(), *cpu.FLAGS, *flags, f"-I{cpu.SOURCES}", source, "-o", program]
-    subprocess.run(command, check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
-    assert float(done.stdout) < 1e-3
+    flags = f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g"
+    compile_kernels(tmp_path / "sanitized", *flags)
+    assert largest_error(tmp_path / "sanitized") < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize(("march", "flag"), [("", "sse2"), ("-v3", "avx2"), ("-v4", "avx512f")])
+def test_vectors_of_every_width_find_the_same(march, flag, tmp_path):
+    compile_kernels(tmp_path / "program", f"-march=x86-64{march}")
+    if flag not in pathlib.Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"compiled; this machine has no {flag} to run it")
+    assert largest_error(tmp_path / "program") < 1e-3
