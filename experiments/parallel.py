@@ -7,7 +7,7 @@ that a run can go on under another strategy, or on another number of devices or 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -176,14 +176,12 @@ class Fsdp(Single):
         part = path.rpartition("/")[2]
         if part in ("places", "rows", "outputs", "scores", "due"):  # of a layer that stores
             return PartitionSpec()
-        if (
-            part == "values" and len(shape) >= 3
-        ):  # its blocks; what does not divide them, their rows
+        if part == "values" and len(shape) >= 3:
+            # Blocks are shared by the devices, and their rows by those that do not divide them.
             free = self.names
             for i in (-3, -2):
-                taken = self._fit([free], [shape[i]])[0]
-                axes[i] = taken
-                free = tuple(n for n in free if n not in (taken, *(taken or ())))
+                (axes[i],) = self._fit([free], [shape[i]])
+                free = tuple(name for name in free if name not in _names(axes[i]))
             return PartitionSpec(*axes)
         name = next((p for p in reversed(path.split("/")) if p in self.TENSOR), None)
         if len(shape) >= 2 and name is not None:
@@ -199,20 +197,24 @@ class Fsdp(Single):
 
     def _size(self, axis) -> int:
         """Into how many parts an entry of a `PartitionSpec` splits."""
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return math.prod(self.parts.shape[name] for name in names)
+        return math.prod(self.parts.shape[name] for name in _names(axis))
 
     def _fit(self, spec, shape) -> PartitionSpec:
         """Without the mesh axes that do not divide the shape."""
 
         def fit(axis, n):
-            names, kept = (axis,) if isinstance(axis, str) else axis or (), ()
-            for name in names:
+            kept: tuple[str, ...] = ()
+            for name in _names(axis):
                 if n % self._size((*kept, name)) == 0:
                     kept = (*kept, name)
             return kept[0] if len(kept) == 1 else kept or None
 
         return PartitionSpec(*(fit(axis, n) for axis, n in zip(spec, shape)))
+
+
+def _names(axis: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes in an entry of a `PartitionSpec`."""
+    return (axis,) if isinstance(axis, str) else tuple(axis or ())
 
 
 def _prime_factors(n: int) -> tuple[int, ...]:

@@ -182,14 +182,7 @@ class Recovery:
     The activations of the layer are kept on the host. The network is compiled once, from activations to the loss,
     so that the blocks before the layer cost nothing.
 
-    Args:
-      network, site, part: as of `Activations`.
-      batches: what the network is called with.
-      loss: of the network's output and the batch, a scalar.
-      skip_first: positions of each sequence that stay as they are in all three runs.
-
-    Raises:
-      ValueError: no batch; a site that does not exist.
+    Args, Raises: as of `loss_recovered`.
 
     >>> network = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.sin)
     >>> loss = lambda y, x: jnp.mean((y - 1.0) ** 2)
