@@ -7,14 +7,17 @@ in, with a learning rate that starts anew; then `channels.shrink` makes the narr
 group loses the same share, so that all methods end with the same operations. Beside them stand a dense network of
 the same widths that trains from scratch for as many steps, under the same schedule and under one that falls once.
 Each method's strength is chosen of three by the accuracy on validation data, from seeds that are not tested.
+
+Finished runs are kept in --workdir: the same command goes on where it was stopped.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -46,6 +49,10 @@ METHODS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "random_pruning": ("seed", (0,)),
 }
 VALIDATION_SEED = 100
+
+
+# The accuracy of a run, and the share of the operations that its network has.
+Result = tuple[float, float]
 
 
 class Convolutions(nnx.Module):
@@ -130,7 +137,9 @@ class Study:
     def once(self) -> optax.Schedule:
         return optax.cosine_decay_schedule(self.rate, self.steps)
 
-    def train(self, tx: optax.GradientTransformation, seeds: list[int], share: float = 1.0):
+    def train(
+        self, tx: optax.GradientTransformation, seeds: Iterable[int], share: float = 1.0
+    ) -> Iterator[tuple[nnx.Module, Any]]:
         """The trained networks and the states of their optimizer, by seed; one compilation for all."""
         x, y = map(np.asarray, self.splits["train"])
 
@@ -147,7 +156,6 @@ class Study:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), rest, state
 
-        trained = []
         for seed in seeds:
             graph, params, rest = nnx.split(self.wide(seed, share), nnx.Param, ...)
             carry = (params, rest, tx.init(params))
@@ -156,8 +164,7 @@ class Study:
                 at = rng.integers(0, len(y), 64)
                 carry = step(graph, carry, x[at], y[at])
             params, rest, state = carry
-            trained.append((nnx.merge(graph, params, rest), state))
-        return trained
+            yield nnx.merge(graph, params, rest), state
 
     def accuracy(self, model: object, split: str) -> float:
         """In per cent, with the running averages of norms."""
@@ -182,18 +189,50 @@ class Study:
             options["structure"] = groups.structure()
         return jaxsparse.make(name, optax.adam(self.twice), sparsity=self.sparsity, **options)
 
-    def shrunk(self, tx, groups: channels.Groups, seeds: list[int], split: str):
-        """Accuracies and shares of the operations of the shrunk networks."""
-        scores, kept = [], []
+    def shrunk(
+        self, tx, groups: channels.Groups, seeds: Iterable[int], split: str
+    ) -> Iterator[Result]:
+        """Accuracies and shares of the operations of the shrunk networks, by seed."""
         for model, state in self.train(tx, seeds):
             small = channels.shrink(model, groups, state, exact=False)
-            scores.append(self.accuracy(small.model, split))
-            kept.append(small.report.flops[1] / small.report.flops[0])
-        return scores, kept
+            yield self.accuracy(small.model, split), small.report.flops[1] / small.report.flops[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Results of single runs in a file, one line each.
+
+    Attributes:
+      path: of the file, which need not exist.
+      common: what all runs of this study share.
+    """
+
+    path: pathlib.Path
+    common: dict[str, Any]
+
+    def results(
+        self, run: Callable[[list[int]], Iterator[Result]], seeds: list[int], **which: Any
+    ) -> tuple[list[float], list[float]]:
+        """Accuracies and shares of the operations; seeds that the file lacks are run and written to it."""
+        key = self.common | which
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = [row for row in map(json.loads, lines) if row["run"] == key]
+        known = {row["seed"]: (row["accuracy"], row["operations"]) for row in rows}
+        missing = [seed for seed in seeds if seed not in known]
+        for seed, (accuracy, operations) in zip(missing, run(missing)):
+            known[seed] = accuracy, operations
+            row = {"run": key, "seed": seed, "accuracy": accuracy, "operations": operations}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                f"  {' '.join(map(str, which.values()))}, seed {seed}: {accuracy:.1f}", flush=True
+            )
+        return [known[seed][0] for seed in seeds], [known[seed][1] for seed in seeds]
 
 
 def study(
-    it: Study, seeds: int, names: list[str], chosen: dict[str, str]
+    it: Study, seeds: int, names: list[str], chosen: dict[str, str], finished: Finished
 ) -> list[tuple[str, float, float, float, str]]:
     """Name, mean and deviation of the accuracy, operations kept, the value that was chosen."""
     x, _ = it.splits["test"]
@@ -205,17 +244,25 @@ def study(
         print(f"{name}: {np.mean(scores):.1f} ± {np.std(scores):.1f} {how}", flush=True)
 
     if "dense" in names:
-        tests = lambda trained: [it.accuracy(model, "test") for model, _ in trained]
-        add("dense, all channels", tests(it.train(optax.adam(it.once), tested)), 1.0)
-        share = 1 - it.sparsity
-        operations = channels.find(it.wide(0, share), x[:1]).flops() / groups.flops()
-        for how, schedule in (("once", it.once), ("twice", it.twice)):
-            scores = tests(it.train(optax.adam(schedule), tested, share))
-            add("dense of the small size, from scratch", scores, operations, f"rate falls {how}")
+        narrow, small = 1 - it.sparsity, "dense of the small size, from scratch"
+        for share, schedule, label, how in (
+            (1.0, it.once, "dense, all channels", ""),
+            (narrow, it.once, small, "rate falls once"),
+            (narrow, it.twice, small, "rate falls twice"),
+        ):
+            operations = channels.find(it.wide(0, share), x[:1]).flops() / groups.flops()
+            run_dense = lambda seeds, share=share, schedule=schedule, operations=operations: (
+                (it.accuracy(model, "test"), operations)
+                for model, _ in it.train(optax.adam(schedule), seeds, share)
+            )
+            scores, _ = finished.results(run_dense, tested, method=label, value=how, split="test")
+            add(label, scores, operations, how)
     for name in [n for n in names if n != "dense"]:
-        run = lambda v, seeds, split, name=name: it.shrunk(
-            it.method(name, v, groups), groups, seeds, split
-        )
+
+        def run(value: Any, seeds: list[int], split: str, name: str = name):
+            train = lambda seeds: it.shrunk(it.method(name, value, groups), groups, seeds, split)
+            return finished.results(train, seeds, method=name, value=_short(value), split=split)
+
         option, values = METHODS[name]
         values = [v for v in values if chosen.get(name) in (None, _short(v))]
         trials = [0.0]
@@ -242,11 +289,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--chosen", default="", help="values that are not tried again: hesso=5,magnitude=10"
     )
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, default=pathlib.Path("runs/compare_channels"),
+        help="where finished runs are kept",
+    )  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
     chosen = dict(pair.split("=") for pair in options.chosen.split(",") if pair)
     it = Study(TASKS[options.task], options.sparsity, options.steps)
-    rows = study(it, options.seeds, options.methods, chosen)
+    common = {"task": options.task, "sparsity": it.sparsity, "steps": it.steps, "rate": it.rate}
+    finished = Finished(options.workdir / f"{options.task}.jsonl", common)
+    rows = study(it, options.seeds, options.methods, chosen, finished)
     lines = ["| method | accuracy | operations kept | chosen |", "|---|---|---|---|"]
     lines += [f"| {n} | {m:.1f} ± {d:.1f} | {100 * o:.1f} % | {c} |" for n, m, d, o, c in rows]
     print("\n".join(lines))
