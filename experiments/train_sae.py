@@ -82,6 +82,7 @@ FIELDS: dict[str, Rule] = {
     "active": least_and_most,
     "noise": number(0.0),
     "site": text,
+    "text": one_of(("prose", "code")),
     "layers": integer(1),
     "length": integer(2),
     "eval_sequences": integer(1),
@@ -141,8 +142,10 @@ def load(config: Any, whole: nnx.Module | None = None) -> Data:
         return Data(made.rows[4096:], made.rows[:4096], made.atoms)
     network, tokenizer = smollm2.load(config.layers)
     count = -(-config.tokens // (config.length - 1))
-    training = smollm2.batches(tokenizer, "calibration", count, config.length)
-    evaluation = smollm2.batches(tokenizer, "evaluation", config.eval_sequences, config.length)
+    batches = lambda half, n: smollm2.batches(tokenizer, half, n, config.length, kind=config.text)
+    training, evaluation = (
+        batches("calibration", count), batches("evaluation", config.eval_sequences),
+    )  # fmt: skip
     collect = lambda b: sae.Stored.collect(network, config.site, b, batch_size=1, skip_first=1).rows
     recovery = sae.Recovery(
         network if whole is None else whole, config.site, evaluation, smollm2.next_token_loss,

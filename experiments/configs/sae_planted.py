@@ -21,6 +21,7 @@ def get_config() -> config_dict.ConfigDict:
     c.active = (1, 5)
     c.noise = 0.0
     c.site = "layers/3"  # smollm2: a block's output is the residual stream, layers/3/down that of its MLP
+    c.text = "prose"  # smollm2: articles of Python's reference, or "code": modules of its standard library
     c.layers = 4  # of the network that is run
     c.length = 128  # tokens of a sequence; the first is left out
     c.eval_sequences = 16  # of the other half of the text

@@ -12,7 +12,7 @@ Two things that load without a word and are wrong: the file keeps the rows of qu
 for rotations of neighbouring entries (0, 1), (2, 3), ..., not of halves (0, 32), (1, 33), ...; and numbers
 are split into single digits before byte-pair encoding.
 
-`text()` is English prose that ships with Python, in two halves that share no paragraph.
+`text()` is English prose or source code that ships with Python, in two halves that share no paragraph.
 
 Axes in names: B batch, T positions, D model, H heads, G groups of heads, K head size.
 """
@@ -22,6 +22,7 @@ import functools
 import importlib.util
 import pathlib
 import pydoc_data.topics
+import sysconfig
 from typing import Any, Literal
 
 import jax
@@ -259,16 +260,30 @@ def _scale(norm: nnx.RMSNorm) -> jax.Array:
     return norm.scale[...]
 
 
-def text(half: Literal["calibration", "evaluation"]) -> str:
-    """Articles of Python's reference that ship with it: every second one, from the first or the second.
-    They repeat sections of each other: every paragraph is taken once, and none of the evaluation stands
-    in the calibration."""
-    topics = pydoc_data.topics.topics
-    halves = {"calibration": sorted(topics)[::2], "evaluation": sorted(topics)[1::2]}
+# Of the standard library: written in Python, of one file in all versions, read and changed by many hands.
+_MODULES = (
+    "argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "enum", "fractions",
+    "functools", "inspect", "ipaddress", "mailbox", "pickle", "shutil", "statistics", "subprocess",
+)  # fmt: skip
+Half = Literal["calibration", "evaluation"]
+Kind = Literal["prose", "code"]
+
+
+def text(half: Half, kind: Kind = "prose") -> str:
+    """What ships with Python, and so depends on its version: articles of its reference, or modules of its
+    standard library. Every second one, from the first or the second. They repeat parts of each other: every
+    paragraph is taken once, and none of the evaluation stands in the calibration."""
+    library = pathlib.Path(sysconfig.get_path("stdlib"))
+    texts = (
+        pydoc_data.topics.topics
+        if kind == "prose"
+        else {name: (library / f"{name}.py").read_text("utf-8") for name in _MODULES}
+    )
+    halves = {"calibration": sorted(texts)[::2], "evaluation": sorted(texts)[1::2]}
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
-    for name, articles in halves.items():
-        paragraphs = "\n\n".join(topics[a] for a in articles).split("\n\n")
+    for name, chosen in halves.items():
+        paragraphs = "\n\n".join(texts[a] for a in chosen).split("\n\n")
         # A paragraph counts by its words: sections stand elsewhere with another indentation.
         words = [" ".join(p.split()) for p in paragraphs]
         first = [words.index(w) == i for i, w in enumerate(words)]
@@ -277,14 +292,14 @@ def text(half: Literal["calibration", "evaluation"]) -> str:
     return "\n\n".join(found[half])
 
 
-def batches(tokenizer: Any, half: Literal["calibration", "evaluation"], sequences: int, length: int,
-            size: int = 4) -> list[jax.Array]:  # fmt: skip
+def batches(tokenizer: Any, half: Half, sequences: int, length: int, size: int = 4,
+            kind: Kind = "prose") -> list[jax.Array]:  # fmt: skip
     """Sequences of tokens from evenly spaced places of a half of the text, in batches [size, length].
 
     Raises:
       ValueError: more tokens than the text has.
     """
-    ids = np.asarray(tokenizer.encode(text(half)).ids, np.int32)
+    ids = np.asarray(tokenizer.encode(text(half, kind)).ids, np.int32)
     if sequences * length > len(ids):
         raise ValueError(
             f"sequences={sequences} of {length}: the text has {len(ids)} tokens; ask for fewer"

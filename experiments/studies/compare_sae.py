@@ -2,11 +2,12 @@
 
   python -m experiments.studies.compare_sae --data=planted [--seeds=3] [--out=docs/results]
   python -m experiments.studies.compare_sae --data=smollm2 --whole [--seeds=3] [--steps=200] [--batch-size=256] [--settings=1,3]
+  python -m experiments.studies.compare_sae --data=smollm2 --whole --site=layers/3/down --text=code
 
 *planted*: rows of a known dictionary with noise; the measure is the mean over true atoms of the largest cosine with
-a learned one. *smollm2*: the residual stream of SmolLM2-135M; the measure is the share of the loss that is recovered
-when the reconstruction takes the place of the activations, 1 for the activations themselves and 0 for zeros. Every
-family has some settings of its sparsity, the same number of steps, the same batches.
+a learned one. *smollm2*: a layer of SmolLM2-135M, by default the residual stream over prose; the measure is the share
+of the loss that is recovered when the reconstruction takes the place of the activations, 1 for the activations
+themselves and 0 for zeros. Every family has some settings of its sparsity, the same number of steps, the same batches.
 """
 
 from __future__ import annotations
@@ -48,18 +49,11 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
 MEASURE = {"planted": "recovery", "smollm2": "loss_recovered"}
 
 
-def configuration(
-    data: str,
-    family: str,
-    options: dict[str, Any],
-    seed: int,
-    steps: int | None,
-    batch_size: int | None = None,
-) -> Any:
-    """The config of one run."""
-    config: Any = (sae_planted if data == "planted" else sae_smollm2).get_config()
-    config.steps = steps or config.steps
-    config.batch_size = batch_size or config.batch_size
+def configuration(args: argparse.Namespace, family: str, options: dict[str, Any], seed: int) -> Any:
+    """The config of one run of the command `args`."""
+    config: Any = (sae_planted if args.data == "planted" else sae_smollm2).get_config()
+    for name in ("steps", "batch_size", "site", "text"):
+        setattr(config, name, getattr(args, name) or config[name])
     if family in ("BatchTopK", "FeatureChoice"):
         options = options | {"threshold_from": config.steps // 2}
     with config.unlocked():
@@ -87,9 +81,7 @@ def study(args: argparse.Namespace, families: list[str]) -> list[dict[str, Any]]
         for family in families:
             for number in args.settings:
                 options = SETTINGS[args.data][family][number - 1]
-                config = configuration(
-                    args.data, family, options, seed, args.steps, args.batch_size
-                )
+                config = configuration(args, family, options, seed)
                 asked = json.loads(config.to_json_best_effort()) | {"whole": args.whole}
                 row = next((row for row in known if row["config"] == asked), None)
                 if row is None:
@@ -192,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         "--settings", type=lambda text: [int(i) for i in text.split(",")], default=[1, 2, 3],
         help="which of the three settings of each family, by commas",
     )  # fmt: skip
+    parser.add_argument("--site", help="smollm2: the layer, by its path")
+    parser.add_argument("--text", choices=("prose", "code"), help="smollm2: what it reads")
     parser.add_argument(
         "--whole", action="store_true", help="smollm2: the loss is that of all 30 blocks"
     )
@@ -206,13 +200,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--families={','.join(unknown)}: use {', '.join(SETTINGS[args.data])}")
     if not set(args.settings) <= {1, 2, 3}:
         parser.error(f"--settings={args.settings}: use some of 1, 2, 3")
+    if args.data == "planted" and (args.site or args.text):
+        parser.error("--site and --text are of --data=smollm2")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = study(args, families)
-    file = args.out / f"sae_{args.data}.json"
+    parts = ("sae", args.data, args.site and args.site.replace("/", "."), args.text)
+    file = args.out / ("_".join(filter(None, parts)) + ".json")
     found = means(rows, args.data) + others(file, families)
     found.sort(key=lambda row: list(SETTINGS[args.data]).index(row["family"]))
     file.write_text(json.dumps(found, indent=1) + "\n")
-    plot(found, args.data, args.out / f"sae_{args.data}.png")
+    plot(found, args.data, file.with_suffix(".png"))
     print(table(found, args.data))
 
 

@@ -44,12 +44,19 @@ def test_weights_lie_on_a_grid_of_sixteen_levels(slice_of_four):
     assert all(len(np.unique(group)) <= 16 for group in row)
 
 
-def test_halves_of_the_text_share_no_paragraph_and_batches_are_of_one_shape(slice_of_four):
-    _, tokenizer = slice_of_four
-    a, b = (smollm2.text(half).split("\n\n") for half in ("calibration", "evaluation"))
+@pytest.mark.parametrize("kind", ["prose", "code"])
+def test_halves_of_the_text_share_no_paragraph(kind):
+    a, b = (smollm2.text(half, kind).split("\n\n") for half in ("calibration", "evaluation"))
     words = lambda paragraphs: {" ".join(p.split()) for p in paragraphs}
     assert not words(a) & words(b) and len(words(b)) == len(b)
     assert min(sum(map(len, a)), sum(map(len, b))) > 50_000
+    lines = [line.strip() for p in a + b for line in p.splitlines()]
+    defined = np.mean([line.startswith(("def ", "return ", "if ", "self.")) for line in lines])
+    assert defined > 0.15 if kind == "code" else defined < 0.05
+
+
+def test_batches_are_of_one_shape(slice_of_four):
+    _, tokenizer = slice_of_four
     found = smollm2.batches(tokenizer, "calibration", 6, 32, size=3)
     assert [x.shape for x in found] == [(3, 32)] * 2
     with pytest.raises(ValueError, match="sequences=1000000 of 32: the text has"):
@@ -105,11 +112,12 @@ def test_the_whole_model_speaks_english_and_the_wrong_order_of_rows_does_not():
     assert right < 3.6 and wrong > right + 1.0, (right, wrong)
 
 
-def test_the_text_is_long_enough_for_the_autoencoders_config(slice_of_four):
+@pytest.mark.parametrize("kind", ["prose", "code"])
+def test_the_text_is_long_enough_for_the_autoencoders_config(slice_of_four, kind):
     from experiments.configs import sae_smollm2
 
     config = sae_smollm2.get_config()
     count = -(-config.tokens // (config.length - 1))
     _, tokenizer = slice_of_four
-    assert smollm2.batches(tokenizer, "calibration", count, config.length)
-    assert smollm2.batches(tokenizer, "evaluation", config.eval_sequences, config.length)
+    assert smollm2.batches(tokenizer, "calibration", count, config.length, kind=kind)
+    assert smollm2.batches(tokenizer, "evaluation", config.eval_sequences, config.length, kind=kind)

@@ -78,6 +78,7 @@ BAD = {
     "active": [(2, 1), (1,), (-1, 2), 3],
     "noise": [-0.1, float("nan")],
     "site": ["", None],
+    "text": ["", "poems", None],
     "layers": [0, 1.5],
     "length": [1, 1.5],
     "eval_sequences": [0, 1.5],
