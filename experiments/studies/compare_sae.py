@@ -157,7 +157,8 @@ def plot(found: list[dict[str, Any]], data: str, path: pathlib.Path) -> None:
     from jaxsparse.analysis import plots
 
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for row in sorted(found, key=lambda row: row["l0"]):
+    order = list(SETTINGS[data])  # one colour for each family, in all plots
+    for row in sorted(found, key=lambda row: (order.index(row["family"]), row["l0"])):
         xs, ys = lines.setdefault(row["family"], ([], []))
         xs.append(row["l0"])
         ys.append(row["measure"])
