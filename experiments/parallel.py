@@ -174,7 +174,14 @@ class Fsdp(Single):
         scan walks through, or the window of a convolution."""
         axes: list[Any] = [None] * len(shape)
         part = path.rpartition("/")[2]
-        if part in ("places", "rows", "outputs", "scores", "due"):  # of a layer that stores
+        if part in (
+            "places",
+            "rows",
+            "outputs",
+            "scores",
+            "sketch",
+            "due",
+        ):  # of a layer that stores
             return PartitionSpec()
         if part == "values" and len(shape) >= 3:
             # Blocks are shared by the devices, and their rows by those that do not divide them.

@@ -181,9 +181,10 @@ def value_and_grad(loss):
 
 
 def gradient_norm(grads) -> jax.Array:
-    """The norm of the gradients of weights: scores of blocks are none."""
+    """The norm of the gradients of weights: scores and sketches of blocks are none."""
     named = jaxsparse.targets.named_leaves(grads)
-    return optax.global_norm([g for path, g in named if path.rpartition("/")[2] != "scores"])
+    probes = ("scores", "sketch")
+    return optax.global_norm([g for path, g in named if path.rpartition("/")[2] not in probes])
 
 
 def kept(params) -> dict[str, jax.Array] | None:

@@ -5,6 +5,7 @@ Independent of `jaxsparse`: use them with any JAX code.
 """
 
 from pallas_kernels.block_scores.api import block_scores, score_blocks
+from pallas_kernels.block_scores.sketch import sketch_blocks
 from pallas_kernels.block_sparse_attention import (
     BlockMask,
     Grid,
@@ -36,4 +37,5 @@ __all__ = [
     "ring_block_sparse_attention",
     "score_blocks",
     "score_inputs",
+    "sketch_blocks",
 ]

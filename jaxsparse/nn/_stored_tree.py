@@ -67,6 +67,7 @@ class Matrix:
     values: int
     places: int
     scores: int | None
+    sketch: int | None
     due: int
     fixed: tuple[int, ...]  # other integers, which nothing changes
     capacity: int
@@ -262,8 +263,8 @@ class StoredTree:
             flat[matrix.values] = value
         return self.visible(flat)
 
-    def gradients(self, updates, params: Sequence[Any], scored: bool) -> list[Any]:
-        """The gradients of all leaves by their paths; None where there is none to speak of. At integers
+    def gradients(self, updates, params: Sequence[Any], probes: Sequence[int]) -> list[Any]:
+        """The gradients of all leaves by their paths, of `probes` too; None where there is none to speak of. At integers
         that is whatever stands there (`float0`, zeros, nothing), but for zeros of float32: there updates
         are wanted in that type, by what calculates with whole trees.
 
@@ -273,11 +274,10 @@ class StoredTree:
         named = dict(named_leaves(updates))
         if unknown := sorted(set(named) - set(self.paths)):
             raise ValueError(f"updates: {unknown[0]!r} is no leaf of the parameters")
-        scores = {m.scores for m in self.matrices}
         integers = {i for m in self.matrices for i in m.integers}
         found = []
         for i, (path, p) in enumerate(zip(self.paths, params)):
-            asked = self.trained[i] or (scored and i in scores)
+            asked = self.trained[i] or i in probes
             g: Any = named.get(path)
             if asked and g is None:
                 raise ValueError(f"updates: the gradient of {path!r} is missing; {REMEDY}")
@@ -292,8 +292,8 @@ class StoredTree:
 
 
 def find(params, groups: int) -> StoredTree:
-    """The stored matrices of a tree: siblings called `values`, `places`, `scores` and `due`, or `values`,
-    `rows`, `outputs`, `due` and, where there are candidates, `scores`.
+    """The stored matrices of a tree: siblings called `values`, `places`, `scores`, `due` and, where there is
+    one, `sketch`; or `values`, `rows`, `outputs`, `due` and, where there are candidates, `scores`.
 
     Raises:
       ValueError: there are none, one lacks a part, or a part has a shape that does not fit.
@@ -312,9 +312,8 @@ def find(params, groups: int) -> StoredTree:
         needed = ("rows", "outputs", "due") if in_columns else ("places", "scores", "due")
         if missing := [of(part) for part in needed if of(part) not in at]:
             raise ValueError(f"params: {path!r} has no {missing[0]!r} beside it; {REMEDY}")
-        shape = {
-            part: jnp.shape(leaf[at[of(part)]]) for part in (*needed, "scores") if of(part) in at
-        }
+        parts = (*needed, "scores", "sketch")
+        shape = {part: jnp.shape(leaf[at[of(part)]]) for part in parts if of(part) in at}
         shape["values"] = jnp.shape(x)
         make = _columns if in_columns else _blocks
         wanted, options = make(shape)
@@ -332,7 +331,8 @@ def find(params, groups: int) -> StoredTree:
         grid = Leaf(
             at[path], of("kernel"), (*shape["due"][:-1], *options.pop("grid")), lead, structure
         )
-        common = (path, at[path], at[of(needed[0])], at.get(of("scores")), at[of("due")])
+        probes = at.get(of("scores")), at.get(of("sketch"))
+        common = (path, at[path], at[of(needed[0])], *probes, at[of("due")])
         if in_columns:
             matrices.append(Columns(*common, (at[of("outputs")],), **options, leaf=grid))
         else:
@@ -347,9 +347,9 @@ def find(params, groups: int) -> StoredTree:
             f"groups={groups}: outputs that store their weights one by one keep their numbers anyway; "
             "leave it out"
         )
-    scores = {m.scores for m in matrices}
+    probes = {i for m in matrices for i in (m.scores, m.sketch)}
     floating = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaf]
-    trained = tuple(f and i not in scores for i, f in enumerate(floating))
+    trained = tuple(f and i not in probes for i, f in enumerate(floating))
     return StoredTree(jax.tree.structure(params), paths, trained, tuple(matrices))
 
 
@@ -362,6 +362,9 @@ def _blocks(shape: dict[str, tuple[int, ...]]) -> tuple[dict, dict[str, Any]]:
         "due": (*lead, *gr),
         "scores": (*lead, min(candidates, *gr), gc),
     }
+    if "sketch" in shape:
+        r, _, c = (1, 1, 1, *shape["sketch"])[-3:]
+        wanted["sketch"] = (*lead, *gr, min(r, bh), gc, min(c, bw))
     sizes = dict(capacity=n, candidates=candidates, block_shape=(bh, bw), grid=(*gr, gc))
     return wanted, sizes
 

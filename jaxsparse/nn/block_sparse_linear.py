@@ -9,7 +9,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse.nn._linear import Pattern, Scores, SparseLinear, count_candidates, split_linear
-from pallas_kernels import BlockSparse, block_sparse_matmul, score_blocks
+from pallas_kernels import BlockSparse, block_sparse_matmul, score_blocks, sketch_blocks
+from pallas_kernels.block_scores.sketch import check_sketch
 
 
 class BlockSparseLinear(SparseLinear):
@@ -29,6 +30,8 @@ class BlockSparseLinear(SparseLinear):
         all blocks of W in the block rows that are, stored or not, as a norm for each
         (`pallas_kernels.score_blocks`).
       due: int32 `[block rows]`, 1 in the steps whose gradients a rule is to read, at the candidates.
+      sketch: float32 `[block rows, r, block columns, c]`, not read; its gradient is a sketch of every block of W's
+        gradient, in every step (`pallas_kernels.sketch_blocks`). None: there is none.
       block_shape: `(bh, bw)`.
 
     Args:
@@ -41,6 +44,8 @@ class BlockSparseLinear(SparseLinear):
       use_bias: add a bias, zero at first.
       candidates: how many block rows are scored for growth by gradient, drawn anew in each update: a share
         of all (float), or a number (int). The scores cost as much of a dense product.
+      sketch: `(r, c)`, the sides of a block's sketch, for growth by momentum; it takes `r c / (bh bw)` of the dense
+        matrix's memory, twice, and of the operations of a dense product. None: no such growth.
       dtype: of the computation; default: that of x and the parameters, promoted.
       param_dtype: of the parameters.
       precision: of the product, as in `jax.lax.dot_general`.
@@ -54,7 +59,7 @@ class BlockSparseLinear(SparseLinear):
 
     Raises:
       ValueError: if not exactly one of `density` with `rngs` and `weight` is given, the weight has
-        another shape or block shape, or there are not so many candidates.
+        another shape or block shape, there are not so many candidates, or a sketch exceeds a block.
 
     >>> layer = BlockSparseLinear(64, 32, block_shape=(16, 16), density=0.5, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((3, 64))).shape, layer.values[...].shape
@@ -66,6 +71,7 @@ class BlockSparseLinear(SparseLinear):
     places: Pattern
     scores: Scores
     due: Pattern
+    sketch: Scores | None
     block_shape: tuple[int, int]
     rows: NamedSharding | None
     axis_name: str | tuple[str, ...] | None
@@ -81,6 +87,7 @@ class BlockSparseLinear(SparseLinear):
         weight: BlockSparse | None = None,
         use_bias: bool = True,
         candidates: float | int = 1.0,
+        sketch: tuple[int, int] | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
@@ -120,6 +127,12 @@ class BlockSparseLinear(SparseLinear):
         scored = count_candidates(candidates, weight.grid[0], "block rows")
         self.scores = Scores(jnp.zeros((scored, weight.grid[1]), jnp.float32))
         self.due = Pattern(jnp.zeros(weight.grid[0], jnp.int32))
+        probe = None
+        if sketch is not None:
+            check_sketch(sketch, weight.block_shape)
+            (r, c), (above, across) = sketch, weight.grid
+            probe = Scores(jnp.zeros((above, r, across, c), jnp.float32))
+        self.sketch = probe
 
     @classmethod
     def from_dense(
@@ -129,6 +142,7 @@ class BlockSparseLinear(SparseLinear):
         *,
         block_shape: tuple[int, int],
         candidates: float | int = 1.0,
+        sketch: tuple[int, int] | None = None,
         implementation: str | None = None,
     ) -> "BlockSparseLinear":
         """The layer that computes what `linear` does with its kernel masked.
@@ -138,7 +152,7 @@ class BlockSparseLinear(SparseLinear):
           mask: bool `[in, out]`, what to keep; default: what is not zero. A block is stored if any
             of it is kept.
           block_shape: `(bh, bw)`.
-          candidates: as of the layer.
+          candidates, sketch: as of the layer.
           implementation: see `pallas_kernels.block_sparse_matmul`.
 
         Raises:
@@ -156,6 +170,7 @@ class BlockSparseLinear(SparseLinear):
             weight=BlockSparse.from_mask(kernel, mask, block_shape, pad=True),
             use_bias=bias is not None,
             candidates=candidates,
+            sketch=sketch,
             dtype=linear.dtype,
             param_dtype=kernel.dtype,
             precision=linear.precision,
@@ -168,17 +183,20 @@ class BlockSparseLinear(SparseLinear):
     def _multiply(self, x: jax.Array, w: BlockSparse) -> jax.Array:
         axis_name = self.axis_name if self.rows is None else self.rows.spec[0]
 
-        def one(x, w, scores, due):
+        def one(x, w, scores, due, sketch):
             y = super(BlockSparseLinear, self)._multiply(x, w)
-            options: Any = dict(precision=self.precision, axis_name=axis_name)
-            return score_blocks(x, y, scores, due, self.block_shape, **options)
+            options: Any = dict(precision=self.precision)
+            if sketch is not None:
+                y = sketch_blocks(x, y, sketch, self.block_shape, **options)
+            return score_blocks(x, y, scores, due, self.block_shape, axis_name=axis_name, **options)
 
         run = one
         if self.rows is not None:
             rows, whole = PartitionSpec(self.rows.spec[0]), PartitionSpec()
-            specs = (rows, whole, whole, whole)
+            specs = (rows, whole, whole, whole, whole)
             run = jax.shard_map(one, mesh=self.rows.mesh, in_specs=specs, out_specs=rows)
-        return run(x, w, self.scores[...], self.due[...])
+        sketch = None if self.sketch is None else self.sketch[...]
+        return run(x, w, self.scores[...], self.due[...], sketch)
 
     @property
     def weight(self) -> BlockSparse:

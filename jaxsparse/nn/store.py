@@ -29,6 +29,7 @@ def store(
     *,
     block_shape: tuple[int, int] | None = None,
     candidates: float | int = 1.0,
+    sketch: tuple[int, int] | None = None,
     groups: int = 1,
     **options: Any,
 ) -> tuple[nnx.Module, optax.GradientTransformationExtraArgs, StoredState]:
@@ -44,6 +45,7 @@ def store(
       block_shape: of masks of blocks; None: weights are stored one by one, for masks of constant fan-in, or of
         any kind: each output then keeps its number of weights.
       candidates: what growth by gradient chooses from, see the layers; 0 of single weights: no such growth.
+      sketch: of blocks, for rule="momentum"; see `BlockSparseLinear`. The momentum starts at 0.
       groups, **options: of `stored`: rule, total_steps, and so on.
 
     Returns:
@@ -81,7 +83,7 @@ def store(
                 f"model: {path!r} has a mask and is not the kernel of an nnx.Linear; keep it dense with "
                 "targets="
             )
-        layer = _layer(path, linear, np.asarray(mask), block_shape, candidates)
+        layer = _layer(path, linear, np.asarray(mask), block_shape, candidates, sketch)
         new = replace_module(new, at, layer)
     params = nnx.as_pure(nnx.state(new, Trained))
     tx = stored(inner, groups=groups, **options)
@@ -97,11 +99,13 @@ def store(
 
 
 def _layer(
-    path: str, linear: nnx.Linear, mask: np.ndarray, block_shape, candidates
+    path: str, linear: nnx.Linear, mask: np.ndarray, block_shape, candidates, sketch
 ) -> BlockSparseLinear | CondensedLinear:
     if not mask.any():
         raise ValueError(f"the mask of {path!r} keeps nothing, and a layer stores something")
     if block_shape is None:
+        if sketch is not None:
+            raise ValueError(f"sketch={sketch!r}: is one of blocks; give block_shape= as well")
         return CondensedLinear.from_dense(linear, jnp.asarray(mask), candidates=candidates)
     (rows, cols), (bh, bw) = mask.shape, block_shape
     if rows % bh or cols % bw:
@@ -113,7 +117,7 @@ def _layer(
             "the blocks that the masked method had"
         )
     return BlockSparseLinear.from_dense(
-        linear, jnp.asarray(mask), block_shape=(bh, bw), candidates=candidates
+        linear, jnp.asarray(mask), block_shape=(bh, bw), candidates=candidates, sketch=sketch
     )
 
 

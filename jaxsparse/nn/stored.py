@@ -47,6 +47,8 @@ class StoredState(NamedTuple):
       fault: int32 scalar, 0, or the number of what went wrong; the values are NaN from then on.
       skipped: int32 scalar, updates of the pattern that did not take place, as gradients or weights were NaN.
       inner: the state of the inner optimizer: slots of stored values and of dense leaves.
+      momentum: of rule="momentum": the average over past steps of the sketch of every matrix's gradient, float32; else
+        empty.
     """
 
     count: Array
@@ -54,12 +56,14 @@ class StoredState(NamedTuple):
     fault: Array
     skipped: Array
     inner: Any
+    momentum: tuple[Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
     """The rule of grids of blocks, that of outputs which store weights one by one, when they run, whether
-    they read scores, and whether they take the place of the step."""
+    they read scores, whether they take the place of the step, and how fast the momentum forgets that is read in
+    place of scores (None: there is none)."""
 
     rule: BlockRule | None
     in_columns: BlockRule | None = None
@@ -68,6 +72,7 @@ class _Recipe:
     replaces: bool = False
     first: int = 0  # no update before this step
     seed: Any = 0
+    decay: Any = None
 
     def fires(self, count) -> Array:
         """Whether the pattern moves at this step (bool scalar)."""
@@ -79,6 +84,12 @@ class _Recipe:
         """Whether the layers have to compute scores at this step (bool scalar)."""
         return self.fires(count) if self.scored else jnp.zeros((), bool)
 
+    def probes(self, tree: StoredTree) -> list[int]:
+        """The numbers of the leaves whose gradients the rule reads."""
+        found = [m.scores for m in tree.matrices] if self.scored else []
+        found += [m.sketch for m in tree.matrices] if self.decay is not None else []
+        return [i for i in found if i is not None]
+
     def flags(self, m: Matrix, count) -> Array:
         """What `due` of a matrix is at this step: its candidates are drawn anew at each update."""
         return m.drawn(self.due(count), m.leaf.salt(self.seed, count) ^ jnp.uint32(CANDIDATES))
@@ -87,7 +98,7 @@ class _Recipe:
 def stored(
     inner: optax.GradientTransformation,
     *,
-    rule: Literal["rigl", "set", "magnitude", "static"] | BlockRule = "rigl",
+    rule: Literal["rigl", "set", "momentum", "magnitude", "static"] | BlockRule = "rigl",
     total_steps: StepCount | None = None,
     update_every: StepCount = 100,
     begin_step: StepCount | None = None,
@@ -95,6 +106,7 @@ def stored(
     drop_fraction: ScalarOrSchedule = 0.3,
     sparsity: Scalar | None = None,
     initial_sparsity: Scalar = 0.0,
+    decay: Scalar = 0.9,
     groups: int = 1,
     seed: Seed = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -106,7 +118,10 @@ def stored(
     `structure=Block(bh, bw)`, `sparsity` that of the layers and the same `seed`, to rounding: with
     $|B|_1$ the sum of the magnitudes in a block, at each update "rigl" drops the part $f$ of the stored
     blocks of smallest $|W_B|_1$ and grows as many of largest $|(x^T dy)_B|_1$; "set" grows at random;
-    "magnitude" only drops, along the cubic curve; "static" does nothing. Single weights are those of the
+    "magnitude" only drops, along the cubic curve; "static" does nothing. "momentum" grows by the average of gradients
+    over past steps, $M' = \beta M + (1 - \beta) \, x^T dy$, as sparse momentum does, without moving budgets between layers: of M
+    a sketch of a few numbers for each block is kept (`BlockSparseLinear(sketch=)`, `pallas_kernels.sketch_blocks`), whose
+    Frobenius norm stands for $|M_B|_F$. Single weights are those of the
     masked method with `structure=FanIn()`: each output drops and grows for itself and keeps its number
     of weights, so that any unstructured pattern can be had, of even outputs or not. A rule is shown some
     outputs at a time, and no array of the size of the matrix is made.
@@ -130,24 +145,26 @@ def stored(
       inner: the optimizer of the values and of all dense leaves.
       rule: a name, or a function of a `Step` that returns the new mask of each grid of blocks, in which a
         weight of a view stands for a block: `w` is its norm, 0 where it is absent, `g` that of its
-        gradient if the function is marked by `scores.declare(needs_gradient=True)`, else None. Single
-        weights take names only.
+        gradient if the function is marked by `scores.declare(needs_gradient=True)`, else None. Of single weights
+        a view is some outputs `[inputs, few]` of one matrix at a time, `stats` the positions of its weights in the
+        whole; the new mask must not depend on which outputs are seen together.
       total_steps: the length of the run, in steps; not needed by "static".
       update_every: steps between two updates.
       begin_step: the first update; after `update_every` steps by default ("magnitude": 0).
       end_step: no update after it; 75 % of the run by default.
-      drop_fraction: of "rigl" and "set": the part that the first update replaces, which falls along a
+      drop_fraction: of "rigl", "set" and "momentum": the part that the first update replaces, which falls along a
         cosine to 0 at `end_step`; or a schedule of it.
       sparsity: of "magnitude": the share of each matrix that is not stored in the end.
         The arrays keep their size, until `refit` takes what is not used away.
       initial_sparsity: of "magnitude": that of the cubic curve's start.
+      decay: of "momentum": $\beta$ in [0, 1).
       groups: groups of neighbouring block columns that keep their numbers of blocks. With as many as
         devices that share the blocks, each device drops and grows its own.
       seed: of random growth and of ties, an integer.
 
     Returns:
       A transformation of trees of which each stored matrix is siblings: `values`, `places`, `scores`,
-      `due`; or `values`, `rows`, `outputs`, `due` and, with candidates, `scores`. Gradients of integers may be `float0`, zeros, or missing (see `full_gradients`).
+      `due`, and `sketch` where there is one; or `values`, `rows`, `outputs`, `due` and, with candidates, `scores`. Gradients of integers may be `float0`, zeros, or missing (see `full_gradients`).
 
     Raises:
       ValueError: an unknown rule, missing or contradictory arguments; at `init` parameters without
@@ -158,7 +175,7 @@ def stored(
     norm of the mean, and so do single weights here. Slots of another shape than the values (factored moments) belong to no block and stay.
 
     Sources: Evci et al., Rigging the lottery, 2020; Mocanu et al., Scalable training of artificial neural
-    networks with adaptive sparse connectivity, 2018; Zhu & Gupta, To prune, or not to prune, 2017. Stored
+    networks with adaptive sparse connectivity, 2018; Dettmers & Zettlemoyer, Sparse networks from scratch, 2019; Zhu & Gupta, To prune, or not to prune, 2017. Stored
     values instead of masks: Nikdan et al., SparseProp, 2023; Wesselink et al., Nerva, 2024. Candidates at
     random: Heddes et al., Always-sparse training by growing connections with guided stochastic
     exploration, 2024.
@@ -184,6 +201,7 @@ def stored(
         drop_fraction=drop_fraction,
         sparsity=sparsity,
         initial_sparsity=initial_sparsity,
+        decay=decay,
         seed=seed,
     )
 
@@ -200,6 +218,10 @@ def stored(
             fault=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             inner=inner.init(tree.visible(leaves)),
+            momentum=tuple(
+                jnp.zeros(jnp.shape(leaves[cast(int, m.sketch)]), jnp.float32)
+                for m in (tree.matrices if recipe.decay is not None else ())
+            ),
         )
 
     def step(grads, state, params, **extra):
@@ -216,12 +238,17 @@ def stored(
         fault = jnp.where(jnp.any(jnp.stack(changed)), 1, state.fault)
         kept = [jnp.ones(m.used(p).shape, bool) for m, p in zip(tree.matrices, places)]
         fires, skipped = recipe.fires(state.count), state.skipped
+        momentum = [
+            _average(recipe.decay, old, grads[m.sketch])
+            for m, old in zip(tree.matrices, state.momentum)
+        ]
         if recipe.rule is not None:
-            worth = [grads[m.scores] for m in tree.matrices] if recipe.scored else None
+            probes = [grads[i] for i in recipe.probes(tree)]
+            worth = momentum or probes or None
             if recipe.scored:  # computed where the layers were told that they are due
                 fires &= jnp.all(jnp.stack([m.is_due(leaves[m.due]) for m in tree.matrices]))
             sound = lambda yes, *xs: yes & ~any_nan(*xs)
-            told, fires = fires, when(fires, sound, fires, worth or [], values)
+            told, fires = fires, when(fires, sound, fires, probes, values)
             skipped = skipped + (told & ~fires)
             run = lambda carry, *xs: _choose(recipe, tree, carry, *xs)
             carry, due = (places, kept, fault), [leaves[m.due] for m in tree.matrices]
@@ -250,7 +277,12 @@ def stored(
                 x = change.get(i, out[i])
                 out[i] = x if exact else x.astype(grads[i].dtype)
         new = StoredState(
-            jnp.asarray(optax.safe_increment(state.count)), tuple(places), fault, skipped, slots
+            jnp.asarray(optax.safe_increment(state.count)),
+            tuple(places),
+            fault,
+            skipped,
+            slots,
+            tuple(momentum),
         )
         return tree.treedef.unflatten(out), new
 
@@ -268,7 +300,7 @@ def stored(
         tree = find(params, groups)
         _check_state(tree, state)
         _check_rule(tree, recipe)
-        grads = tree.gradients(updates, jax.tree.leaves(params), recipe.scored)
+        grads = tree.gradients(updates, jax.tree.leaves(params), recipe.probes(tree))
         out, new = compiled(grads, state, params, **extra)
         if is_concrete(new.fault) and int(jnp.max(new.fault)):
             raise ValueError(f"params: {FAULTS[int(jnp.max(new.fault))]}")
@@ -287,15 +319,18 @@ def recipe_of(
     drop_fraction: ScalarOrSchedule = 0.3,
     sparsity: Scalar | None = None,
     initial_sparsity: Scalar = 0.0,
+    decay: Scalar = 0.9,
     seed: Seed = 0,
 ) -> _Recipe:
     """The recipe that the arguments of `stored` stand for, checked."""
     if rule == "static":
         return _Recipe(None)
-    if not callable(rule) and rule not in ("rigl", "set", "magnitude"):
+    if not callable(rule) and rule not in ("rigl", "set", "momentum", "magnitude"):
         raise ValueError(
-            f"rule={rule!r}: give 'rigl', 'set', 'magnitude', 'static', or a function of a Step"
+            f"rule={rule!r}: give 'rigl', 'set', 'momentum', 'magnitude', 'static', or a function of a Step"
         )
+    if is_concrete(decay) and not 0 <= decay < 1:
+        raise ValueError(f"decay={decay}: must be at least 0 and less than 1")
     if rule != "magnitude" and is_concrete(initial_sparsity) and initial_sparsity != 0:
         raise ValueError(
             f"initial_sparsity={initial_sparsity}: is where rule='magnitude' starts; others keep the number "
@@ -319,7 +354,7 @@ def recipe_of(
     at = REWIRING.updates(*times)
     if callable(rule):
         own: Any = rule
-        return _Recipe(own, None, at, scored=scores.needs_gradient(own), first=1, seed=seed)
+        return _Recipe(own, own, at, scored=scores.needs_gradient(own), first=1, seed=seed)
     fraction = schedules.drop_fraction(drop_fraction, at.end)
     grow = scores.random if rule == "set" else scores.gradient
     both = (
@@ -327,7 +362,15 @@ def recipe_of(
         _swap_in_columns(fraction, seed),
     )
     by_gradient = rule == "rigl"
+    if rule == "momentum":
+        return _Recipe(both[0], None, at, first=1, seed=seed, decay=decay)
     return _Recipe(*both, at, scored=by_gradient, replaces=by_gradient, first=1, seed=seed)
+
+
+def _average(decay: Any, old: Array, new: Array) -> Array:
+    """The momentum after one more step; gradients that are NaN leave it as it was."""
+    found = decay * old + (1 - decay) * new.astype(jnp.float32)
+    return jnp.where(jnp.any(jnp.isnan(found)), old, found)
 
 
 def _swap_in_columns(fraction: Schedule, seed: Any) -> BlockRule:
@@ -397,7 +440,10 @@ def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, wort
             fits.append(fit)
         elif isinstance(m, Blocks):
             norms = jnp.sum(jnp.abs(v), (-2, -1), dtype=jnp.promote_types(v.dtype, jnp.float32))
-            g = None if g is None else m.on_grid(g, due[i])
+            if recipe.decay is not None:
+                g = jnp.sqrt(jnp.sum(jnp.square(worth[i]), (-3, -1)))
+            elif g is not None:
+                g = m.on_grid(g, due[i])
             views.append(View(m.leaf, m.spread(norms, p), g, m.mask(p)))
             blocks.append((i, m))
     masks = []
@@ -412,10 +458,14 @@ def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, wort
 def _check_rule(tree: StoredTree, recipe: _Recipe) -> None:
     """Raises `ValueError` for matrices that the rule is not for."""
     for m in tree.matrices:
-        if isinstance(m, Columns) and recipe.rule is not None and recipe.in_columns is None:
+        if isinstance(m, Columns) and recipe.decay is not None:
             raise ValueError(
-                f"rule: a rule of your own is one of blocks, and {m.path!r} stores weights one by one; give "
-                "'rigl', 'set', 'magnitude' or 'static'"
+                f"rule='momentum': {m.path!r} stores weights one by one, of which no sketch is kept; give "
+                "'rigl', 'set', 'magnitude', 'static', or a function of a Step"
+            )
+        if recipe.decay is not None and m.sketch is None:
+            raise ValueError(
+                f"params: {m.path!r} keeps no sketch for growth by momentum; give its layer sketch=(r, c)"
             )
         if recipe.scored and m.scores is None:
             raise ValueError(

@@ -1,2 +1,2 @@
 """Norms of the blocks of a weight's gradient, without the gradient: `api` (public), `reference`, `xla`,
-`tpu`."""
+`tpu`; and sketches of the blocks, `sketch` (public)."""

@@ -8,7 +8,14 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse.nn import BlockSparseLinear, CondensedLinear, check_stored, full_gradients
+from jaxsparse import scores
+from jaxsparse.nn import (
+    BlockSparseLinear,
+    CondensedLinear,
+    _stored_tree,
+    check_stored,
+    full_gradients,
+)
 from jaxsparse.structures import FanIn
 from pallas_kernels import Condensed, cpu
 from tests.jaxsparse.test_stored import check_same_run, split
@@ -101,6 +108,28 @@ def test_growth_takes_the_steepest_of_the_candidates_which_are_drawn_anew():
         params = new
     check_stored(state)
     assert len(drawn) > 3
+
+
+def test_a_rule_of_ones_own_sees_some_outputs_at_a_time(monkeypatch):
+    monkeypatch.setattr(_stored_tree, "_PANEL", 3 * 32)
+    seen = []
+
+    @scores.declare(needs_gradient=True)
+    def rule(step):
+        (view,) = step.views
+        seen.append((view.leaf.path, view.w.shape, view.g.shape, view.stats.shape))
+        return [jnp.roll(view.m, 1, axis=0) & (view.stats < 32 * 8)]
+
+    tx, (make, params) = moving(rule=rule), split(layer(candidates=1.0))
+    state, before = tx.init(params), np.asarray(params["rows"])
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        grads = full_gradients(jax.grad(loss_of(make), allow_int=True)(params))
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    check_stored(state)
+    assert set(seen) == {("kernel", (32, 3), (32, 3), (32, 3))}  # 8 outputs: three panels
+    np.testing.assert_array_equal(np.sort(params["rows"], 1), np.sort((before + 1) % 32, 1))
 
 
 def test_slots_of_grown_weights_start_afresh_and_those_of_others_stay():
@@ -210,9 +239,6 @@ def test_what_cannot_be_is_named():
     moving(rule="set").init(split(layer(candidates=0))[1])
     with pytest.raises(ValueError, match="groups=2: outputs that store their weights one by one"):
         moving(groups=2).init(params)
-    own = moving(rule=lambda step: [v.m for v in step.views])
-    with pytest.raises(ValueError, match="a rule of your own is one of blocks, and 'values'"):
-        own.init(params)
     other = tx.init(split(layer(density=0.5))[1])
     grads = jax.tree.map(jnp.zeros_like, params)
     with pytest.raises(ValueError, match="room for 8 weights of an output, its state for 16"):
