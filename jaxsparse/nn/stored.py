@@ -247,12 +247,16 @@ def stored(
             worth = momentum or probes or None
             if recipe.scored:  # computed where the layers were told that they are due
                 fires &= jnp.all(jnp.stack([m.is_due(leaves[m.due]) for m in tree.matrices]))
-            sound = lambda yes, *xs: yes & ~any_nan(*xs)
-            told, fires = fires, when(fires, sound, fires, probes, values)
+            due = [leaves[m.due] for m in tree.matrices]
+
+            def run(carry, count, values, worth, due, probes):
+                chosen = *_choose(recipe, tree, carry, count, values, worth, due), True
+                return optax.tree.where(any_nan(probes, values), carry, chosen)
+
+            carry, told = (places, kept, fault, jnp.zeros((), bool)), fires
+            found = when(told, run, carry, state.count, values, worth, due, probes)
+            places, kept, fault, fires = found
             skipped = skipped + (told & ~fires)
-            run = lambda carry, *xs: _choose(recipe, tree, carry, *xs)
-            carry, due = (places, kept, fault), [leaves[m.due] for m in tree.matrices]
-            places, kept, fault = when(fires, run, carry, state.count, values, worth, due)
 
         live = [k & m.used(p) for m, k, p in zip(tree.matrices, kept, places)]
         whole = [jnp.broadcast_to(k, v.shape) for k, v in zip(live, values)]
