@@ -444,10 +444,9 @@ def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, wort
             fits.append(fit)
         elif isinstance(m, Blocks):
             norms = jnp.sum(jnp.abs(v), (-2, -1), dtype=jnp.promote_types(v.dtype, jnp.float32))
-            if recipe.decay is not None:
-                g = jnp.sqrt(jnp.sum(jnp.square(worth[i]), (-3, -1)))
-            elif g is not None:
-                g = m.on_grid(g, due[i])
+            if g is not None:  # a sketch of the momentum, or scores of the candidates
+                norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), (-3, -1)))
+                g = m.on_grid(g, due[i]) if recipe.decay is None else norm(g)
             views.append(View(m.leaf, m.spread(norms, p), g, m.mask(p)))
             blocks.append((i, m))
     masks = []
