@@ -31,7 +31,8 @@ def check_sparsity(sparsity, structure: Any = None) -> Any:
         return fixed
     if not _control.is_concrete(sparsity):
         return sparsity
-    if isinstance(sparsity, bool) or np.ndim(sparsity) != 0:
+    number = isinstance(sparsity, int | float | np.number | np.ndarray | jax.Array)
+    if isinstance(sparsity, bool) or not number or np.ndim(sparsity) != 0:
         raise ValueError(f"sparsity={sparsity!r}: give one number, the fraction of zeros in [0, 1)")
     if not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(f"sparsity={sparsity}: must be in [0, 1); it is the fraction of zeros")

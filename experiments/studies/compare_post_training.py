@@ -123,25 +123,29 @@ def table(rows: list[dict[str, Any]], whole: bool) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path, whole: bool) -> None:
-    """Every method over its sparsities."""
+    """Every method that was measured at two sparsities or more, up to fifty times the dense perplexity: above that
+    no method is worth a comparison."""
     from jaxsparse.analysis import plots
 
     value = "perplexity" if whole else "divergence"
     lines: dict[str, tuple[list[float], list[float]]] = {}
+    ylim = None
     for name in METHODS:
         points = sorted(
             (float(row["budget"]), row[value])
             for row in rows
             if row["name"] == name and row["budget"].replace(".", "").isdigit()
         )
-        if points:
+        if len(points) > 1:
             lines[name] = [s for s, _ in points], [v for _, v in points]
     if whole and lines:
         ends = [choose(x for xs, _ in lines.values() for x in xs) for choose in (min, max)]
-        lines["dense"] = ends, [rows[0]["dense_perplexity"]] * 2
+        dense = rows[0]["dense_perplexity"]
+        lines["dense"], ylim = (ends, [dense] * 2), (0.9 * dense, 50 * dense)
     figure = plots.curves(
-        lines, title="SmolLM2, pruned", xlabel="sparsity of every kernel", ylabel=value, log=True
-    )
+        lines, title="SmolLM2, pruned", xlabel="sparsity of every kernel", ylabel=value, log=True,
+        ylim=ylim,
+    )  # fmt: skip
     figure.savefig(path, dpi=120)
 
 

@@ -21,6 +21,7 @@ from jax import Array
 
 from jaxsparse import _counts, selection, structures
 from jaxsparse.choose import check_sparsity
+from jaxsparse.post_training._checks import check_layer
 from jaxsparse.structures import NM, FanIn, Structure, Unstructured
 
 
@@ -112,6 +113,7 @@ def prepare(w: Array, gram: Array) -> tuple[Array, Array]:
     """Weights and Gram matrix in float32, with features that were never active made harmless: their
     weights are 0 and their diagonal is 1. Where nothing was active (an expert without tokens) nothing is
     known: the Gram matrix is the identity, by which methods fall back on magnitudes."""
+    check_layer(w, gram=gram)
     w, gram = w.astype(jnp.float32), gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
     dead = diagonal <= 0

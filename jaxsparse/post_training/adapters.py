@@ -16,6 +16,7 @@ Masks are carried, not read from zeros: a kept weight may be 0.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from jax import Array
 
 from jaxsparse import targets as targets_
 from jaxsparse.post_training import models
+from jaxsparse.post_training._checks import check_count, check_pattern
 from jaxsparse.post_training.report import Result
 
 
@@ -118,8 +120,10 @@ def adapter(
       ValueError: a rank that is not positive, no masks, a mask of a leaf that is no matrix, targets that
         match nothing.
     """
-    if rank < 1:
-        raise ValueError(f"rank={rank}: give a positive integer")
+    check_count("rank", rank)
+    check_pattern("targets", targets)
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha}: give a finite number")
     model = pruned.model if isinstance(pruned, Result) else pruned
     masks = pruned.masks if isinstance(pruned, Result) else masks
     if masks is None:
@@ -130,6 +134,13 @@ def adapter(
         places = {k.name: _Place(k.path, k.take) for k in pruned.kernels}
     else:
         places = {path: _Place(path, lambda x: x[None]) for path in kept}
+        for path, mask in kept.items():
+            if path not in named or jnp.shape(mask) != jnp.shape(named[path]):
+                has = f"the leaf {named[path].shape}" if path in named else "no such leaf"
+                raise ValueError(
+                    f"masks: {path!r} has shape {jnp.shape(mask)}, and the model has {has}; give a tree like "
+                    "the parameters, with None where nothing was pruned"
+                )
         if deep := [p for p in kept if jnp.ndim(named[p]) != 2]:
             raise ValueError(
                 f"masks: {deep[0]!r} has shape {named[deep[0]].shape}; of a leaf that is no matrix [in, out] "

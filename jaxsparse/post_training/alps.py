@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import selection, structures
+from jaxsparse.post_training._checks import check_count, check_damping
 from jaxsparse.post_training._layer import Pruned, damped, kept_units, matmul, only, prepare
 from jaxsparse.post_training.refit import refit_core
 from jaxsparse.structures import Structure
@@ -60,6 +61,9 @@ def alps_core(
     """
     structure = structures.resolve(structure)
     only(structure, "alps").check("w", w.shape)
+    check_damping(damping)
+    check_count("steps", steps)
+    check_count("refit_steps", refit_steps, 0)
     units = jnp.int32(kept_units(w.shape, sparsity, structure))
     original = w
     w, gram = prepare(w, gram)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax import Array
 
 from jaxsparse import targets as targets_
 from jaxsparse.post_training import models, program
+from jaxsparse.post_training._checks import check_pattern, listed
 from jaxsparse.post_training.program import Kernel, Program, Segment
 from jaxsparse.post_training.statistics import Gram as Gram
 from jaxsparse.post_training.statistics import Inputs, Statistic, Tokens, add
@@ -38,9 +40,13 @@ class Stream:
         mask: TokenMask | None,
         blocks: str | None,
     ):
-        self.model, self.batches = model, list(batches)
-        if not self.batches:
-            raise ValueError("batches: there are none; give at least one batch of calibration data")
+        self.model, self.batches = model, listed(batches)
+        if mask is not None and not callable(mask):
+            raise ValueError(
+                f"mask: is one {type(mask).__name__}; give a function of a batch, which returns its mask"
+            )
+        if blocks is not None:
+            check_pattern("blocks", blocks)
         self.chosen = targets_.select(model.params, targets)
         named = model.named()
         self.paths, leaves = [p for p, _ in named], [x for _, x in named]
@@ -59,6 +65,10 @@ class Stream:
                 traced[shape] = made, program.segments(made, found, blocks)
             self.runs.append(traced[shape])
         self.segments = self.runs[0][1]
+        if blocks is not None and not any(re.search(blocks, k.name) for k in self.kernels):
+            raise ValueError(
+                f"blocks={blocks!r}: no kernel's name matches; they look like {self.kernels[0].name!r}"
+            )
         self.masks = [None if mask is None else jnp.asarray(mask(b)) != 0 for b in self.batches]
         self._compiled: dict[tuple, Callable] = {}
         self._texts: dict[tuple[int, int], str] = {}
@@ -150,14 +160,14 @@ class Stream:
             alive = self.alive[i] | dict(zip(segments[at].gives, map(_to_host, out)))
             self.alive[i] = {v: x for v, x in alive.items() if v in later}
 
-    def results(self, params: Sequence[Any]) -> list[list[Any]]:
-        """What the model returned, as a list of arrays for each batch; after the last segment."""
+    def results(self, i: int, params: Sequence[Any]) -> list[Any]:
+        """What the model returns for batch i, as a list of arrays; from before the last segment."""
+        made, segments = self.runs[i]
+        out = self._run(len(segments) - 1, i, params, None)[0]
+        alive = self.alive[i] | dict(zip(segments[-1].gives, out))
         return [
-            [
-                v.value if isinstance(v, program.Constant) else self._value(made, alive, params, v)
-                for v in made.outputs
-            ]
-            for alive, (made, _) in zip(self.alive, self.runs)
+            v.value if isinstance(v, program.Constant) else self._value(made, alive, params, v)
+            for v in made.outputs
         ]
 
     def _text(self, i: int, at: int) -> str:
@@ -206,7 +216,13 @@ def watched(
         if mask is not None and not kernel.geometry.lookup:
             keep = _tokens(mask, tokens, kernel, rows)
             rows = jnp.where(keep[None, :, None], rows, 0)
-        found[kernel.name] = add(found.get(kernel.name), statistic(rows))
+        seen = statistic(rows)
+        if not isinstance(seen, Inputs):
+            raise ValueError(
+                f"statistic={statistic!r}: returned {type(seen).__name__}; return post_training.Inputs, "
+                "as Norms() and Gram() do"
+            )
+        found[kernel.name] = add(found.get(kernel.name), seen)
 
     out = program.run(made, segment, values, watch)
     return out, [found[k.name] for k in segment.kernels] if statistic is not None else []
@@ -270,14 +286,19 @@ def calibrate(
     [[1.0, 2.0], [2.0, 5.0]]
 
     Raises:
-      ValueError: no batch; a target that no input is multiplied with; a mask that does not fit.
+      ValueError: no batch; a target that no input is multiplied with; a mask that does not fit; inputs that
+        are not finite; a statistic that is no function, or returns something else.
     """
+    if isinstance(statistic, type) or not callable(statistic):
+        raise ValueError(f"statistic={statistic!r}: give Norms(), Gram(), or a function of tokens")
     whole = models.of(model, forward)
     stream = Stream(whole, batches, targets, mask, blocks)
     params = jax.tree.leaves(whole.params)
     found: dict[str, Inputs] = {}
     for at in range(len(stream.segments)):
         stats, gave = stream.statistics(at, params, statistic)
+        for name, x in stats.items():
+            finite(name, x)
         found |= stats
         if len(found) == len(stream.kernels):
             break

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
+from jaxsparse.post_training._checks import check_count, check_damping, check_layer
 from jaxsparse.post_training._layer import Pruned, kept_units, matmul
 from jaxsparse.structures import Structure
 
@@ -59,6 +60,9 @@ def chita_core(
       ValueError: a sparsity or a structure that the layer cannot have.
     """
     structure = structures.resolve(structure)
+    check_layer(w, gradients=gradients)
+    check_damping(damping)
+    check_count("steps", steps, 0)
     structure.check("w", w.shape)
     units = jnp.int32(kept_units(w.shape, sparsity, structure))
     a = gradients.astype(jnp.float32).reshape(gradients.shape[0], -1)

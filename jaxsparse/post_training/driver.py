@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse import structures
+from jaxsparse import allocations, structures
 from jaxsparse.choose import check_sparsity
 from jaxsparse.post_training import _registry, budgets, gradients, models
+from jaxsparse.post_training._checks import check_count
 from jaxsparse.post_training._layer import Pruned, relative_error
 from jaxsparse.post_training.budgets import ECoFLaP
 from jaxsparse.post_training.calibration import Stream, TokenMask, finite, finite_weights
@@ -102,12 +103,12 @@ def prune(
     Raises:
       ValueError: an unknown method or option, a sparsity or structure that a layer cannot have, a target
         that no input is multiplied with, inputs or weights that are not finite, a method that needs a `loss`
-        without one, a model that changes itself when it is called, a checkpoint of another run.
+        without one or whose loss is no number, an allocation with an N:M structure, a model that changes itself when it is called, a checkpoint of another run.
     """
     method = _registry.resolve(method)
     kind = None if structure is None else structures.resolve(structure)
     sparsity = float(check_sparsity(sparsity, kind))
-    _check(method, options, kind, loss, stages, correct, propagate)
+    _check(method, options, kind, allocation, loss, stages, correct, propagate, refit)
     whole = models.of(model, forward)
     stream = Stream(whole, batches, targets, mask, blocks)
     params, tree = jax.tree.flatten(whole.params)
@@ -154,7 +155,7 @@ def prune(
             before = jnp.ones(params[leaf].shape, bool) if masks[leaf] is None else masks[leaf]
             kept = jnp.stack([p.mask for p in found])
             masks[leaf] = kernel.put(before.astype(jnp.float32), kept) > 0
-        if segment.kernels or errors or at + 1 < len(stream.segments):
+        if at + 1 < len(stream.segments):
             stream.advance(at, stream.outputs(at, params) if propagate or gave is None else gave)
             if ahead is not None:
                 ahead.advance(at, ahead.outputs(at, dense))
@@ -179,10 +180,12 @@ def _check(
     method: _registry.Method,
     options: Mapping[str, Any],
     structure: Structure | None,
+    allocation: Any,
     loss: Loss | None,
     stages: int,
     correct: float,
     propagate: bool,
+    refit: bool | int,
 ) -> None:
     if unknown := sorted(set(options) - set(method.options)):
         raise ValueError(
@@ -200,6 +203,14 @@ def _check(
         raise ValueError(
             f"stages={stages}: structure={structure} has one sparsity and no stages to it"
         )
+    fixed = structure is not None and structure.sparsity is not None
+    if fixed and allocation != "uniform" and not isinstance(allocation, allocations.Uniform):
+        raise ValueError(
+            f"allocation={allocation!r}: with structure={structure} every layer has the same sparsity; leave "
+            "allocation out, or keep layers dense with targets="
+        )
+    if not isinstance(refit, bool):
+        check_count("refit", refit)
     if not 0.0 <= correct <= 1.0 or (correct and not propagate):
         raise ValueError(
             f"correct={correct}: a number in [0, 1], and 0 without propagate=True, where nothing is to be made up"
@@ -318,6 +329,11 @@ class _Job:
                 one = self.method.core(w, *given, sparsity, structure=self.structure, **options)
             except ValueError as error:
                 raise ValueError(f"{kernel.name!r} {tuple(w.shape)}: {error}") from None
+            if self.refit and one.codes is not None:
+                raise ValueError(
+                    f"refit={self.refit}: {self.method.name!r} gives integers here, and least squares would "
+                    "take the weights off their grid; leave refit out"
+                )
             if self.refit and here.gram is not None:
                 steps = 100 if self.refit is True else int(self.refit)
                 one = refit_core(dense[i], here.gram, one, steps=steps)
@@ -370,19 +386,20 @@ def _put(kernel: Kernel, params: Sequence[Any], found: Sequence[Pruned]) -> list
 
 
 def _output_error(stream: Stream, dense: list[Any], params: list[Any], propagated: bool) -> float:
-    """Of all floating-point outputs, over the batches."""
+    """Of all floating-point outputs, over the batches. Both streams stand before the last segment, and outputs
+    are those of one batch at a time: logits of all would be the largest thing in memory."""
 
-    def results(weights, run: bool):
-        if run:
-            stream.restart()
-            for at in range(len(stream.segments)):
-                stream.advance(at, stream.outputs(at, weights))
-        return stream.results(weights)
+    def to_the_last(stream: Stream, weights: list[Any]) -> Stream:
+        stream.restart()
+        for at in range(len(stream.segments) - 1):
+            stream.advance(at, stream.outputs(at, weights))
+        return stream
 
-    pruned = results(params, run=not propagated)
+    before = to_the_last(stream.fork(), dense)
+    after = stream if propagated else to_the_last(stream, params)
     different = total = 0.0
-    for old, new in zip(results(dense, run=True), pruned):
-        for a, b in zip(old, new):
+    for i in range(len(stream.batches)):
+        for a, b in zip(before.results(i, dense), after.results(i, params)):
             if jnp.issubdtype(jnp.result_type(a), jnp.floating):
                 a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
                 different, total = different + np.sum((a - b) ** 2), total + np.sum(a**2)

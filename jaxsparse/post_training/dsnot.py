@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
+from jaxsparse.post_training._checks import check_count, check_layer
 from jaxsparse.post_training._layer import Pruned, errors, keep, only
 from jaxsparse.post_training.wanda import wanda_scores
 from jaxsparse.structures import NM, FanIn, Structure
@@ -66,6 +67,8 @@ def dsnot_core(
     structure = structures.resolve(structure or FanIn())
     if not isinstance(only(structure, "dsnot"), FanIn | NM):
         raise ValueError(f"structure={structure}: dsnot swaps within outputs; give FanIn()")
+    check_layer(w, mean=mean, squares=squares, mask=mask, gram=gram)
+    check_count("cycles", cycles, 0)
     w = w.astype(jnp.float32)
     if mask is None:
         mask = keep(wanda_scores(w, squares), sparsity, structure)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import _counts, selection, structures
+from jaxsparse.post_training._checks import check_count, check_damping
 from jaxsparse.post_training._layer import (
     Pruned,
     inverse_factor,
@@ -63,6 +64,8 @@ def exact_obs_core(
     """
     structure = structures.resolve(structure)
     only(structure, "exact_obs").check("w", w.shape)
+    check_damping(damping)
+    check_count("together", together)
     units = kept_units(w.shape, sparsity, structure)
     w, gram = prepare(w, gram)
     u, used = jax.jit(inverse_factor)(gram, damping)

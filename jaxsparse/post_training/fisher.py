@@ -11,6 +11,10 @@ WoodFisher takes the inverse of diagonal blocks, M-FAC that of the whole layer, 
 update is a sum of answers to single removals and ignores how these interact; therefore M-FAC removes in
 `steps`, the density falling geometrically, with the inverse of what is left in each.
 
+Fewer gradients than a block has weights say little: F⁻¹ is then I/λ but for m directions, [F⁻¹]_qq is nearly
+the same for all, and the ranking nearly that of magnitudes. Give samples by the hundred, or smaller blocks; with
+few, OBD, which is F's diagonal alone, ranks better.
+
 This differs from the authors' code in: 1. layers are pruned one after the other to a sparsity each, not
 ranked together; 2. the inverse comes from a Cholesky factor of m x m, not from the recursion over samples.
 """
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import _counts, structures
+from jaxsparse.post_training._checks import check_count, check_damping, check_layer
 from jaxsparse.post_training._layer import Pruned, keep, kept_units
 from jaxsparse.post_training.obs import inverse_fisher, obd_saliency, obs_saliency
 from jaxsparse.structures import Structure
@@ -55,6 +60,7 @@ def obd_core(
       ValueError: a sparsity or a structure that the layer cannot have.
     """
     structure = structures.resolve(structure)
+    check_layer(w, gradients=gradients)
     w = w.astype(jnp.float32)
     fisher = jnp.mean(jnp.square(gradients.astype(jnp.float32)), axis=0)
     fisher = jnp.where(jnp.any(fisher > 0), fisher, 1.0)
@@ -93,8 +99,11 @@ def woodfisher_core(
     """
     structure = structures.resolve(structure)
     structure.check("w", w.shape)
-    if steps < 1:
-        raise ValueError(f"steps={steps}: give a positive number")
+    check_layer(w, gradients=gradients)
+    check_damping(damping)
+    check_count("steps", steps)
+    if block is not None:
+        check_count("block", block)
     units = kept_units(w.shape, sparsity, structure)
     whole = units if structure.sparsity is not None else kept_units(w.shape, 0.0, structure)
     size = w.size if block is None else min(block, w.size)

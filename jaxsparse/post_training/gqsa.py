@@ -28,6 +28,7 @@ import numpy as np
 from jax import Array
 
 from jaxsparse import structures
+from jaxsparse.post_training._checks import check_count, check_damping
 from jaxsparse.post_training._layer import (
     Pruned,
     damped,
@@ -69,6 +70,8 @@ def gqsa_core(
       ValueError: a group that does not divide the inputs, another structure, a sparsity that the layer
         cannot have.
     """
+    check_count("group", group)
+    check_damping(damping)
     mine = Block(group, 1)
     if structure is not None and structures.resolve(structure) != mine:
         raise ValueError(f"structure={structure}: gqsa drops Block({group}, 1); leave it out")
@@ -89,23 +92,23 @@ def gqsa_core(
 @functools.partial(jax.jit, static_argnames=("group",))
 def _scales(w, gram, codes, scales, group: int) -> Array:
     """The scales `[groups, out]` of least error; of an output that would lose by rounding, those it had."""
-    groups = codes.shape[0] // group
+    inputs, groups = codes.shape[0], codes.shape[0] // group
+    codes = codes.astype(jnp.float32)
+    wanted = codes * matmul(gram, w)
+    by_group = lambda x: x.reshape(groups, group, -1).sum(1)
 
     def one(column):
-        w, c, s = column
-        spread = jnp.where(
-            jnp.arange(groups)[None] == (jnp.arange(c.shape[0]) // group)[:, None], c[:, None], 0.0
-        )
-        half = matmul(gram, spread)
-        system = matmul(spread.T, half)
+        c, right, s = column
+        # C has one entry in each row: gram C is a sum over neighbouring columns, no product.
+        half = (gram * c).reshape(inputs, groups, group).sum(2)
+        system = by_group(c[:, None] * half)
         empty = jnp.diagonal(system) <= 0
-        system = system + jnp.diag(jnp.where(empty, 1.0, 0.0))
-        solved = jnp.linalg.solve(system, matmul(half.T, w))
-        solved = jnp.where(empty, s, solved)
-        lost = lambda x: jnp.sum(errors(gram, (w - matmul(spread, x))[:, None]))
-        return jnp.where(lost(solved) <= lost(s), solved, s)
+        solved = jnp.linalg.solve(system + jnp.diag(jnp.where(empty, 1.0, 0.0)), right)
+        return jnp.where(empty, s, solved)
 
-    return jax.lax.map(one, (w.T, codes.T.astype(jnp.float32), scales.T)).T
+    solved = jax.lax.map(one, (codes.T, by_group(wanted).T, scales.T)).T
+    lost = lambda x: errors(gram, w - codes * jnp.repeat(x, group, axis=0))
+    return jnp.where(lost(solved) <= lost(scales), solved, scales)
 
 
 class Groups(NamedTuple):

@@ -32,7 +32,12 @@ class LossGradients:
             params = list(params)
             for leaf, x in zip(self.leaves, mine):
                 params[leaf] = x
-            return loss(model.function(tree.unflatten(params), batch), batch)
+            found = loss(model.function(tree.unflatten(params), batch), batch)
+            if jnp.shape(found) != ():
+                raise ValueError(
+                    f"loss: returned shape {jnp.shape(found)}; return one number, such as a mean over the batch"
+                )
+            return found
 
         self.value = jax.jit(value)
         self._gradient = jax.jit(jax.grad(value))

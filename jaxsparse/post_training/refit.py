@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxsparse.post_training._checks import check_count, check_damping, check_layer
 from jaxsparse.post_training._layer import Pruned, damped, errors, matmul, prepare
 
 
@@ -46,6 +47,9 @@ def refit_core(
     >>> refit_core(jnp.array([[2.0], [1.0]]), gram, pruned, damping=0.0).weights.tolist()
     [[2.5], [0.0]]
     """
+    check_layer(w, gram=gram, mask=pruned.mask)
+    check_damping(damping)
+    check_count("steps", steps, 0)
     weights = _solve(w, gram, pruned.weights, pruned.mask, jnp.float32(damping), steps, tolerance)
     return pruned._replace(weights=weights, codes=None, scales=None)
 

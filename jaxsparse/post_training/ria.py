@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from jaxsparse import selection, structures
+from jaxsparse.post_training._checks import check_count, check_layer
 from jaxsparse.post_training._layer import Pruned, keep, only, rank
 from jaxsparse.structures import NM, Structure
 
@@ -64,6 +65,8 @@ def ria_core(
       ValueError: a sparsity or a structure that the layer cannot have; `permute` without N:M.
     """
     structure = structures.resolve(structure)
+    check_layer(w, squares=squares)
+    check_count("rounds", rounds)
     w = w.astype(jnp.float32)
     scores = ria_scores(w, squares, power)
     if not permute:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import _counts, selection, structures
+from jaxsparse.post_training._checks import check_count, check_damping, check_layer
 from jaxsparse.post_training._layer import (
     Pruned,
     inverse_factor,
@@ -58,7 +59,8 @@ class Int:
     group: int = 128
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8 or self.group < 1:
+        whole = isinstance(self.bits, int) and isinstance(self.group, int)
+        if not whole or not 2 <= self.bits <= 8 or self.group < 1:
             raise ValueError(f"Int({self.bits}, group={self.group}): 2 to 8 bits, a positive group")
 
     @property
@@ -111,6 +113,11 @@ def sparsegpt_core(
     """
     structure = structures.resolve(structure)
     only(structure, "sparsegpt").check("w", w.shape)
+    check_layer(w, gram=gram, mask=mask)
+    check_count("block", block)
+    check_damping(damping)
+    if quantize is not None and not isinstance(quantize, Int):
+        raise ValueError(f"quantize={quantize!r}: give a grid, such as post_training.Int(4)")
     inputs, outputs = w.shape
     block = min(quantize.group if quantize else block, inputs)
     if isinstance(structure, NM):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
+from jaxsparse.post_training._checks import check_layer
 from jaxsparse.post_training._layer import Pruned, keep
 from jaxsparse.structures import FanIn, Structure
 
@@ -48,6 +49,7 @@ def wanda_core(
       ValueError: a sparsity or a structure that the layer cannot have.
     """
     structure = structures.resolve(structure or FanIn())
+    check_layer(w, squares=squares)
     w = w.astype(jnp.float32)
     mask = keep(wanda_scores(w, squares), sparsity, structure)
     return Pruned(jnp.where(mask, w, 0.0), mask)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
+from jaxsparse.post_training._checks import check_count, check_layer
 from jaxsparse.post_training._layer import Pruned, keep
 from jaxsparse.post_training.calibration import Stream
 from jaxsparse.post_training.gradients import distance
@@ -57,6 +58,7 @@ def wanda_plus_plus_core(
       ValueError: a sparsity or a structure that the layer cannot have.
     """
     structure = structures.resolve(structure or FanIn())
+    check_layer(w, squares=squares, gradients=gradients)
     w = w.astype(jnp.float32)
     slope = jnp.sqrt(jnp.mean(jnp.square(gradients.astype(jnp.float32)), axis=0))
     squares = squares.astype(jnp.float32)
@@ -90,6 +92,7 @@ def tune_block(
     Returns:
       The parameters, dense.
     """
+    check_count("rounds", rounds, 0)
     leaves = sorted({k.view.leaf for k in stream.segments[at].kernels})
     for _ in range(rounds):
         params = pruned(params)

@@ -348,7 +348,7 @@ def test_adapters_know_kept_zeros_stacks_and_what_they_cannot_do(case):
     changed = two.params(jax.tree.map(lambda x: x + 1.0, two.init))["kernel"]
     assert np.array_equal(np.asarray(changed) != stacked["kernel"] * result.masks["kernel"],
                           result.masks["kernel"])  # fmt: skip
-    with pytest.raises(ValueError, match="rank=0: give a positive"):
+    with pytest.raises(ValueError, match="rank=0: give an integer of at least 1"):
         pt.adapter(result, rank=0)
     with pytest.raises(ValueError, match="masks: a model has none"):
         pt.adapter(plain)

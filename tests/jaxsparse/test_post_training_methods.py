@@ -82,7 +82,7 @@ def test_one_removal_attains_the_cost_of_brain_surgery_and_a_diagonal_moves_noth
     np.testing.assert_allclose(still.weights, np.where(still.mask, w, 0), atol=1e-5)
     unmoved = pt.woodfisher_core(f32(w), f32(g.reshape(9, 6, 4)), 0.5, damping=0.5, update=0.0)
     np.testing.assert_allclose(unmoved.weights, np.where(unmoved.mask, w, 0), atol=1e-6)
-    with pytest.raises(ValueError, match="steps=0: give a positive number"):
+    with pytest.raises(ValueError, match="steps=0: give an integer of at least 1"):
         pt.woodfisher_core(f32(w), f32(g.reshape(9, 6, 4)), 0.5, steps=0)
     assert fisher.woodfisher_core is pt.woodfisher_core
 
