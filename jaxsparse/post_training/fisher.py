@@ -12,8 +12,8 @@ update is a sum of answers to single removals and ignores how these interact; th
 `steps`, the density falling geometrically, with the inverse of what is left in each.
 
 Fewer gradients than a block has weights say little: F⁻¹ is then I/λ but for m directions, [F⁻¹]_qq is nearly
-the same for all, and the ranking nearly that of magnitudes. Give samples by the hundred, or smaller blocks; with
-few, OBD, which is F's diagonal alone, ranks better.
+the same for all, and the ranking nearly that of magnitudes. Give samples by the hundred; with few, OBD, which is
+F's diagonal alone, ranks better.
 
 This differs from the authors' code in: 1. layers are pruned one after the other to a sparsity each, not
 ranked together; 2. the inverse comes from a Cholesky factor of m x m, not from the recursion over samples.
