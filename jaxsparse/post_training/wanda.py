@@ -8,12 +8,15 @@ Gram matrix is replaced by its diagonal. Comparing within outputs matters: over 
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
 from jaxsparse.post_training._checks import check_layer
-from jaxsparse.post_training._layer import Pruned, keep
+from jaxsparse.post_training._layer import Pruned, kept_units
 from jaxsparse.structures import FanIn, Structure
 
 
@@ -50,6 +53,15 @@ def wanda_core(
     """
     structure = structures.resolve(structure or FanIn())
     check_layer(w, squares=squares)
+    structure.check("w", w.shape)
+    return Pruned(
+        *_prune(w, squares, jnp.int32(kept_units(w.shape, sparsity, structure)), structure)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("structure",))
+def _prune(w: Array, squares: Array, units: Array, structure: Structure) -> tuple[Array, Array]:
+    """Compiled as one: the scores are read by the selection as they are made."""
     w = w.astype(jnp.float32)
-    mask = keep(wanda_scores(w, squares), sparsity, structure)
-    return Pruned(jnp.where(mask, w, 0.0), mask)
+    mask = structures.topk(structure, wanda_scores(w, squares), units)
+    return jnp.where(mask, w, 0.0), mask
