@@ -116,22 +116,24 @@ def compressed_attention(
       The output, float32 `[batch, heads, q_len, dim]`, 0 where no block is complete, and the probabilities
       `[batch, kv_heads, heads / kv_heads, q_len, blocks]`.
     """
-    position = np.arange(q.shape[2])[:, None] + offset
-    seen = np.arange(k_blocks.shape[2]) * stride + length - 1 <= position
-    some = seen.any(-1, keepdims=True)
-    p = jax.nn.softmax(jnp.where(seen, _compressed_scores(q, k_blocks), -1e30), -1)
-    p = jnp.where(seen & some, p, 0.0)
+    p = _probabilities(q, k_blocks, jnp.arange(q.shape[2]) + offset, length, stride)
     out = jnp.einsum("bgrtc,bgcd->bgrtd", p, v_blocks.astype(jnp.float32))
     return out.reshape(*q.shape[:3], -1), p
 
 
-def _compressed_scores(q: Array, k_blocks: Array) -> Array:
-    """Scaled products in q's precision, float32 `[batch, kv_heads, heads / kv_heads, q_len, blocks]`."""
+def _probabilities(q: Array, k_blocks: Array, position: Array, length: int, stride: int) -> Array:
+    """Of queries at these positions over the blocks that end before them, float32
+    `[batch, kv_heads, heads / kv_heads, q_len, blocks]`; 0 where none does. Scores are products in q's precision."""
     grouped = group(q, k_blocks.shape[1])
     s = jnp.einsum(
         "bgrtd,bgcd->bgrtc", grouped, k_blocks.astype(q.dtype), preferred_element_type=jnp.float32
     )
-    return s * q.shape[-1] ** -0.5
+    last_key = jnp.arange(k_blocks.shape[2]) * stride + length - 1
+    s = jnp.where(last_key <= position[:, None], s * q.shape[-1] ** -0.5, -jnp.inf)
+    top = lax.stop_gradient(s.max(-1, keepdims=True, initial=-jnp.inf))
+    weights = jnp.exp(s - jnp.maximum(top, -1e30))  # of a query that sees nothing, too
+    total = weights.sum(-1, keepdims=True)
+    return weights * (1 / jnp.where(total == 0, 1.0, total))
 
 
 def _tile_scores(
@@ -139,41 +141,39 @@ def _tile_scores(
 ) -> Array:
     """`selection_scores` of the probabilities of `compressed_attention`, of which only those of some tiles of queries
     exist at a time; the queries are the last positions."""
-    tiles = -(-q.shape[2] // layout.block_q)
-    number = max(1, min(tiles, _QUERIES // layout.block_q))  # of tiles at a time
-    rows, steps = number * layout.block_q, -(-tiles // number)
+    tiles, block = -(-q.shape[2] // layout.block_q), layout.block_q
+    number = max(1, min(tiles, _QUERIES // block))  # of tiles at a time
+    rows, steps = number * block, -(-tiles // number)
     offset = kv_len - q.shape[2]
-    last_key = jnp.arange(k_blocks.shape[2]) * stride + length - 1
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, steps * rows - q.shape[2]), (0, 0)))
 
     def some_tiles(i: Array) -> Array:
         some = lax.dynamic_slice_in_dim(padded, i * rows, rows, 2)
-        at = i * rows + jnp.arange(rows)[:, None]
-        s = jnp.where(last_key <= at + offset, _compressed_scores(some, k_blocks), -jnp.inf)
-        top = jnp.maximum(s.max(-1, keepdims=True), -1e30)  # of a row that sees nothing, too
-        weights = jnp.exp(s - top)
-        total = weights.sum(-1, keepdims=True)
-        p = weights * jnp.where((total > 0) & (at < q.shape[2]), 1 / total, 0.0)
-        return selection_scores(p, layout, kv_len, length=length, stride=stride)
+        at = i * rows + jnp.arange(rows)
+        position = jnp.where(at < q.shape[2], at + offset, -1)  # padding sees nothing
+        p = _probabilities(some, k_blocks, position, length, stride)
+        return pool.cut(p.sum(2), block)[0].sum(-2)
 
     scores = jnp.moveaxis(lax.map(some_tiles, jnp.arange(steps)), 0, 2)
-    return scores.reshape(*scores.shape[:2], steps * number, -1)[:, :, :tiles]
+    scores = scores.reshape(*scores.shape[:2], steps * number, -1)[:, :, :tiles]
+    return _of_blocks(scores, layout, kv_len, length=length, stride=stride)
 
 
 def selection_scores(p: Array, layout: Layout, kv_len: int, *, length: int, stride: int) -> Array:
     """Compressed probabilities summed over heads of a group, overlapping blocks and queries of a tile, float32
     `[batch, kv_heads, q_blocks, kv_blocks]`."""
-    blocks = -(-kv_len // layout.block_kv)
-    p = lax.stop_gradient(p)
+    summed = pool.cut(lax.stop_gradient(p).sum(2), layout.block_q)[0].sum(-2)
+    return _of_blocks(summed, layout, kv_len, length=length, stride=stride)
+
+
+def _of_blocks(scores: Array, layout: Layout, kv_len: int, *, length: int, stride: int) -> Array:
+    """Scores of compressed blocks, the last axis, added up to those of the blocks of keys that they overlap."""
+    blocks, number = -(-kv_len // layout.block_kv), scores.shape[-1]
     if length == stride == layout.block_kv:  # each overlaps itself; the last may not be complete
-        by_block = pool.cut(p.sum(2), layout.block_q)[0].sum(-2)
-        return jnp.pad(by_block, ((0, 0), (0, 0), (0, 0), (0, blocks - p.shape[-1])))
-    start = np.arange(p.shape[-1]) * stride
-    first = np.arange(blocks) * layout.block_kv
+        return jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, blocks - number)))
+    start, first = np.arange(number) * stride, np.arange(blocks) * layout.block_kv
     meet = (start[:, None] < first + layout.block_kv) & (start[:, None] + length > first)
-    by_query = jnp.einsum("bgrtc,cn->bgtn", p, meet.astype(np.float32))
-    summed, _ = pool.cut(by_query, layout.block_q)
-    return summed.sum(-2)
+    return jnp.einsum("bgtc,cn->bgtn", scores, meet.astype(np.float32))
 
 
 def nsa_attention(
