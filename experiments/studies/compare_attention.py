@@ -1,13 +1,19 @@
 """Block predictors and cache policies side by side, on the attention of SmolLM2 over prose.
 
     python -m experiments.studies.compare_attention --workdir=runs/compare_attention --out=docs/results
+    python -m experiments.studies.compare_attention --workdir=runs/compare_attention --out=docs/results --policies= \
+        --length=8192 --shortest=2048 --predictors=oracle,streaming,minference,moba,seer --budgets= --calibration=4096
 
 Every predictor chooses blocks of 32 by 32 at several budgets: recall and relative error against dense attention, on
 the dense model's own queries and keys of every third layer; its cost in operations; and the perplexity of the whole model
 when every layer attends through its choice. Every cache policy keeps a prompt within several budgets: the perplexity of
 what follows it. What is trained or searched (SeerAttention's gates, DSV's projections, MInference's patterns) is so on the
 calibration half of the text. Writes `results.json` after every run (a run that is there already is not made again), and
-`attention.md` with plots into `--out`.
+`attention_tables.md` with plots into `--out`.
+
+With `--shortest=n` it also asks what Nawrot et al., The Sparse Frontier, 2025, ask: at equal cost of attention, is a longer
+and sparser context better, or a shorter and denser one? The last n / 2 tokens of the text are predicted from its last n
+tokens densely, from 2 n at a quarter, 4 n at a sixteenth, up to the whole text.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -105,9 +112,8 @@ def finish(layer: smollm2.Block, x_BTD: Array, out_BHTK: Array) -> Array:
 
 
 def dense(h: Heads) -> Array:
-    swap = lambda y: jnp.swapaxes(y, 1, 2)
-    out = jax.nn.dot_product_attention(swap(h.q), swap(h.k), swap(h.v), is_causal=True)
-    return swap(out)
+    """Block by block: of long texts nothing of tokens by tokens is made."""
+    return attention.attend(h.q, h.k, h.v, attention.dense(layout=Layout(256, 256)))
 
 
 class Model:
@@ -137,8 +143,15 @@ class Model:
         return functools.partial(loss, state)
 
     def nats(self, x: Array, tokens: Array, after: int = 0) -> float:
-        """Mean negative log-likelihood of the tokens after a place."""
-        return float(jnp.mean(self._loss(x, tokens)[:, after:]))
+        """Mean negative log-likelihood of the tokens after a place, of which so many have their logits at a time."""
+        starts = range(after, tokens.shape[1] - 1, 1023)
+        parts = [self._loss(x[:, i : i + 1024], tokens[:, i : i + 1024]) for i in starts]
+        return float(jnp.mean(jnp.concatenate(parts, 1)))
+
+    def perplexity(self, x: Array, tokens: Array, last: int | None = None) -> float:
+        """Of all tokens but the first, or of the last so many."""
+        after = 0 if last is None else tokens.shape[1] - last - 1
+        return float(np.exp(self.nats(x, tokens, after)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -198,10 +211,22 @@ def train(graph: Any, state: Any, kind: str, steps: int, layout: Layout, h: Head
     return state, values[-1]
 
 
+NEEDS = {"seer": "gate", "dsv": "low_rank", "minference": "patterns"}
+
+
 def prepare(
-    model: Model, tokens: Array, budgets: tuple[float, ...], steps: int, layout: Layout = LAYOUT
+    model: Model,
+    tokens: Array,
+    budgets: tuple[float, ...],
+    steps: int,
+    layout: Layout = LAYOUT,
+    names: Collection[str] = tuple(NEEDS),
 ) -> list[Params]:
-    """Per layer: a trained gate, trained projections, and the best pattern of each head at each budget."""
+    """Per layer, what these predictors need: a trained gate, trained projections, the best pattern of each head at each
+    budget."""
+    needed = {NEEDS[name] for name in names if name in NEEDS}
+    if not needed:
+        return [{} for _ in model.states]
     x, found = model.embed(tokens), []
     look = jax.jit(lambda state, x: heads_of(nnx.merge(model.graph, state), x))
     search = {
@@ -210,14 +235,16 @@ def prepare(
         for b in budgets
     }  # fmt: skip
     for i, state in enumerate(model.states):
-        h = look(state, x)
-        params: Params = {"patterns": {str(b): search[b](h) for b in budgets}}
+        h, params = look(state, x), {}
+        if "patterns" in needed:
+            params["patterns"] = {str(b): search[b](h) for b in budgets}
         gate = attention.SeerGate(h.q.shape[1], h.k.shape[1], h.q.shape[3], layout=layout,
                                   rope_base=model.model.config.rope_base, rngs=nnx.Rngs(i))  # fmt: skip
         low = attention.LowRank(x.shape[-1], h.k.shape[1], RANK, rngs=nnx.Rngs(i))
-        for name, kind, module in (("gate", "gate", gate), ("low_rank", "low", low)):
-            graph, start = nnx.split(module)
-            params[name] = (graph, train(graph, start, kind, steps, layout, h)[0])
+        for name, module in (("gate", gate), ("low_rank", low)):
+            if name in needed:
+                graph, start = nnx.split(module)
+                params[name] = (graph, train(graph, start, name, steps, layout, h)[0])
         found.append(params)
         x = dense_layer(model.graph, state, x)
     return found
@@ -225,7 +252,7 @@ def prepare(
 
 def only(name: str, params: Params) -> Params:
     """What one predictor needs, so that it is not traced for the others. A graph is static."""
-    part = {"seer": "gate", "dsv": "low_rank", "minference": "patterns"}.get(name)
+    part = NEEDS.get(name)
     return {} if part is None else {part: params[part]}
 
 
@@ -234,16 +261,14 @@ def only(name: str, params: Params) -> Params:
 
 def run_predictor(
     model: Model, name: str, budget: float, tokens: Array, trained: list[Params], inputs: dict[int, Array],
-    perplexity: bool,
+    perplexity: bool, last: int,
 ) -> dict[str, Any]:  # fmt: skip
-    start, y, rows = time.perf_counter(), model.embed(tokens), []
-    for i, state in enumerate(model.states):
+    """Recall, error and density in some layers, and the perplexity of the whole text and of its last tokens."""
+    start, rows = time.perf_counter(), []
+    for i, x in inputs.items():
         params = only(name, trained[i])
-        if i in inputs:
-            found = measure_layer(model.graph, name, budget, state, params, inputs[i])
-            rows.append([float(v) for v in found])
-        if perplexity:
-            y, _ = sparse_layer(model.graph, name, budget, LAYOUT, state, params, y)
+        found = measure_layer(model.graph, name, budget, model.states[i], params, x)
+        rows.append([float(v) for v in found])
     recall, error, density = np.mean(rows, 0)
     config = model.model.config
     length = tokens.shape[1]
@@ -252,11 +277,44 @@ def run_predictor(
     )
     cost = make(name, budget, length, trained[0]).cost(sizes) / attention.dense_cost(sizes)
     row = dict(name=name, budget=budget, length=length, recall=float(recall), error=float(error),
-               density=float(density), cost=cost, by_layer=[r[0] for r in rows],
-               seconds=time.perf_counter() - start)  # fmt: skip
+               density=float(density), cost=cost, by_layer=[r[0] for r in rows])  # fmt: skip
     if perplexity:
-        row["perplexity"] = float(np.exp(model.nats(y, tokens)))
-    return row
+        x, _ = read(model, name, budget, tokens, trained)
+        row["perplexity"] = model.perplexity(x, tokens)
+        row |= dict(last=last, tail=model.perplexity(x, tokens, last))
+    return row | dict(seconds=time.perf_counter() - start)
+
+
+def read(
+    model: Model, name: str, budget: float, tokens: Array, trained: list[Params], layout: Layout = LAYOUT
+) -> tuple[Array, float]:  # fmt: skip
+    """What the model makes of tokens when all of its layers attend through a choice, and the density that they read."""
+    x, densities = model.embed(tokens), []
+    for state, params in zip(model.states, trained):
+        layer = functools.partial(sparse_layer, model.graph, name, budget, layout, state)
+        x, density = layer(only(name, params), x)
+        densities.append(float(density))
+    return x, float(np.mean(densities))
+
+
+def run_context(
+    model: Model, name: str, budget: float, tokens: Array, trained: list[Params], context: int, last: int
+) -> dict[str, Any]:  # fmt: skip
+    """The perplexity of the last tokens of a text of which only the end is read."""
+    start, end = time.perf_counter(), tokens[:, tokens.shape[1] - context :]
+    x, density = read(model, name, budget, end, trained)
+    return dict(name=name, budget=budget, length=tokens.shape[1], context=context, last=last, density=density,
+                tail=model.perplexity(x, end, last), seconds=time.perf_counter() - start)  # fmt: skip
+
+
+def equal_cost(length: int, shortest: int) -> list[tuple[int, float]]:
+    """Contexts of a text and densities at which attention reads as many pairs as dense attention over the shortest.
+
+    >>> equal_cost(2048, 512)
+    [(512, 1.0), (1024, 0.25), (2048, 0.0625)]
+    """
+    contexts = [shortest * 2**i for i in range((length // shortest).bit_length())]
+    return [(n, (shortest / n) ** 2) for n in contexts]
 
 
 def policy_of(name: str, budget: int) -> attention.Policy:
@@ -321,28 +379,27 @@ def run_policy(
     entries = float(np.mean([float(c.counts.mean()) for c in caches]))
     left = sum(int(c.overflow.sum()) for c in caches)
     return dict(name=name, budget=budget, prompt=prompt, length=total, entries=entries, overflow=left,
-                perplexity=float(np.exp(model.nats(x, tokens, prompt - 1))),
+                perplexity=model.perplexity(x, tokens, total - prompt),
                 seconds=time.perf_counter() - start)  # fmt: skip
 
 
 # ------------------------------------------------------------------ the page
 
 
-def table(rows: list[dict[str, Any]], value: str, form: str = "{:.3f}") -> str:
-    """One value of every name over budgets, in Markdown."""
-    budgets = sorted({row["budget"] for row in rows})
-    by = {(row["name"], row["budget"]): row for row in rows}
-    names = list(dict.fromkeys(row["name"] for row in rows))
+def table(rows: list[dict[str, Any]], value: str, form: str = "{:.3f}", by: str = "budget") -> str:
+    """One value of every name over budgets, or over titles of columns, in Markdown."""
+    columns = list(dict.fromkeys(row[by] for row in rows))
+    if by == "budget":
+        columns = sorted(columns)
+    cells = {(row["name"], row[by]): row for row in rows}
     lines = [
-        "| | " + " | ".join(f"{b:g}" for b in budgets) + " |",
-        "| :--- |" + " ---: |" * len(budgets),
+        "| | " + " | ".join(f"{c:g}" if by == "budget" else c for c in columns) + " |",
+        "| :--- |" + " ---: |" * len(columns),
     ]
-    for name in names:
-        cells = [
-            form.format(by[name, b][value]) if value in by.get((name, b), {}) else ""
-            for b in budgets
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = [cells.get((name, c), {}) for c in columns]
+        text = [form.format(row[value]) if value in row else "" for row in found]
+        lines.append(f"| {name} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
 
@@ -389,8 +446,20 @@ def write(out: pathlib.Path, results: dict[str, Any]) -> None:
             "Entries per head at the end, the continuation included where nothing is evicted while decoding:\n"
         )
         parts.append(table(results["policies"], "entries", "{:.0f}") + "\n")
+    for length in sorted({row["length"] for row in results["contexts"]}):
+        rows = [
+            row | dict(column=f"last {row['context']} at {row['budget']:g}")
+            for row in sorted(results["contexts"], key=lambda row: (row["context"], row["budget"]))
+            if row["length"] == length
+        ]
+        parts.append(f"## Equal cost, a text of {length} tokens\n")
+        for value, form, title in (
+            ("tail", "{:.2f}", f"Perplexity of the last {rows[0]['last']} tokens"),
+            ("density", "{:.3f}", "Density that was read"),
+        ):
+            parts.append(f"{title}:\n\n{table(rows, value, form, 'column')}\n")
     dense_line = " ".join(
-        f"Dense, {length} tokens: perplexity {row['whole']:.2f}; of the continuation {row['tail']:.2f}."
+        f"Dense, {length} tokens: perplexity {row['whole']:.2f}; of the last {row['after']} tokens {row['tail']:.2f}."
         for length, row in results["dense"].items()
     )
     tables.write_text(
@@ -401,6 +470,14 @@ def write(out: pathlib.Path, results: dict[str, Any]) -> None:
     )
 
 
+def _find(rows: list[dict[str, Any]], name: str, budget: float, length: int,
+          context: int | None = None) -> dict[str, Any] | None:  # fmt: skip
+    """The row of a run, if it is there."""
+    wanted = (name, budget, length, context)
+    have = lambda r: (r["name"], r["budget"], r["length"], context and r["context"])
+    return next((r for r in rows if have(r) == wanted), None)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -409,32 +486,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=1536)
     parser.add_argument("--every", type=int, default=3, help="of so many layers one is measured")
     parser.add_argument("--steps", type=int, default=60, help="of training gates and projections")
+    parser.add_argument("--calibration", type=int, help="tokens that they see; default: --length")
     parser.add_argument("--predictors", default=",".join(PREDICTORS))
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--entries", default="128,256,512")
+    parser.add_argument("--shortest", type=int, help="context that is read densely, at equal cost")
     parser.add_argument("--no-perplexity", action="store_true")
     options = parser.parse_args(arguments)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / "results.json"
-    empty: dict[str, Any] = dict(predictors=[], policies=[])
+    empty: dict[str, Any] = dict(dense={}, predictors=[], policies=[], contexts=[])
     results = json.loads(path.read_text()) if path.exists() else empty
     results["machine"] = machine()
     names = [n for n in options.predictors.split(",") if n]
     policies = [n for n in options.policies.split(",") if n]
-    budgets = tuple(float(b) for b in options.budgets.split(","))
+    budgets = tuple(float(b) for b in options.budgets.split(",") if b)
 
     loaded, tokenizer = smollm2.load()
     model = Model(loaded)
     (tokens,) = smollm2.batches(tokenizer, "evaluation", 1, options.length)
-    (calibration,) = smollm2.batches(tokenizer, "calibration", 1, options.length)
-    x, inputs = model.embed(tokens), {}
-    for i, state in enumerate(model.states):
-        if i % options.every == 0:
-            inputs[i] = x
-        x = dense_layer(model.graph, state, x)
-    whole, tail = (float(np.exp(model.nats(x, tokens, a))) for a in (0, options.prompt - 1))
-    results.setdefault("dense", {})[str(options.length)] = dict(whole=whole, tail=tail)
+    searched = options.calibration or options.length
+    (calibration,) = smollm2.batches(tokenizer, "calibration", 1, searched)
 
     def save(kind: str, row: dict[str, Any]) -> None:
         results[kind].append(row)
@@ -445,15 +518,41 @@ def main(arguments: list[str] | None = None) -> None:
         for n in (int(e) for e in options.entries.split(",")):
             if not any((r["name"], r["budget"]) == (name, n) for r in results["policies"]):
                 save("policies", run_policy(model, name, n, tokens, options.prompt, step=32))
-    key = lambda r: (r["name"], r["budget"], r["length"])
-    done = {key(r) for r in results["predictors"]}
-    missing = [(n, b) for b in budgets for n in names if (n, b, options.length) not in done]
-    trained: list[Params] = [{} for _ in model.states]
-    if any(n in ("seer", "dsv", "minference") for n, _ in missing):
-        trained = prepare(model, calibration, budgets, options.steps)
+    missing = [
+        (name, budget)
+        for budget in budgets
+        for name in names
+        if _find(results["predictors"], name, budget, options.length) is None
+    ]
+    points = [] if options.shortest is None else equal_cost(options.length, options.shortest)
+    wanted = [("dense", 1.0, context) for context, _ in points[:1]]
+    wanted += [(name, budget, context) for context, budget in points[1:] for name in names]
+    unread = [
+        (name, budget, context)
+        for name, budget, context in wanted
+        if _find(results["contexts"], name, budget, options.length, context) is None
+    ]
+    inputs: dict[int, Array] = {}
+    if missing:
+        x, after = model.embed(tokens), options.length - options.prompt
+        for i, state in enumerate(model.states):
+            if i % options.every == 0:
+                inputs[i] = x
+            x = dense_layer(model.graph, state, x)
+        whole, tail = model.perplexity(x, tokens), model.perplexity(x, tokens, after)
+        results["dense"][str(options.length)] = dict(whole=whole, tail=tail, after=after)
+    needed = {n for n, *_ in missing + unread}
+    asked = tuple(sorted({b for _, b, *_ in missing + unread if b < 1}))
+    trained = prepare(model, calibration, asked, options.steps, names=needed)
+    last = (options.shortest or options.length) // 2
     for name, budget in missing:
         save("predictors", run_predictor(model, name, budget, tokens, trained, inputs,
-                                         not options.no_perplexity))  # fmt: skip
+                                         not options.no_perplexity, last))  # fmt: skip
+    for name, budget, context in unread:
+        row = _find(results["predictors"], name, budget, context)
+        if row is None or row.get("last") != last or row["length"] != options.length:
+            row = run_context(model, name, budget, tokens, trained, context, last)
+        save("contexts", row | dict(context=context))
     if options.out is not None:
         write(options.out, results)
 

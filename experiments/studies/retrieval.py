@@ -21,7 +21,6 @@ shorter context is the end of the same text, of which it has not seen the beginn
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import pathlib
 import time
@@ -257,28 +256,14 @@ def run(
         task: Texts(*(x[:, length - number_read :] for x in some)) for task, some in texts.items()
     }
     cut_model = study.Model(at_length(model, number_read))
-    x = cut_model.embed(jnp.concatenate([jnp.asarray(some.tokens) for some in cut.values()]))
-    densities = []
-    for state, params in zip(cut_model.states, trained):
-        layer = functools.partial(study.sparse_layer, cut_model.graph, name, budget, LAYOUT, state)
-        x, density = layer(study.only(name, params), x)
-        densities.append(float(density))
+    tokens = jnp.concatenate([jnp.asarray(some.tokens) for some in cut.values()])
+    x, density = study.read(cut_model, name, budget, tokens, trained, LAYOUT)
     row: dict[str, Any] = dict(name=name, budget=budget, length=length, context=number_read)
     for task, some in cut.items():
         number = some.tokens.shape[0]
         row[task] = float(answers(cut_model.logits(x[:number]), some)[1])
         x = x[number:]
-    return row | dict(density=float(np.mean(densities)), seconds=time.perf_counter() - start)
-
-
-def equal_cost(length: int, shortest: int) -> list[tuple[int, float]]:
-    """Contexts of a text and densities at which attention reads as many pairs as dense attention over the shortest.
-
-    >>> equal_cost(2048, 512)
-    [(512, 1.0), (1024, 0.25), (2048, 0.0625)]
-    """
-    contexts = [shortest * 2**i for i in range((length // shortest).bit_length())]
-    return [(n, (shortest / n) ** 2) for n in contexts]
+    return row | dict(density=density, seconds=time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------ the page
@@ -368,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [n for n in options.predictors.split(",") if n]
     model = trained_model(options.workdir, PHASES, options.seed)
 
-    points = equal_cost(lengths[-1], options.shortest)
+    points = study.equal_cost(lengths[-1], options.shortest)
     asked = {b for b in (*budgets, *(b for _, b in points)) if b < 1}
     trained: list[study.Params] = [{} for _ in model.layers]
     if {"seer", "dsv", "minference"} & set(names):

@@ -61,7 +61,7 @@ def test_right_answers_are_counted_where_they_are_asked():
 
 
 def test_contexts_of_equal_cost_read_equally_many_pairs():
-    points = retrieval.equal_cost(4096, 512)
+    points = study.equal_cost(4096, 512)
     assert [n for n, _ in points] == [512, 1024, 2048, 4096]
     assert {n * n * d for n, d in points} == {512 * 512}
 
