@@ -22,7 +22,7 @@ from jax import Array
 
 from jaxsparse._control import is_concrete
 from jaxsparse.attention import budgets, select
-from jaxsparse.attention.layout import check_heads, group
+from jaxsparse.attention.layout import check_heads, checked_lengths, group
 from jaxsparse.attention.policies import DynamicKV, Entries, Policy, Seen
 from jaxsparse.selection import topk_mask
 
@@ -83,6 +83,10 @@ class Cache:
         >>> out.shape, cache.positions[0, 0].tolist(), cache.lengths.tolist()
         ((1, 1, 6, 4), [0, 1, 4, 5], [6])
         """
+        if not isinstance(policy, Policy):
+            raise ValueError(
+                f"policy={policy!r} must be a policy, which attention.snapkv(1024) for instance returns"
+            )
         capacity = policy.budget if capacity is None else capacity
         if capacity < policy.budget:
             raise ValueError(f"capacity={capacity} is below the policy's budget={policy.budget}")
@@ -233,14 +237,15 @@ class Cache:
             )
         if lengths is None:
             lengths = jnp.full(batch, n, jnp.int32)
-        elif lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise ValueError(
-                f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; give integers [{batch}]"
-            )
-        elif is_concrete(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > n):
-            raise ValueError(
-                f"lengths={np.asarray(lengths).tolist()} must lie in [0, {n}], the tokens of this call"
-            )
+        else:
+            lengths = checked_lengths(lengths, batch, n)
+        if store is not None:
+            store = jnp.asarray(store)
+            if store.shape != (batch, n) or store.dtype != bool:
+                raise ValueError(
+                    f"store has shape {store.shape} and dtype {store.dtype}; give booleans [{batch}, {n}], one for each "
+                    "token"
+                )
         if policy.reassign and position is None:
             raise ValueError(
                 f"{type(policy).__name__} reassigns positions: give position=, or reassign=False"

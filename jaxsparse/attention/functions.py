@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Literal, overload
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jaxsparse._control import is_concrete
+from jaxsparse.attention.layout import check_heads, checked_lengths
 from jaxsparse.attention.measure import Info, inform
-from jaxsparse.attention.predictor import Predictor, State
+from jaxsparse.attention.predictor import Predictor, State, checked
 from pallas_kernels import block_sparse_attention
 
 
@@ -79,13 +82,15 @@ def attend(
         raise ValueError(
             f"with_info=True: recall knows no softcap={softcap} and no lengths; leave one out"
         )
+    choose = checked(choose)
+    check_heads(q, k, v)
     segments = there = None
     if lengths is not None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"lengths with q_len={q.shape[2]} and kv_len={k.shape[2]}: they must be the same"
             )
-        there, segments = padding(lengths, q)
+        lengths, there, segments = padding(lengths, q)
         q, k = (jnp.where(there, x, 0) for x in (q, k))
         state = (State() if state is None else state)._replace(lengths=lengths)
     mask = choose(q, k, v, state)
@@ -109,21 +114,17 @@ def attend(
     return out, inform(q, k, v, mask, lse, causal=causal, samples=samples, scale=scale)
 
 
-def padding(lengths: Array, q: Array) -> tuple[Array, Array]:
-    """What is there of sequences `[batch, heads, length, dim]` that are filled from the left, bool `[batch, 1, length, 1]`,
-    and segment ids `[batch, length]` in which padding meets itself alone.
+def padding(lengths: Array, q: Array) -> tuple[Array, Array, Array]:
+    """The lengths of sequences `[batch, heads, length, dim]` that are filled from the left, int32 `[batch]`; what is there
+    of them, bool `[batch, 1, length, 1]`; and segment ids `[batch, length]` in which padding meets itself alone.
 
     Raises:
-      ValueError: lengths that are not integers `[batch]`.
+      ValueError: lengths that are not integers `[batch]`, or not from 0 to the length.
     """
-    if lengths.shape != (q.shape[0],) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; give integers [{q.shape[0]}], one "
-            "for each sequence"
-        )
+    lengths = checked_lengths(lengths, q.shape[0], q.shape[2])
     index = jnp.arange(q.shape[2])
     there = index < lengths[:, None]
-    return there[:, None, :, None], jnp.where(there, 0, 1 + index)
+    return lengths, there[:, None, :, None], jnp.where(there, 0, 1 + index)
 
 
 def dot_product_attention(
@@ -150,7 +151,8 @@ def dot_product_attention(
       choose: the predictor; its layout must be causal if and only if `is_causal` is set.
       scale: of the scores.
       is_causal: as there.
-      query_seq_lengths, key_value_seq_lengths: int `[batch]`; if both are given they must be the same array.
+      query_seq_lengths, key_value_seq_lengths: int `[batch]`; if both are given they must be the same (under `jit`, the
+        same array): the latter holds for both.
       state: for the predictor.
       implementation: of the kernel.
 
@@ -171,7 +173,7 @@ def dot_product_attention(
             "bias and mask must be None: blocks are chosen by the predictor, causality by its Layout; for another "
             "pattern use attention.static or pallas_kernels.block_sparse_attention"
         )
-    if is_causal != choose.layout.causal:
+    if is_causal != checked(choose).layout.causal:
         raise ValueError(
             f"is_causal={is_causal}, but the predictor has Layout(causal={choose.layout.causal}); they must agree"
         )
@@ -180,8 +182,8 @@ def dot_product_attention(
             f"is_causal with {query.shape[-3]} queries and {key.shape[-3]} keys: jax aligns their beginnings, this "
             "library their ends; give as many of both, or use attention.attend"
         )
-    if query_seq_lengths is not None and key_value_seq_lengths is None:
-        raise ValueError("query_seq_lengths alone: give key_value_seq_lengths, for both")
+    if query_seq_lengths is not None:
+        _check_same(query_seq_lengths, key_value_seq_lengths)
     single = query.ndim == 3
     q, k, v = (jnp.swapaxes(x[None] if single else x, 1, 2) for x in (query, key, value))
     out = attend(
@@ -198,6 +200,18 @@ def dot_product_attention(
     return out[0] if single else out
 
 
+def _check_same(of_queries: Array, of_keys: Array | None) -> None:
+    if of_keys is None:
+        raise ValueError("query_seq_lengths alone: give key_value_seq_lengths, for both")
+    if of_queries is of_keys:
+        return
+    if not (is_concrete(of_queries, of_keys) and np.array_equal(of_queries, of_keys)):
+        raise ValueError(
+            f"query_seq_lengths={of_queries} and key_value_seq_lengths={of_keys} must be the same: give the latter alone, for "
+            "both"
+        )
+
+
 def as_fn(choose: Predictor) -> Callable[..., Array]:
     """A predictor as `attention_fn` of `flax.nnx.MultiHeadAttention` (and of Linen's).
 
@@ -211,6 +225,7 @@ def as_fn(choose: Predictor) -> Callable[..., Array]:
     >>> layer(jnp.ones((1, 64, 16))).shape
     (1, 64, 16)
     """
+    checked(choose)
 
     def attention_fn(
         query: Array,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxsparse._control import is_concrete
 from jaxsparse.attention import select
 from pallas_kernels import BlockMask, Grid
 
@@ -47,8 +48,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            size = getattr(self, name)
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"{name}={size!r} must be an integer, at least 1")
         for name in ("sinks", "local", "last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -154,6 +156,26 @@ def check_heads(q: Array, k: Array, v: Array | None = None) -> Sizes:
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {v.shape}; all but its last axis must be k's, {k.shape}")
     return Sizes(q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3])
+
+
+def checked_lengths(lengths: Array, batch: int, most: int) -> Array:
+    """How much of each sequence is filled, int32 `[batch]`. Under `jit`, where values cannot be looked at, they are cut to
+    what there is.
+
+    Raises:
+      ValueError: another shape or dtype, lengths below 0 or above `most`.
+    """
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; give integers [{batch}], one for each "
+            "sequence"
+        )
+    if is_concrete(lengths) and batch and (int(lengths.min()) < 0 or int(lengths.max()) > most):
+        raise ValueError(
+            f"lengths={np.asarray(lengths).tolist()} must lie in [0, {most}], the tokens of this call"
+        )
+    return jnp.clip(lengths, 0, most).astype(jnp.int32)
 
 
 def group(x: Array, kv_heads: int) -> Array:

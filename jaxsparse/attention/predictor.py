@@ -57,6 +57,10 @@ class Predictor:
     cost: Cost
     page: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, Layout):
+            raise ValueError(f"layout={self.layout!r} must be a Layout, as Layout(64, 64)")
+
     def __call__(
         self, q: Array, k: Array, v: Array | None = None, state: State | None = None
     ) -> BlockMask:
@@ -67,6 +71,20 @@ class Predictor:
         """
         check_heads(q, k, v)
         return self.run(q, k, v, State() if state is None else state)
+
+
+def checked(choose: Predictor) -> Predictor:
+    """The predictor.
+
+    Raises:
+      ValueError: it is something else, a function that makes one for instance.
+    """
+    if not isinstance(choose, Predictor):
+        found = getattr(choose, "__name__", None) or type(choose).__name__
+        raise ValueError(
+            f"choose={found} must be a predictor, which attention.moba(density=0.1) for instance returns"
+        )
+    return choose
 
 
 def by_scores(

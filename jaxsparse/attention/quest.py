@@ -123,6 +123,11 @@ def quest(
         if lengths is None:
             lengths = jnp.full(k.shape[0], capacity, jnp.int32)
         bounds = state.params if isinstance(state.params, Pages) else pages(k, page, lengths)
+        if bounds.low.shape[2] != capacity // page:
+            raise ValueError(
+                f"state has the bounds of {bounds.low.shape[2]} pages; a cache of {capacity} keys has {capacity // page} of "
+                f"page={page}"
+            )
         u = group(page_scores(q[:, :, 0], bounds), k.shape[1]).sum(2)
         index = jnp.arange(capacity // page)
         newest = ((lengths - 1) // page)[:, None, None]

@@ -140,9 +140,9 @@ def top_k(num_blocks: int) -> TopK:
     Raises:
       ValueError: a number below 1; when used, one below the forced blocks of a row.
     """
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks={num_blocks} must be at least 1")
-    return TopK(num_blocks)
+    if not isinstance(num_blocks, (int, np.integer)) or num_blocks < 1:
+        raise ValueError(f"num_blocks={num_blocks!r} must be an integer, at least 1")
+    return TopK(int(num_blocks))
 
 
 def density(value: float) -> Density:
@@ -304,4 +304,9 @@ def rule_of(density_: float | None, rule: Rule | None) -> Rule:
         raise ValueError(
             f"density={density_}, rule={rule}: give one of them, density=0.1 or rule=attention.top_k(16)"
         )
-    return density(density_) if rule is None and density_ is not None else rule  # pyright: ignore
+    if rule is None:
+        assert density_ is not None
+        return density(density_)
+    if not hasattr(rule, "counts"):
+        raise ValueError(f"rule={rule!r} must be a rule, as attention.top_k(16)")
+    return rule

@@ -277,7 +277,7 @@ class BlockSparseAttention(nnx.Module):
         q, k, v, state = self._heads(x, jnp.arange(length))
         filled, segments = jnp.full_like(cache.lengths, length), None
         if lengths is not None:
-            there, segments = padding(lengths, q)
+            lengths, there, segments = padding(lengths, q)
             q, k, v = (jnp.where(there, y, 0) for y in (q, k, v))
             filled, state = lengths.astype(filled.dtype), state._replace(lengths=lengths)
         rest = ((0, 0), (0, 0), (0, capacity - length), (0, 0))

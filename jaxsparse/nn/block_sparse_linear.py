@@ -59,7 +59,8 @@ class BlockSparseLinear(SparseLinear):
 
     Raises:
       ValueError: if not exactly one of `density` with `rngs` and `weight` is given, the weight has
-        another shape or block shape, there are not so many candidates, or a sketch exceeds a block.
+        another shape or block shape, there are not so many candidates, a sketch exceeds a block, or `rows` splits
+        nothing or comes with `axis_name`.
 
     >>> layer = BlockSparseLinear(64, 32, block_shape=(16, 16), density=0.5, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((3, 64))).shape, layer.values[...].shape
@@ -123,6 +124,7 @@ class BlockSparseLinear(SparseLinear):
             weight, bias, dtype=dtype, precision=precision, implementation=implementation
         )
         self.places, self.block_shape = Pattern(weight.in_any_order().places), weight.block_shape
+        _check_rows(rows, axis_name)
         self.rows, self.axis_name = rows, axis_name
         scored = count_candidates(candidates, weight.grid[0], "block rows")
         self.scores = Scores(jnp.zeros((scored, weight.grid[1]), jnp.float32))
@@ -248,4 +250,19 @@ def _check_shapes(w: BlockSparse, shape: tuple[int, int], block_shape: tuple[int
         raise ValueError(
             f"weight has shape={w.shape}, block_shape={w.block_shape}; "
             f"they must stay {shape}, {block_shape}"
+        )
+
+
+def _check_rows(rows: NamedSharding | None, axis_name: object) -> None:
+    if rows is None:
+        return
+    if axis_name is not None:
+        raise ValueError(
+            f"rows={rows} and axis_name={axis_name!r} are given: with rows the layer calls jax.shard_map itself; inside of one "
+            "give axis_name alone"
+        )
+    if not isinstance(rows, NamedSharding) or not rows.spec or rows.spec[0] is None:
+        raise ValueError(
+            f"rows={rows} must be a NamedSharding whose first entry names mesh axes, as NamedSharding(mesh, "
+            "PartitionSpec('data'))"
         )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels._dispatch import choose, vary_alike
@@ -60,9 +61,7 @@ def block_scores(
         raise ValueError(
             f"x.shape={x.shape} and dy.shape={dy.shape} must be equal but for the last axis"
         )
-    if len(block_shape) != 2 or min(block_shape) < 1:
-        raise ValueError(f"block_shape={tuple(block_shape)} must be two positive integers")
-    bh, bw = block_shape
+    bh, bw = _checked(block_shape)
     dtype = jnp.result_type(x.dtype, dy.dtype)
     x, dy = (jnp.reshape(a, (-1, a.shape[-1])).astype(dtype) for a in (x, dy))
     reasons = {
@@ -74,6 +73,12 @@ def block_scores(
     options: dict[str, Any] = {"interpret": True} if interpret else {}
     x, dy = vary_alike(x, dy)
     return IMPLEMENTATIONS[name].scores(x, dy, (bh, bw), precision=precision, **options)
+
+
+def _checked(block_shape: Any) -> tuple[int, int]:
+    if np.shape(block_shape) != (2,) or min(block_shape) < 1:
+        raise ValueError(f"block_shape={block_shape} must be two positive integers")
+    return tuple(block_shape)
 
 
 def score_blocks(
@@ -106,7 +111,8 @@ def score_blocks(
         gradient of a mean) that is the norm of the sum of all gradients. None: of the rows that are here.
 
     Raises:
-      ValueError: a probe or `due` of another shape, a `due` that holds no integers.
+      ValueError: x and y of other rows, a probe or `due` of another shape, a `due` that holds no integers, an
+        `axis_name` that is no name.
 
     >>> import jax
     >>> probe = jnp.zeros((2, 2))
@@ -117,14 +123,21 @@ def score_blocks(
     >>> jax.grad(loss)(jnp.zeros((1, 2)), jnp.array([0, 1])).tolist()
     [[2.0, 2.0]]
     """
-    grid = -(-x.shape[-1] // block_shape[0]), -(-y.shape[-1] // block_shape[1])
+    bh, bw = _checked(block_shape)
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"x.shape={x.shape} and y.shape={y.shape} must be equal but for the last axis"
+        )
+    if isinstance(axis_name, list) or axis_name == ():
+        raise ValueError(f"axis_name={axis_name} must be a name, a tuple of names, or None")
+    grid = -(-x.shape[-1] // bh), -(-y.shape[-1] // bw)
     if probe.ndim != 2 or not 0 < probe.shape[0] <= grid[0] or probe.shape[1] != grid[1]:
         raise ValueError(
             f"probe.shape={probe.shape} must be {grid}, one number for each block, or have fewer rows"
         )
     if due.shape != grid[:1]:
         raise ValueError(f"due.shape={due.shape} must be {grid[:1]}, one number for each block row")
-    return probed(_scores, (tuple(block_shape), precision, axis_name), x, y, probe, due)
+    return probed(_scores, ((bh, bw), precision, axis_name), x, y, probe, due)
 
 
 def _scores(static, x: Array, dy: Array, at: Array | None, places: None) -> Array:

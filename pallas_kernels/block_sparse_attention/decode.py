@@ -63,6 +63,12 @@ def block_sparse_decode(
     >>> block_sparse_decode(q, 0 * cache, cache, mask, jnp.array([5]))[0, 0, 0] * 3  # 0 + 1 + 4
     Array(5., dtype=float32)
     """
+    if q.ndim != 3 or k_cache.ndim != 4 or v_cache.ndim != 4:
+        raise ValueError(
+            f"q has shape {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}; give one query for each sequence, "
+            "[batch, heads, head_dim], and [batch, kv_heads, capacity, dim] twice"
+        )
+    lengths = jnp.asarray(lengths)
     batch, heads, dim = q.shape
     kv_heads, length = k_cache.shape[1:3]
     if k_cache.shape[0] != batch or heads % kv_heads or v_cache.shape[:3] != k_cache.shape[:3]:

@@ -451,6 +451,9 @@ def test_what_finds_no_room_is_counted_under_jit_and_an_error_outside():
         (lambda: make(attention.keep_all(8)).prefill(*prompt(4), lengths=jnp.array([5])), r"lengths=\[5\] must lie in \[0, 4\]"),
         (lambda: make(attention.keep_all(8)).prefill(*prompt(4), lengths=jnp.array([1, 2])), "lengths has shape"),
         (lambda: make(attention.keep_all(8)).prefill(prompt(3)[0], *prompt(4)[1:]), "with lengths="),
+        (lambda: make(attention.snapkv), "must be a policy, which attention.snapkv"),
+        (lambda: make(attention.keep_all(8)).decode(*prompt(2), store=jnp.array([True, False])), r"store has shape \(2,\) .* give booleans \[1, 2\]"),
+        (lambda: make(attention.keep_all(8)).decode(*prompt(1), store=jnp.array([[0.3]])), "store has shape .* float32"),
         (lambda: make(attention.keep_all(8)).fill(prompt(5)[0], *prompt(4)[1:]), "q has 5 positions and k 4"),
     ],
 )  # fmt: skip

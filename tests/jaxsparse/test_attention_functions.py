@@ -180,6 +180,27 @@ def test_prompts_of_different_lengths_go_on_as_each_alone():
     assert cache.lengths.tolist() == [35, 16]
 
 
+def both_lengths(of_queries, of_keys):
+    x = X[:, :, None]
+    return attention.dot_product_attention(
+        x, x, x, choose=attention.dense(), is_causal=True,
+        query_seq_lengths=of_queries, key_value_seq_lengths=of_keys,
+    )  # fmt: skip
+
+
+def test_lengths_are_given_once_or_twice_as_numbers_or_arrays():
+    want = both_lengths(None, jnp.array([40, 7]))
+    np.testing.assert_array_equal(both_lengths([40, 7], np.array([40, 7])), want)
+    assert not np.asarray(want)[1, 7:].any() and np.asarray(want)[1, 6].any()
+
+
+def test_under_jit_lengths_are_cut_to_what_there_is():
+    choose = attention.minference(density=0.7, layout=LAYOUT)
+    head = jax.random.normal(jax.random.key(3), HEAD.shape)
+    run = quick(lambda n: attention.attend(head, head, head, choose, lengths=n))
+    np.testing.assert_array_equal(run(jnp.array([99, 17])), run(jnp.array([40, 17])))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -192,6 +213,13 @@ def test_prompts_of_different_lengths_go_on_as_each_alone():
         (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), lengths=jnp.array([1.0])), "lengths has shape"),
         (lambda: layer(choose=attention.dense()).prefill(X, layer().init_cache(2, 48, block_kv=8), lengths=jnp.array([1])), "lengths has shape"),
         (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), with_info=True, softcap=3.0), "with_info=True"),
+        (lambda: attention.attend(HEAD[0], HEAD[0], HEAD[0], attention.dense()), r"q has shape .* give \[batch, heads"),
+        (lambda: attention.attend(HEAD, HEAD, HEAD, attention.moba), "choose=moba must be a predictor, which attention.moba"),
+        (lambda: attention.as_fn("moba"), "choose=str must be a predictor"),
+        (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), lengths=[5, 99]), r"lengths=\[5, 99\] must lie in \[0, 40\]"),
+        (lambda: attention.attend(HEAD, HEAD, HEAD, attention.dense(), lengths=jnp.array([-1, 3])), r"must lie in \[0, 40\]"),
+        (lambda: both_lengths([3, 4], [5, 9]), "must be the same: give the latter alone"),
+        (lambda: jax.jit(both_lengths)(jnp.array([3, 4]), jnp.array([3, 4])), "must be the same: give the latter alone"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make, message):

@@ -542,6 +542,11 @@ def test_quest_finds_a_needle_and_a_full_budget_is_dense():
     "make, message",
     [
         (lambda: attention.moba()(Q, K), "give one of them"),
+        (lambda: attention.moba(rule=4), "rule=4 must be a rule, as attention.top_k"),
+        (lambda: attention.moba(rule=attention.top_k(1.5)), "num_blocks=1.5 must be an integer"),
+        (lambda: attention.moba(density=0.5, layout=64), "layout=64 must be a Layout"),
+        (lambda: Layout(8.0, 8), "block_q=8.0 must be an integer"),
+        (lambda: attention.quest(budget=48, page=16)(Q[:, :, :1], K, state=State(params=attention.pages(K, 8))), "bounds of 8 pages; a cache of 64 keys has 4"),
         (lambda: attention.moba(density=0.5)(Q[0], K), r"q has shape .* give \[batch, heads"),
         (lambda: attention.moba(density=0.5)(Q[:, :3], K), "q has 3 heads, which are no multiple of the 2 of k"),
         (lambda: attention.streaming(sinks=0), "sinks=0, window=1024: both must be at least 1"),

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.nnx import bridge
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsparse.nn import BlockSparseLinear, BlockSparsePointwise, CondensedLinear, NMLinear
 from jaxsparse.nn._linear import Pattern
@@ -80,6 +81,22 @@ def test_averaging_layers_needs_one_pattern_and_takes_the_parameters():
     params = nnx.state(layer, nnx.Param)
     nnx.update(layer, jax.tree.map(lambda a: 3 * a / 2, params))
     assert layer(jnp.ones((1, 64))).shape == (1, 48)
+
+
+def test_rows_are_split_by_the_layer_or_around_it():
+    make = lambda **o: BlockSparseLinear(
+        8, 8, block_shape=(4, 4), density=0.5, rngs=nnx.Rngs(0), **o
+    )
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    assert make(rows=rows)(jnp.ones((2, 8))).shape == (2, 8)
+    with pytest.raises(ValueError, match="axis_name='data' are given: with rows the layer calls"):
+        make(rows=rows, axis_name="data")
+    for wrong in (
+        PartitionSpec("data"), NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data")),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="must be a NamedSharding whose first entry names mesh axes"):  # fmt: skip
+            make(rows=wrong)
 
 
 def test_a_layer_is_made_of_a_weight_or_of_a_density():

@@ -137,5 +137,12 @@ def test_bad_arguments_are_named():
         score_blocks(x, dy, jnp.zeros((3, 3)), jnp.zeros(4, int), (2, 2))
     with pytest.raises(ValueError, match=r"due.shape=\(3,\) must be \(4,\)"):
         score_blocks(x, dy, jnp.zeros((2, 4)), jnp.zeros(3, int), (2, 2))
+    with pytest.raises(ValueError, match=r"y.shape=\(5, 8\) must be equal but for the last axis"):
+        score_blocks(x, jnp.zeros((5, 8)), jnp.zeros((4, 4)), jnp.ones(4, int), (2, 2))
+    with pytest.raises(ValueError, match="block_shape=2 must be two positive integers"):
+        score_blocks(x, x, jnp.zeros((4, 4)), jnp.ones(4, int), 2)  # pyright: ignore
+    for name in (["data"], ()):
+        with pytest.raises(ValueError, match="must be a name, a tuple of names, or None"):
+            score_blocks(x, x, jnp.zeros((4, 4)), jnp.ones(4, int), (2, 2), axis_name=name)
     with pytest.raises(ValueError, match="give a vector of integers"):
         score_blocks(x, dy, jnp.zeros((4, 4)), jnp.zeros(4), (2, 2))
