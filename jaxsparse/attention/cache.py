@@ -90,15 +90,18 @@ class Cache:
         capacity = policy.budget if capacity is None else capacity
         if capacity < policy.budget:
             raise ValueError(f"capacity={capacity} is below the policy's budget={policy.budget}")
-        if min(batch, kv_heads, head_dim) < 1:
+        v_dim = head_dim if v_dim is None else v_dim
+        if min(batch, kv_heads, head_dim, v_dim) < 1:
             raise ValueError(
-                f"batch={batch}, kv_heads={kv_heads}, head_dim={head_dim} must be positive"
+                f"batch={batch}, kv_heads={kv_heads}, head_dim={head_dim}, v_dim={v_dim} must be positive"
             )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype={jnp.dtype(dtype)} must be a floating-point type")
         shape = (batch, kv_heads, capacity)
         floats = jnp.zeros(shape, jnp.float32)
         return cls(
             jnp.zeros((*shape, head_dim), dtype),
-            jnp.zeros((*shape, head_dim if v_dim is None else v_dim), dtype),
+            jnp.zeros((*shape, v_dim), dtype),
             jnp.full(shape, -1, jnp.int32),
             floats,
             floats,
@@ -230,10 +233,18 @@ class Cache:
         sizes = check_heads(q, k, v)
         n, policy = k.shape[2], self.policy
         batch, kv_heads, capacity = self.positions.shape
-        if k.shape[:2] != (batch, kv_heads) or q.shape[2] != n or k.shape[3] != self.k.shape[3]:
+        if (
+            k.shape[:2] != (batch, kv_heads)
+            or q.shape[2] != n
+            or (k.shape[3], v.shape[3])
+            != (
+                self.k.shape[3],
+                self.v.shape[3],
+            )
+        ):
             raise ValueError(
-                f"q {q.shape} and k {k.shape} do not fit a cache of batch {batch}, {kv_heads} heads and head_dim "
-                f"{self.k.shape[3]}; sequences of different lengths are padded to one, with lengths="
+                f"q {q.shape}, k {k.shape} and v {v.shape} do not fit a cache of batch {batch}, {kv_heads} heads, head_dim "
+                f"{self.k.shape[3]} and v_dim {self.v.shape[3]}; sequences of different lengths are padded to one, with lengths="
             )
         if lengths is None:
             lengths = jnp.full(batch, n, jnp.int32)

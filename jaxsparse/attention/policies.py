@@ -11,6 +11,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxsparse.attention import budgets, select
@@ -362,6 +363,6 @@ def _check_snapkv(budget: int, window: int, kernel: int, pooling: str, sinks: in
 
 
 def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}={value} must be at least 1, an integer")
     return value
