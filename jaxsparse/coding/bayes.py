@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_matrix, check_positive, check_signals
+from jaxsparse.coding.operators import check_matrix, check_positive, check_signals, check_steps
 
 RULES = ("em", "fixed_point")
 
@@ -69,11 +69,12 @@ def sbl(
     Source: Tipping, "Sparse Bayesian learning and the relevance vector machine", 2001; Wipf & Rao, 2004.
     """
     check_matrix(dictionary)
-    check_signals(dictionary, signals)
+    signals = check_signals(dictionary, signals)
     check_positive("noise", noise)
+    check_steps("steps", steps)
     if rule not in RULES:
         raise ValueError(f"rule={rule!r}: use one of {', '.join(RULES)}")
-    a = dictionary.astype(signals.dtype)
+    a = jnp.asarray(dictionary, signals.dtype)
     m, n = a.shape
     y = signals.reshape(-1, m)
     tiny = jnp.finfo(a.dtype).tiny

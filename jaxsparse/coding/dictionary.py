@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse.coding.greedy import omp
-from jaxsparse.coding.operators import check_count, check_matrix, check_signals
+from jaxsparse.coding.operators import check_count, check_matrix, check_signals, check_steps
 
 
 class Learned(NamedTuple):
@@ -44,16 +44,18 @@ def ksvd(signals: Array, dictionary: Array, k: int, *, steps: int = 30, powers: 
     Source: Aharon, Elad, Bruckstein, "K-SVD", 2006.
     """
     check_matrix(dictionary)
-    check_signals(dictionary, signals)
-    if signals.ndim != 2:
+    signals = check_signals(dictionary, signals)
+    if signals.ndim != 2 or not len(signals):
         raise ValueError(f"signals have shape {signals.shape}: give a matrix [samples, m]")
     check_count("k", k, min(dictionary.shape))
+    check_steps("steps", steps)
+    check_steps("powers", powers)
 
     def step(_, d):
         d, z = refit_atoms(signals, d, omp(d, signals, k), powers=powers)
         return _replace(signals, d, z)
 
-    start = unit_columns(dictionary.astype(signals.dtype))
+    start = unit_columns(jnp.asarray(dictionary, signals.dtype))
     d = jax.lax.fori_loop(0, steps, step, start)
     return Learned(d, omp(d, signals, k))
 
@@ -150,7 +152,11 @@ def masked_loss(dictionary: Array, signals: Array, k: int, kept: Array) -> Array
     Source: Chidambaram et al., "Hiding Data Helps: On the Benefits of Masking for Sparse Coding", 2023.
     """
     check_matrix(dictionary)
-    check_signals(dictionary, signals)
+    signals = check_signals(dictionary, signals)
+    if kept.shape != dictionary.shape[:1]:
+        raise ValueError(
+            f"kept has shape {kept.shape}: give one for each coordinate, {dictionary.shape[:1]}"
+        )
     seen = jnp.where(kept[:, None], dictionary, 0)
     codes = omp(jax.lax.stop_gradient(seen), jnp.where(kept, signals, 0), k)
     rest = jnp.where(kept, 0, signals - codes @ dictionary.T)

@@ -51,7 +51,7 @@ def omp(
 
     Source: Pati, Rezaiifar, Krishnaprasad, 1993; Tropp & Gilbert, 2007.
     """
-    op, y = _flat(dictionary, signals)
+    op, y = _flat(dictionary, signals, norms)
     check_count("k", k, min(op.rows, op.columns))
     check_positive("tolerance", tolerance, zero=True)
     batch, dtype = y.shape[0], y.dtype
@@ -130,7 +130,7 @@ def gradient_pursuit(
     Source: Blumensath & Davies, "Gradient pursuits", 2008; for dictionaries of autoencoders `grad_pursuit.py` of
     dictionary_learning.
     """
-    op, y = _flat(dictionary, signals)
+    op, y = _flat(dictionary, signals, norms)
     check_count("k", k, op.columns)
     inverse = _inverse_norms(op, norms, y.dtype)
 
@@ -159,10 +159,14 @@ def gradient_pursuit(
     return x.reshape(*signals.shape[:-1], op.columns)
 
 
-def _flat(dictionary: Dictionary, signals: Array) -> tuple[Dense | Operator, Array]:
+def _flat(
+    dictionary: Dictionary, signals: Array, norms: Array | None
+) -> tuple[Dense | Operator, Array]:
     """The operator, and the signals as one batch `[signals, m]`."""
     op = _light(dictionary)
-    check_signals(op, signals)
+    signals = check_signals(op, signals)
+    if norms is not None and norms.shape != (op.columns,):
+        raise ValueError(f"norms have shape {norms.shape}: give one for each atom, {(op.columns,)}")
     if isinstance(op, Dense):
         op = Dense(op.matrix.astype(signals.dtype), op.norm)
     return op, signals.reshape(-1, op.rows)

@@ -82,12 +82,13 @@ def dense(matrix: Array) -> Dense:
       matrix: `[rows, columns]`, atoms in columns.
 
     Raises:
-      ValueError: not a matrix, no rows or columns, not a float.
+      ValueError: not a matrix, no rows or columns, not a float, NaN.
 
     >>> round(float(dense(jnp.diag(jnp.array([3.0, 1.0]))).norm), 3)
     3.003
     """
     check_matrix(matrix)
+    matrix = jnp.asarray(matrix)
     m, n = matrix.shape
     small = matrix if m <= n else matrix.T
     gram = jnp.matmul(small, small.T, precision="highest")
@@ -134,18 +135,32 @@ def norm_bound(
 
 
 def check_matrix(matrix: Array) -> None:
-    """Raises unless it is a float matrix with at least one row and one column."""
+    """Raises unless it is a float matrix with at least one row and one column, finite if it is known."""
+    if isinstance(matrix, Dense | Operator) or not hasattr(matrix, "ndim"):
+        raise ValueError(
+            f"dictionary is of type {type(matrix).__name__}: give a matrix [signal, atoms] here; "
+            "operators are for ista, fista, iht, omp and gradient_pursuit"
+        )
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(
             f"dictionary has shape {matrix.shape}: give a matrix [signal, atoms] with at least one atom"
         )
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise ValueError(f"dictionary has dtype {matrix.dtype}: cast it to a float")
+    if is_concrete(matrix) and not np.isfinite(np.asarray(matrix)).all():
+        raise ValueError("dictionary has NaN or infinite entries: mend its atoms first")
 
 
-def check_signals(op: Dense | Operator | Array, signals: Array) -> None:
-    """Raises unless signals end in the rows of the dictionary, and are finite if they are known."""
+def check_signals(op: Dense | Operator | Array, signals: Array) -> Array:
+    """Signals as an array. Raises unless they are floats, end in the rows of the dictionary, and are finite if
+    they are known."""
     rows = op.rows if isinstance(op, Dense | Operator) else op.shape[0]
+    if not hasattr(signals, "ndim"):
+        raise ValueError(
+            f"signals are of type {type(signals).__name__}: give an array [..., {rows}]"
+        )
+    if not jnp.issubdtype(signals.dtype, jnp.inexact):
+        raise ValueError(f"signals have dtype {signals.dtype}: cast them to a float")
     if signals.ndim == 0 or signals.shape[-1] != rows:
         raise ValueError(
             f"signals have shape {signals.shape} and the dictionary {rows} rows: the last axis of "
@@ -153,12 +168,42 @@ def check_signals(op: Dense | Operator | Array, signals: Array) -> None:
         )
     if is_concrete(signals) and not np.isfinite(np.asarray(signals)).all():
         raise ValueError("signals have NaN or infinite entries: remove or mask them first")
+    return jnp.asarray(signals)
 
 
-def check_count(name: str, value: int, most: int) -> None:
-    """Raises unless a number of atoms is an integer between 1 and `most`."""
-    if isinstance(value, int) and not 1 <= value <= most:
-        raise ValueError(f"{name}={value}: use 1 to {most} atoms here")
+def check_codes(op: Dense | Operator, signals: Array, codes: Array) -> None:
+    """Raises unless codes are those of the signals."""
+    shape = (*signals.shape[:-1], op.columns)
+    if codes.shape != shape:
+        raise ValueError(f"codes have shape {codes.shape}: those of these signals have {shape}")
+
+
+def check_count(name: str, value: Array | int, most: int) -> None:
+    """Raises unless a number of atoms that is known is an integer between 1 and `most`."""
+    if not is_concrete(value):
+        return
+    known = np.asarray(value)
+    if not (known.dtype.kind in "iu" and ((known >= 1) & (known <= most)).all()):
+        raise ValueError(f"{name}={value}: use 1 to {most} atoms here, a whole number")
+
+
+def check_steps(name: str, value: Array | int) -> None:
+    """Raises unless a number of steps that is known is an integer that is not negative."""
+    if not is_concrete(value):
+        return
+    known = np.asarray(value)
+    if not (known.ndim == 0 and known.dtype.kind in "iu" and known >= 0):
+        raise ValueError(f"{name}={value}: give a whole number that is not negative")
+
+
+def check_strength(strength: Array | float, signals: Array, *, each: int = 1) -> None:
+    """Raises if a known strength is negative, or not a number for all, or one (or `each`) for each signal."""
+    check_positive("strength", strength, zero=True)
+    found, most = np.shape(strength), (*signals.shape[:-1], each)
+    if len(found) > len(most) or any(a not in (1, b) for a, b in zip(found[::-1], most[::-1])):
+        raise ValueError(
+            f"strength has shape {found}: give a number, or one for each signal, {(*most[:-1], 1)}"
+        )
 
 
 def check_positive(name: str, value: Array | float, *, zero: bool = False) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxsparse.coding.operators import (
@@ -17,10 +18,13 @@ from jaxsparse.coding.operators import (
     Dictionary,
     Operator,
     as_operator,
+    check_codes,
     check_count,
     check_matrix,
     check_positive,
     check_signals,
+    check_steps,
+    check_strength,
 )
 from jaxsparse.coding.thresholds import keep_largest, soft
 
@@ -38,15 +42,18 @@ def lasso_objective(
       dictionary: `[m, n]`, or an operator.
       signals: `[..., m]`.
       codes: `[..., n]`.
-      strength: $\lambda$.
+      strength: $\lambda$, a number or one for each signal `[..., 1]`.
 
     Returns:
       `[...]`.
 
+    Raises:
+      ValueError: shapes that do not fit, a negative strength, NaN in the signals.
+
     >>> float(lasso_objective(jnp.eye(2), jnp.array([1.0, 0.0]), jnp.array([0.5, 0.0]), 1.0))
     0.625
     """
-    op = _light(dictionary)
+    op, signals, strength = _checked(dictionary, signals, codes, strength)
     rest = op.forward(codes) - signals
     return 0.5 * jnp.sum(rest * rest, -1) + strength * jnp.sum(jnp.abs(codes), -1)
 
@@ -63,16 +70,19 @@ def duality_gap(
       dictionary: `[m, n]`, or an operator.
       signals: `[..., m]`.
       codes: `[..., n]`.
-      strength: $\lambda$.
+      strength: $\lambda$, a number or one for each signal `[..., 1]`.
 
     Returns:
       `[...]`; 0 at the solution, up to rounding.
+
+    Raises:
+      ValueError: shapes that do not fit, a negative strength, NaN in the signals.
 
     >>> y = jnp.array([2.0, 0.1])
     >>> float(duality_gap(jnp.eye(2), y, soft(y, 0.5), 0.5)) < 1e-6
     True
     """
-    op = _light(dictionary)
+    op, signals, strength = _checked(dictionary, signals, codes, strength)
     r = signals - op.forward(codes)
     return gap_of(signals, r, op.adjoint(r), codes, strength)
 
@@ -80,7 +90,7 @@ def duality_gap(
 def gap_of(
     signals: Array, r: Array, correlation: Array, codes: Array, strength: Array | float
 ) -> Array:
-    """`duality_gap` where the residual r and its products with the atoms are known."""
+    """`duality_gap` where the residual r and its products with the atoms are known; a strength is a number or `[...]`."""
     largest = jnp.max(jnp.abs(correlation), -1)
     scale = jnp.minimum(1, strength / jnp.maximum(largest, jnp.finfo(r.dtype).tiny))
     # 1/2 |y|^2 - 1/2 |y - theta|^2 = theta . (y - theta / 2): no difference of large numbers.
@@ -115,14 +125,14 @@ def ista(
       The codes `[..., n]`, with exact zeros.
 
     Raises:
-      ValueError: shapes that do not fit, a negative strength, NaN in the signals.
+      ValueError: shapes that do not fit, a negative strength or number of steps, NaN in the signals.
 
     >>> [f"{x:.2f}" for x in ista(jnp.eye(2), jnp.array([2.0, 0.1]), 0.5, steps=20)]
     ['1.50', '0.00']
 
     Source: Daubechies, Defrise, De Mol, 2004; bounds by Beck & Teboulle, 2009.
     """
-    op, x, lipschitz = _start(dictionary, signals, strength, init)
+    op, signals, x, lipschitz = _start(dictionary, signals, strength, init, steps)
     step = lambda _, x: prox(
         x - op.adjoint(op.forward(x) - signals) / lipschitz, strength / lipschitz
     )
@@ -158,14 +168,14 @@ def fista(
       The codes `[..., n]`, with exact zeros.
 
     Raises:
-      ValueError: shapes that do not fit, a negative strength, NaN in the signals.
+      ValueError: shapes that do not fit, a negative strength or number of steps, NaN in the signals.
 
     >>> [f"{x:.2f}" for x in fista(jnp.eye(2), jnp.array([2.0, 0.1]), 0.5, steps=20)]
     ['1.50', '0.00']
 
     Source: Beck & Teboulle, 2009; the restart is that of O'Donoghue & Candès, 2015.
     """
-    op, x, lipschitz = _start(dictionary, signals, strength, init)
+    op, signals, x, lipschitz = _start(dictionary, signals, strength, init, steps)
 
     def step(_, carry):
         x, z, t = carry
@@ -211,7 +221,7 @@ def iht(
 
     Source: Blumensath & Davies, 2009.
     """
-    op, x, lipschitz = _start(dictionary, signals, 0.0, init)
+    op, signals, x, lipschitz = _start(dictionary, signals, 0.0, init, steps)
     check_count("k", k, op.columns)
     step = lambda _, x: keep_largest(x - op.adjoint(op.forward(x) - signals) / lipschitz, k)
     return jax.lax.fori_loop(0, steps, step, x)
@@ -238,7 +248,7 @@ def admm(
     Args:
       dictionary: `[m, n]`, atoms in columns.
       signals: `[..., m]`.
-      strength: $\lambda$.
+      strength: $\lambda$, a number or one for each signal `[..., 1]`.
       rho: $\rho$; the solution does not depend on it, the speed does.
       steps: how many; may be traced.
       prox: of (values, threshold).
@@ -248,7 +258,8 @@ def admm(
       $z$ `[..., n]`, which has the exact zeros.
 
     Raises:
-      ValueError: shapes that do not fit, a negative strength, rho not positive, NaN in the signals.
+      ValueError: shapes that do not fit, a negative strength or number of steps, rho not positive, a relaxation not
+        between 0 and 2, NaN in the signals.
 
     >>> [f"{x:.2f}" for x in admm(jnp.eye(2), jnp.array([2.0, 0.1]), 0.5, steps=50)]
     ['1.50', '0.00']
@@ -256,10 +267,13 @@ def admm(
     Source: Boyd et al., "Distributed optimization and statistical learning via ADMM", 2011.
     """
     check_matrix(dictionary)
-    check_signals(dictionary, signals)
-    check_positive("strength", strength, zero=True)
+    signals = check_signals(dictionary, signals)
+    check_strength(strength, signals, each=dictionary.shape[1])
     check_positive("rho", rho)
-    a = dictionary.astype(signals.dtype)
+    check_steps("steps", steps)
+    if not 0 < relaxation < 2:
+        raise ValueError(f"relaxation={relaxation}: must be between 0 and 2, usually 1 to 1.8")
+    a = jnp.asarray(dictionary, signals.dtype)
     m, n = a.shape
     times = lambda x, y: jnp.matmul(x, y, precision="highest")
     # The inverse, as one product a step is faster than two triangular solves of many right-hand sides.
@@ -287,20 +301,38 @@ def _light(dictionary: Dictionary) -> Dense | Operator:
     if isinstance(dictionary, Dense | Operator):
         return dictionary
     check_matrix(dictionary)
-    return Dense(dictionary, jnp.zeros(()))
+    return Dense(jnp.asarray(dictionary), jnp.zeros(()))
+
+
+def _checked(
+    dictionary: Dictionary, signals: Array, codes: Array, strength: Array | float
+) -> tuple[Dense | Operator, Array, Array | float]:
+    """The operator, the signals, and the strength as a number or `[...]`."""
+    op = _light(dictionary)
+    signals = check_signals(op, signals)
+    check_codes(op, signals, codes)
+    check_strength(strength, signals)
+    return op, signals, jnp.asarray(strength)[..., 0] if np.ndim(strength) else strength
 
 
 def _start(
-    dictionary: Dictionary, signals: Array, strength: Array | float, init: Array | None
-) -> tuple[Dense | Operator, Array, Array]:
-    """Checked arguments: the operator, the first codes and the Lipschitz constant."""
+    dictionary: Dictionary,
+    signals: Array,
+    strength: Array | float,
+    init: Array | None,
+    steps: Array | int,
+) -> tuple[Dense | Operator, Array, Array, Array]:
+    """Checked arguments: the operator, the signals, the first codes and the Lipschitz constant."""
     op = as_operator(dictionary)
-    check_signals(op, signals)
-    check_positive("strength", strength, zero=True)
+    signals = check_signals(op, signals)
+    check_strength(strength, signals, each=op.columns)
+    check_steps("steps", steps)
     shape = (*signals.shape[:-1], op.columns)
-    if init is not None and init.shape != shape:
-        raise ValueError(f"init has shape {init.shape}: codes of these signals have shape {shape}")
-    x = jnp.zeros(shape, signals.dtype) if init is None else init.astype(signals.dtype)
+    if init is not None and np.shape(init) != shape:
+        raise ValueError(
+            f"init has shape {np.shape(init)}: codes of these signals have shape {shape}"
+        )
+    x = jnp.zeros(shape, signals.dtype) if init is None else jnp.asarray(init, signals.dtype)
     # A dictionary of zeros has norm 0: any step is right, as its gradient is 0.
     lipschitz = jnp.asarray(op.norm, signals.dtype) ** 2
-    return op, x, jnp.maximum(lipschitz, jnp.finfo(signals.dtype).tiny)
+    return op, signals, x, jnp.maximum(lipschitz, jnp.finfo(signals.dtype).tiny)

@@ -11,10 +11,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jaxsparse.coding.operators import Dense, as_operator, check_positive, check_signals
-from jaxsparse.coding.proximal import gap_of
+from jaxsparse.coding.operators import (
+    Dense,
+    Operator,
+    check_positive,
+    check_signals,
+    check_steps,
+    check_strength,
+)
+from jaxsparse.coding.proximal import _light, gap_of
 from jaxsparse.coding.thresholds import soft
 from jaxsparse.selection import topk_indices
 
@@ -60,7 +68,8 @@ def working_set(
       $\|y\|^2$.
 
     Raises:
-      ValueError: shapes that do not fit, a strength or size that is not positive, an operator, NaN in the signals.
+      ValueError: shapes that do not fit, a strength or size that is not positive, negative rounds or sweeps, an
+        operator, NaN in the signals.
 
     >>> found = working_set(jnp.eye(3), jnp.array([2.0, 0.1, -1.0]), 0.5, size=2)
     >>> found.codes.tolist(), float(found.gap) < 1e-6
@@ -72,16 +81,16 @@ def working_set(
     priorities, and Johnson & Guestrin, "Blitz", 2015. Differs from both in: 1. sets have a fixed size, and grow in no
     round; 2. no dual extrapolation, no pruning by a bound; 3. fixed rounds and sweeps in place of tolerances.
     """
-    if not isinstance(dictionary, Array | Dense):
-        raise ValueError(
-            f"dictionary is of type {type(dictionary).__name__}: give a matrix; functions have fista"
-        )
-    if not isinstance(size, int) or size < 1:
+    op = _light(dictionary)
+    if isinstance(op, Operator):
+        raise ValueError("dictionary is of type Operator: give a matrix; functions have fista")
+    if not isinstance(size, int | np.integer) or size < 1:
         raise ValueError(f"size={size}: give a positive integer")
-    op = dictionary if isinstance(dictionary, Dense) else as_operator(dictionary)
-    check_signals(op, signals)
+    signals = check_signals(op, signals)
     check_positive("strength", strength)
-    assert isinstance(op, Dense)
+    check_strength(strength, signals)
+    check_steps("rounds", rounds)
+    check_steps("sweeps", sweeps)
     op = Dense(op.matrix.astype(signals.dtype), op.norm)
     y = signals.reshape(-1, op.rows)
     full = jnp.broadcast_to(jnp.asarray(strength, y.dtype), (*signals.shape[:-1], 1))

@@ -94,8 +94,8 @@ class Activations:
         seed: int = 0,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("buffer", buffer, 2)):
-            if value < least:
-                raise ValueError(f"{name}={value}: give at least {least}")
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}={value}: give a whole number of at least {least}")
         if skip_first < 0:
             raise ValueError(f"skip_first={skip_first}: give a number that is not negative")
         self.site, self.batches, self.batch_size = site, batches, batch_size
@@ -149,7 +149,7 @@ class Stored:
       seed: of the order; each pass over the rows has its own.
 
     Raises:
-      ValueError: not two axes, fewer rows than one batch.
+      ValueError: not two axes, no floats, fewer rows than one batch; of `batch`: rows that are not finite.
 
     >>> stored = Stored(np.arange(6.0).reshape(6, 1), batch_size=3)
     >>> sorted(float(v) for step in (0, 1) for v in stored.batch(step)[:, 0])
@@ -157,8 +157,10 @@ class Stored:
     """
 
     def __init__(self, rows: np.ndarray, *, batch_size: int = 4096, seed: int = 0):
-        if rows.ndim != 2:
-            raise ValueError(f"rows: shape {rows.shape}; give [tokens, D]")
+        if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise ValueError(
+                f"rows: shape {rows.shape}, dtype {rows.dtype}; give [tokens, D] of floats"
+            )
         if not 1 <= batch_size <= len(rows):
             raise ValueError(f"batch_size={batch_size}: give 1 to {len(rows)}, the number of rows")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
@@ -182,9 +184,15 @@ class Stored:
           network, site, batches: as of `Activations`, and so are the `options` skip_first, keep, part.
           path: of an `.npy` file that keeps them, written through a temporary one; None: in memory.
           batch_size, seed: as of `Stored`.
+
+        Raises:
+          ValueError: as of `Activations`; no batches.
         """
         source = Activations(network, site, batches, batch_size=1, **options)
-        rows = np.concatenate(list(source.chunks()))
+        chunks = list(source.chunks())
+        if not chunks:
+            raise ValueError("batches: are empty; give at least one")
+        rows = np.concatenate(chunks)
         if path is not None:
             path = pathlib.Path(path)
             temporary = path.with_suffix(".tmp.npy")
@@ -204,4 +212,11 @@ class Stored:
             rng = np.random.default_rng([self.seed, passed])
             self._pass, self._order = passed, rng.permutation(len(self.rows))
         chosen = self._order[within * self.batch_size : (within + 1) * self.batch_size]
-        return jnp.asarray(self.rows[np.sort(chosen)])
+        found = np.asarray(self.rows[np.sort(chosen)])
+        if not np.isfinite(found).all():
+            bad = np.sort(chosen)[~np.isfinite(found).all(axis=1)]
+            raise ValueError(
+                f"rows: {len(bad)} of {len(found)} in a batch are not finite, such as row {bad[0]}; "
+                "leave these out"
+            )
+        return jnp.asarray(found)

@@ -88,7 +88,7 @@ def evaluate(model: SAE, batches: Iterable[Array | tuple[Array, Array]]) -> Eval
       An `Evaluation`.
 
     Raises:
-      ValueError: no batch.
+      ValueError: no batch, or one that is no `[tokens, d_model]` or not finite.
 
     >>> from jaxsparse import sae
     >>> model = sae.ReLU(2, 4, rngs=nnx.Rngs(0))
@@ -98,6 +98,12 @@ def evaluate(model: SAE, batches: Iterable[Array | tuple[Array, Array]]) -> Eval
     tokens, totals, mean, spread = 0, {}, np.zeros(()), 0.0
     for batch in batches:
         x, y = batch if isinstance(batch, tuple) else (batch, batch)
+        if x.ndim != 2 or not len(x):
+            raise ValueError(
+                f"batches: one has shape {x.shape}; give a list of batches [tokens, {model.d_model}]"
+            )
+        if not (np.isfinite(np.asarray(x)).all() and np.isfinite(np.asarray(y)).all()):
+            raise ValueError("batches: one has NaN or infinite entries; leave these tokens out")
         found = {k: np.asarray(v, np.float64) for k, v in _sums(model, x, y).items()}
         # The spread about the mean of all, from that about each batch's own (Chan et al. 1979).
         n, shift = len(x), found.pop("mean") - mean
@@ -141,7 +147,14 @@ def max_cosines(atoms: Array, others: Array | None = None, *, chunk: int = 1024)
 
     >>> max_cosines(jnp.eye(2), jnp.array([[2.0, 0.0], [1.0, 1.0]])).tolist()
     [1.0, 0.7071...]
+
+    Raises:
+      ValueError: rows of different lengths.
     """
+    if others is not None and atoms.shape[1:] != others.shape[1:]:
+        raise ValueError(
+            f"others: shape {others.shape}; rows must be as long as those of atoms, {atoms.shape}"
+        )
     own = others is None
     left, right = _unit(atoms), _unit(atoms if others is None else others)
     found = []
@@ -182,7 +195,7 @@ class Recovery:
     The activations of the layer are kept on the host. The network is compiled once, from activations to the loss,
     so that the blocks before the layer cost nothing.
 
-    Args, Raises: as of `loss_recovered`.
+    Args, Raises: as of `loss_recovered`; calls refuse a model whose output has another shape than its input.
 
     >>> network = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.sin)
     >>> loss = lambda y, x: jnp.mean((y - 1.0) ** 2)
@@ -232,10 +245,19 @@ class Recovery:
         for batch, kept in self._batches:
             value = jnp.asarray(kept)
             new = change(value)
+            if new.shape != value.shape:
+                raise ValueError(
+                    f"model: makes {new.shape} of activations {value.shape}; both must have one shape"
+                )
             if self.skip_first:
                 first = jnp.arange(value.shape[1])[:, None] < self.skip_first
                 new = jnp.where(first, value, new)
-            losses.append(float(self._loss(batch, new)))
+            found = self._loss(batch, new)
+            if jnp.shape(found):
+                raise ValueError(
+                    f"loss: gives shape {jnp.shape(found)}; give a function to a scalar"
+                )
+            losses.append(float(found))
         return float(np.mean(losses))
 
 
@@ -266,7 +288,7 @@ def loss_recovered(
       skip_first: positions of each sequence that stay as they are in all three runs.
 
     Raises:
-      ValueError: no batch; a site that does not exist.
+      ValueError: no batch; a site that does not exist; a loss that is no scalar.
 
     >>> network = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.sin)
     >>> loss = lambda y, x: jnp.mean((y - 1.0) ** 2)

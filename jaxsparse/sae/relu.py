@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsparse.sae.scaffold import SAE
+from jaxsparse.sae.scaffold import SAE, check_weight
 
 
 class ReLU(SAE):
@@ -50,6 +50,7 @@ class ReLU(SAE):
         if variant not in ("classic", "april"):
             raise ValueError(f'variant={variant!r}: give "classic" or "april"')
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
+        check_weight("l1", l1)
         self.l1, self.variant = l1, variant
 
     def activate(self, z: Array) -> Array:
@@ -159,8 +160,11 @@ class JumpReLU(SAE):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
-        for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
-            if not value > 0:
+        check_weight("l0", l0)
+        check_weight("pre_act", pre_act)
+        positive = {"threshold": threshold, "bandwidth": bandwidth, "target_l0": target_l0}
+        for name, value in positive.items():
+            if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: give a positive number")
         if straight_through not in ("all", "threshold"):
             raise ValueError(f'straight_through={straight_through!r}: give "all" or "threshold"')
@@ -217,6 +221,7 @@ class Gated(SAE):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
+        check_weight("l1", l1)
         self.l1 = l1
         self.r = nnx.Param(jnp.zeros(d_sae))
         self.b_mag = nnx.Param(jnp.zeros(d_sae))

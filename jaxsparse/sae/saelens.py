@@ -79,11 +79,15 @@ def load(folder: str | pathlib.Path) -> SAE:
     """Reads a model that `save` or SAELens wrote.
 
     Raises:
-      ValueError: an architecture or normalisation that is not known, or tensors that are missing or of
-        another shape; each is named.
+      ValueError: an architecture or normalisation that is not known, entries or tensors that are missing or
+        tensors of another shape; each is named.
+      FileNotFoundError: no such folder, or not both files in it.
     """
     folder = pathlib.Path(folder)
-    config = json.loads((folder / "cfg.json").read_text())
+    try:
+        config = json.loads((folder / "cfg.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}: cfg.json is no JSON: {error}") from error
     architecture = config.get("architecture", "standard")
     if architecture not in _NAMES:
         raise ValueError(
@@ -94,6 +98,9 @@ def load(folder: str | pathlib.Path) -> SAE:
             f"{folder}: normalize_activations={config['normalize_activations']!r}; fold the scale "
             'there, so that it is "none"'
         )
+    needed = ("d_in", "d_sae", *(["k"] if architecture == "topk" else []))
+    if missing := [name for name in needed if name not in config]:
+        raise ValueError(f"{folder}: cfg.json lacks {', '.join(missing)}; {architecture} needs it")
     sizes, rngs = (int(config["d_in"]), int(config["d_sae"])), nnx.Rngs(0)
     if architecture == "topk":
         norms = bool(config.get("rescale_acts_by_decoder_norm", False))

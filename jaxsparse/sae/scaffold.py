@@ -28,13 +28,19 @@ def check_sizes(d_model: int, d_sae: int) -> None:
     """Raises: ValueError: a size is not a positive integer."""
     for name, value in (("d_model", d_model), ("d_sae", d_sae)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value}: give a positive integer")
+            raise ValueError(f"{name}={value!r}: give a positive integer")
 
 
 def check_k(name: str, k: Any, d_sae: int) -> None:
     """Raises: ValueError: k is not an integer from 1 to d_sae."""
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
-        raise ValueError(f"{name}={k}: give an integer from 1 to d_sae={d_sae}")
+        raise ValueError(f"{name}={k!r}: give an integer from 1 to d_sae={d_sae}")
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raises: ValueError: the weight of a penalty is negative or NaN."""
+    if not value >= 0:
+        raise ValueError(f"{name}={value}: give a number that is not negative")
 
 
 class SAE(nnx.Module):
@@ -126,6 +132,8 @@ class SAE(nnx.Module):
 
     def decode(self, f: Array, x: Array | None = None) -> Array:
         """The reconstruction `[..., d_out]` of codes; a skip transcoder also needs its input x."""
+        if f.shape[-1:] != (self.d_sae,):
+            raise ValueError(f"f: shape {f.shape}; give [..., {self.d_sae}], which is d_sae")
         y = f @ self.W_dec[...] + self.b_dec[...]
         if self.W_skip is None:
             return y
@@ -218,8 +226,8 @@ class SAE(nnx.Module):
             raise ValueError(f"x: shape {x.shape}; give [..., {self.d_model}], which is d_model")
 
     def _check_batch(self, x: Array, target: Array | None) -> Array:
-        if x.ndim != 2 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x: shape {x.shape}; give [tokens, {self.d_model}]")
+        if x.ndim != 2 or not len(x) or x.shape[-1] != self.d_model:
+            raise ValueError(f"x: shape {x.shape}; give [tokens, {self.d_model}], one at least")
         if target is None:
             if self.transcodes:
                 raise ValueError("target=None: a transcoder learns to predict one; give target")
@@ -250,9 +258,15 @@ def geometric_median(x: Array, *, steps: int = 100, tolerance: float = 1e-5) -> 
     $m \leftarrow \sum_n w_n x_n / \sum_n w_n$ with $w_n = 1 / \|x_n - m\|$, until m moves by less than
     `tolerance` times its norm. It is what b_dec starts from in TopK autoencoders.
 
+    Raises:
+      ValueError: not two axes, or no rows.
+
     >>> geometric_median(jnp.array([[0.0], [1.0], [50.0]])).round(2).tolist()
     [1.0]
     """
+
+    if x.ndim != 2 or not len(x):
+        raise ValueError(f"x: shape {x.shape}; give [n, D] with at least one row")
 
     def moved(state):
         i, old, new = state
