@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jaxsparse.targets import path_name
 
 Batch = Mapping[str, np.ndarray]
+# What a layer that stores blocks or weights has beside its values: whole on every device.
+BESIDE_VALUES = ("places", "rows", "outputs", "scores", "sketch", "due")
 
 
 class Single:
@@ -174,14 +176,7 @@ class Fsdp(Single):
         scan walks through, or the window of a convolution."""
         axes: list[Any] = [None] * len(shape)
         part = path.rpartition("/")[2]
-        if part in (
-            "places",
-            "rows",
-            "outputs",
-            "scores",
-            "sketch",
-            "due",
-        ):  # of a layer that stores
+        if part in BESIDE_VALUES:
             return PartitionSpec()
         if part == "values" and len(shape) >= 3:
             # Blocks are shared by the devices, and their rows by those that do not divide them.

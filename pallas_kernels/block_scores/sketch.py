@@ -10,10 +10,8 @@ from jax import lax
 from pallas_kernels._formats import Array
 from pallas_kernels._probe import probed
 
-SEEDS = (
-    1907,
-    4840,
-)  # of the signs of rows and columns, which never change: sketches of all steps add up
+# Of the signs of rows and columns, which never change: sketches of all steps add up.
+SEEDS = (1907, 4840)
 
 
 def sketch_blocks(
@@ -27,10 +25,10 @@ def sketch_blocks(
     r"""y, unchanged; but the gradient of `probe` is a sketch of the gradient $G = x^T dy$ of the weight that
     made y of x.
 
-    The sketch of a block $G_B$ `[bh, bw]` is $R^T G_B C$ `[r, c]`, with random signs over $\sqrt r$ in $R$ and over
-    $\sqrt c$ in $C$, others for each block row and block column, the same at every call. It is linear: sketches of batches, devices and steps may be added up, and
-    the sketch of their sum is had. Over the signs, the mean of its $\|R^T G_B C\|_F^2$ is $\|G_B\|_F^2$. Where r is bh,
-    R is the identity, and so is C where c is bw.
+    The sketch of a block $G_B$ `[bh, bw]` is $S_B = R^T G_B C$ `[r, c]`, with random signs over $\sqrt r$ in R and over
+    $\sqrt c$ in C: others for each block row and block column, the same at every call. It is linear, so that the sum of
+    sketches of batches, devices or steps is the sketch of their sum. The mean of $\|S_B\|_F^2$ over the signs is
+    $\|G_B\|_F^2$. Where r is bh, R is the identity, and so is C where c is bw.
 
     x and dy are summed up to r and c numbers for each block first, so that the product takes
     $rc / (bh \, bw)$ of the operations of a dense one, and no array of the size of G is made.
@@ -45,8 +43,7 @@ def sketch_blocks(
     Raises:
       ValueError: a probe of another grid, or with an r above bh or a c above bw.
 
-    The two-sided product with signs is the tensor sketch of Johnson and Lindenstrauss' lemma (Achlioptas,
-    Database-friendly random projections, 2003).
+    Random signs keep norms: Achlioptas, Database-friendly random projections, 2003.
 
     >>> x, w = jnp.array([[1.0, 0.0, 2.0, 0.0]]), jnp.ones((4, 2))
     >>> loss = lambda probe: sketch_blocks(x, x @ w, probe, (2, 1)).sum()
