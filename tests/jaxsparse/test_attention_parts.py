@@ -253,14 +253,14 @@ def test_recall_is_the_kept_probability_and_bounds_the_error():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: select.top_k(0), "num_blocks=0 must be at least 1"),
+        (lambda: select.top_k(0), "num_blocks=0 must be an integer, at least 1"),
         (lambda: select.density(1.5), r"density=1.5 must lie in \(0, 1\]"),
         (lambda: select.top_p(0.0), "p=0.0 must be positive"),
         (lambda: select.top_p(0.5, rule=cast(Any, "nucleus")), "rule='nucleus' must be 'reach' or 'stop_before'"),
         (lambda: select.threshold(-1.0), "threshold=-1.0 must not be negative"),
         (lambda: select.rule_of(0.1, select.top_k(2)), "give one of them"),
         (lambda: select.rule_of(None, None), "give one of them"),
-        (lambda: Layout(block_q=0), "block_q=0 must be at least 1"),
+        (lambda: Layout(block_q=0), "block_q=0 must be an integer, at least 1"),
         (lambda: Layout(sinks=-1), "sinks=-1 must not be negative"),
         (lambda: Layout(capacity=0), "capacity=0 must be None or at least 1"),
         (lambda: Layout(4, 4).grid(9, 8), "q_len=9 is more than kv_len=8"),
