@@ -233,15 +233,8 @@ class Cache:
         sizes = check_heads(q, k, v)
         n, policy = k.shape[2], self.policy
         batch, kv_heads, capacity = self.positions.shape
-        if (
-            k.shape[:2] != (batch, kv_heads)
-            or q.shape[2] != n
-            or (k.shape[3], v.shape[3])
-            != (
-                self.k.shape[3],
-                self.v.shape[3],
-            )
-        ):
+        dims, kept_dims = (k.shape[3], v.shape[3]), (self.k.shape[3], self.v.shape[3])
+        if k.shape[:2] != (batch, kv_heads) or q.shape[2] != n or dims != kept_dims:
             raise ValueError(
                 f"q {q.shape}, k {k.shape} and v {v.shape} do not fit a cache of batch {batch}, {kv_heads} heads, head_dim "
                 f"{self.k.shape[3]} and v_dim {self.v.shape[3]}; sequences of different lengths are padded to one, with lengths="
