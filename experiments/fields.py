@@ -122,6 +122,7 @@ FIELDS: Mapping[str, Rule] = {
     "method": one_of(jaxsparse.METHODS),
     "sparsity": number(0.0, below=1.0),
     "storage": one_of(storage.STORAGES),
+    "sketch": optional(integer(1)),
     "structure": optional(read_by(jaxsparse.structures.parse)),
     "options.update_every": optional(integer(1)),
     "options.begin_step": optional(integer(0)),

@@ -44,13 +44,17 @@ def make_optimizer(
     inner = INNER[config.optimizer](
         schedule, weight_decay=config.weight_decay, momentum=config.momentum
     )
-    if config.storage == "stored":
-        tx = storage.make_stored(config, inner, seed=seed, sparsity=sparsity)
+
+    def clipped(tx):
+        if config.clip_norm is None:
+            return tx
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+
+    if config.storage == "stored":  # outside, the norm would be that of scores and sketches, too
+        tx = storage.make_stored(config, clipped(inner), seed=seed, sparsity=sparsity)
     else:
         options = method_options(config, stacked=stacked, seed=seed, sparsity=sparsity)
-        tx = jaxsparse.make(config.method, inner, **options)
-    if config.clip_norm is not None:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+        tx = clipped(jaxsparse.make(config.method, inner, **options))
     return optax.with_extra_args_support(tx)
 
 

@@ -25,12 +25,17 @@ from jaxsparse.nn.compact import replace_module
 STORAGES = ("masks", "stored")
 # Methods that can be trained as stored, and the rule of `jaxsparse.stored` that each is.
 RULES = {"rigl": "rigl", "set": "set", "magnitude": "magnitude", "static": "static"}
-# Options of a method that its rule has, too.
+# Options of a method that its rule has, too, and the seed.
 OPTIONS = ("update_every", "begin_step", "end_step", "initial_sparsity", "drop_fraction", "seed")
 
 
 def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What of a config, by dotted names, does not go with stored layers, as (name, what)."""
+    if values["sketch"] is not None:
+        needed = {"storage": "stored", "method": "rigl"}
+        for name, value in needed.items():
+            if values[name] != value:
+                yield "sketch", f"growth by momentum needs {name}={value}, not {values[name]!r}"
     if values["storage"] == "masks":
         return
     if values["method"] not in RULES:
@@ -38,6 +43,8 @@ def of_relations(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     structure = str(values["structure"])
     if not structure.startswith("block:") and structure != "fan_in":
         yield "structure", "storage=stored needs blocks, such as block:16x16, or fan_in"
+    if values["sketch"] is not None and not structure.startswith("block:"):
+        yield "sketch", f"growth by momentum needs blocks, such as block:16x16, not {structure}"
     if structure == "fan_in" and values["parallel"] == "fsdp":
         yield "parallel", "must be none or pmap with storage=stored and single weights (fan_in)"
     if values["model"] not in ("mlp", "vit", "transformer", "resnet"):
@@ -95,7 +102,10 @@ def store_layers(
                 "convolution in blocks; keep it dense with config.options.targets"
             )
         density = number * leaf.slices * leaf.unit_size / leaf.layer_size
-        make = functools.partial(_layer, cast(Any, linear), structure, density, rows, axis_name)
+        sketch = None if config.sketch is None else (config.sketch, config.sketch)
+        make = functools.partial(
+            _layer, cast(Any, linear), structure, density, rows, axis_name, sketch
+        )
         if leaf.lead:
             (many,) = leaf.stack_shape
             layer = nnx.split_rngs(splits=many)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
@@ -124,6 +134,7 @@ def _layer(
     density: float,
     rows: NamedSharding | None,
     axis_name: str | None,
+    sketch: tuple[int, int] | None,
     rngs: nnx.Rngs,
 ) -> BlockSparseLinear | CondensedLinear:
     """A layer with the sizes of a dense one (or of each of a stack of them)."""
@@ -137,7 +148,8 @@ def _layer(
     sizes = linear.in_features, linear.out_features
     if not isinstance(structure, jaxsparse.structures.Block):
         return CondensedLinear(*sizes, **options)
-    options.update(block_shape=(structure.height, structure.width), rows=rows, axis_name=axis_name)
+    block_shape = structure.height, structure.width
+    options.update(block_shape=block_shape, rows=rows, axis_name=axis_name, sketch=sketch)
     if isinstance(linear, nnx.Linear):
         return BlockSparseLinear(*sizes, **options)
     strides, space = linear.strides, len(linear.kernel_size)
@@ -149,13 +161,13 @@ def dense(config):
     """The config of the same run without sparsity, for its operations."""
     other = config.copy_and_resolve_references()
     other.storage, other.method, other.structure = "masks", "dense", None
-    other.options = {}
+    other.options, other.sketch = {}, None
     return other
 
 
 def make_stored(config, inner: optax.GradientTransformation, *, seed: Any, sparsity: Any):
     """The transformation of a stored run: `jaxsparse.stored` with the options of the config."""
-    rule = RULES[config.method]
+    rule = RULES[config.method] if config.sketch is None else "momentum"
     options = {k: v for k in OPTIONS if (v := config.options.get(k)) is not None}
     options.setdefault("seed", config.seed if seed is None else seed)
     if rule == "magnitude":

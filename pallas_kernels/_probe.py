@@ -14,7 +14,8 @@ from pallas_kernels._dispatch import vary_alike
 from pallas_kernels._formats import Array
 
 Score = Callable[[Any, Array, Array, Array | None, Array | None], Array]
-"""`score(static, x, dy, at, places)`: the gradient of a probe; `at` numbers the rows of it, None: all."""
+"""`score(static, x, dy, at, places)`: the gradient of a probe, for x and dy of one dtype; `at` numbers the rows of
+it, None: all."""
 
 
 def probed(
@@ -60,7 +61,8 @@ def _backward(score, static, residuals, dy):
 
     def run(x, dy, due, places):
         at = None if all_rows else jnp.nonzero(due, size=rows, fill_value=0)[0]
-        found = score(static, x, dy.astype(x.dtype), at, places)
+        dtype = jnp.result_type(x, dy)  # that of x alone may not hold small gradients
+        found = score(static, x.astype(dtype), dy.astype(dtype), at, places)
         return vary_alike(found, like=(x, dy)).astype(probe.dtype)
 
     none = lambda x, dy, *_: vary_alike(jnp.zeros(probe.shape, probe.dtype), like=(x, dy))

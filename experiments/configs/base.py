@@ -20,6 +20,9 @@ def get_config() -> config_dict.ConfigDict:
     # masks: dense arrays and masks. stored: rigl, set, magnitude and static with structure=block:HxW train
     # the blocks that are kept and nothing else (jaxsparse.stored); for mlp, vit and transformer.
     c.storage = "masks"
+    # With storage=stored, rigl and blocks: growth by the momentum of gradients and not by the last one
+    # (rule="momentum" of jaxsparse.stored), of which so many times so many numbers are kept for each block.
+    c.sketch = config_dict.placeholder(int)
     c.options = config_dict.ConfigDict()
     c.options.update_every = config_dict.placeholder(int)
     c.options.begin_step = config_dict.placeholder(int)

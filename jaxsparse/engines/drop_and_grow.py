@@ -35,21 +35,28 @@ def random_start(setup: Setup, fraction: Schedule, first) -> Rule:
         with jax.ensure_compile_time_eval():  # known while `init` is traced, too
             f = fraction(first)
         apart = coupling(step.leaves) is None  # units of several leaves are counted together
-        if apart and isinstance(setup.allocation, ByShape) and is_concrete(f):
+        if apart and isinstance(setup.allocation, ByShape):
             budgets = unit_budgets(step.leaves, setup.allocation, setup.sparsity)
-            rows = [(x, n) for x, n in zip(step.leaves, budgets) if isinstance(n, int)]
-            idle = [(x.path, n) for x, n in rows if scale_count(n, float(f)) < 1]
-            if idle:
-                path, n = idle[0]
-                warnings.warn(
-                    f"drop_fraction: {float(f):.3g} of the {n} units kept in a slice of {path!r} is less "
-                    f"than one at the first update, so that its mask never changes ({len(idle)} such "
-                    f"leaves); give {1 / n:.3g} or more, or larger slices",
-                    stacklevel=4,
-                )
+            warn_of_idle([(x.path, n) for x, n in zip(step.leaves, budgets)], f, stacklevel=5)
         return draw(step)
 
     return rule
+
+
+def warn_of_idle(rows: Sequence[tuple[str, Any]], fraction: Any, *, stacklevel: int) -> None:
+    """Warns of leaves, given as (path, units kept in a slice), of which `fraction` is less than one unit."""
+    if not is_concrete(fraction):
+        return
+    f = float(fraction)
+    idle = [(path, n) for path, n in rows if isinstance(n, int) and scale_count(n, f) < 1]
+    if idle:
+        path, n = idle[0]
+        warnings.warn(
+            f"drop_fraction: {f:.3g} of the {n} units kept in a slice of {path!r} is less than one at the "
+            f"first update, so that its mask never changes ({len(idle)} such leaves); give {1 / n:.3g} or "
+            "more, or larger slices",
+            stacklevel=stacklevel,
+        )
 
 
 def drop_and_grow(

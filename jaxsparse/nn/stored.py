@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
@@ -18,7 +19,7 @@ from jaxsparse.choose import check_sparsity, unit_budgets
 from jaxsparse.engines import Step, View, check_inner, drop_and_grow, is_placeholder, swap
 from jaxsparse.engines._checks import compiled_once
 from jaxsparse.engines._slots import restart, stand_still
-from jaxsparse.engines.drop_and_grow import GROWTH
+from jaxsparse.engines.drop_and_grow import GROWTH, warn_of_idle
 from jaxsparse.engines.step import any_nan
 from jaxsparse.leaves import Leaf
 from jaxsparse.methods.pruning import start_of_ramp
@@ -29,6 +30,15 @@ from jaxsparse.typing import Scalar, ScalarOrSchedule, Seed, StepCount
 
 CANDIDATES = 0x2545F491  # what the seed of a leaf is mixed with, where candidates are drawn
 BlockRule = Callable[[Step], list[Array]]
+TIMES = ("update_every", "begin_step", "end_step")
+READS = {
+    "rigl": (*TIMES, "drop_fraction"),
+    "set": (*TIMES, "drop_fraction"),
+    "momentum": (*TIMES, "drop_fraction", "decay"),
+    "magnitude": (*TIMES, "sparsity", "initial_sparsity"),
+    "static": (),
+}
+"""The options of each rule; a function of a Step has `TIMES`."""
 FAULTS = (
     "",
     "places were changed by something else than `stored`: an average, noise or decay outside of it; put "
@@ -63,7 +73,8 @@ class StoredState(NamedTuple):
 class _Recipe:
     """The rule of grids of blocks, that of outputs which store weights one by one, when they run, whether
     they read scores, whether they take the place of the step, and how fast the momentum forgets that is read in
-    place of scores (None: there is none)."""
+    place of scores (None: there is none), the sparsity that a rule which only drops ends at, and the part that one
+    which grows replaces."""
 
     rule: BlockRule | None
     in_columns: BlockRule | None = None
@@ -73,6 +84,8 @@ class _Recipe:
     first: int = 0  # no update before this step
     seed: Any = 0
     decay: Any = None
+    sparsity: Any = None
+    fraction: Schedule | None = None
 
     def fires(self, count) -> Array:
         """Whether the pattern moves at this step (bool scalar)."""
@@ -100,13 +113,13 @@ def stored(
     *,
     rule: Literal["rigl", "set", "momentum", "magnitude", "static"] | BlockRule = "rigl",
     total_steps: StepCount | None = None,
-    update_every: StepCount = 100,
+    update_every: StepCount | None = None,
     begin_step: StepCount | None = None,
     end_step: StepCount | None = None,
-    drop_fraction: ScalarOrSchedule = 0.3,
+    drop_fraction: ScalarOrSchedule | None = None,
     sparsity: Scalar | None = None,
-    initial_sparsity: Scalar = 0.0,
-    decay: Scalar = 0.9,
+    initial_sparsity: Scalar | None = None,
+    decay: Scalar | None = None,
     groups: int = 1,
     seed: Seed = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -139,7 +152,8 @@ def stored(
 
     What averages, decays or adds noise belongs inside, around the optimizer of the values. From the
     outside it is refused: places that something else has changed raise `ValueError` outside of `jit`; in
-    a compiled step the values become NaN, and `check_stored` says why.
+    a compiled step the values become NaN, and `check_stored` says why. Clip by the norm of all gradients inside,
+    too: outside it is also that of scores and sketches.
 
     Args:
       inner: the optimizer of the values and of all dense leaves.
@@ -149,26 +163,28 @@ def stored(
         a view is some outputs `[inputs, few]` of one matrix at a time, `stats` the positions of its weights in the
         whole; the new mask must not depend on which outputs are seen together.
       total_steps: the length of the run, in steps; not needed by "static".
-      update_every: steps between two updates.
+      update_every: steps between two updates, 100 by default.
       begin_step: the first update; after `update_every` steps by default ("magnitude": 0).
       end_step: no update after it; 75 % of the run by default.
-      drop_fraction: of "rigl", "set" and "momentum": the part that the first update replaces, which falls along a
-        cosine to 0 at `end_step`; or a schedule of it.
-      sparsity: of "magnitude": the share of each matrix that is not stored in the end.
-        The arrays keep their size, until `refit` takes what is not used away.
-      initial_sparsity: of "magnitude": that of the cubic curve's start.
-      decay: of "momentum": $\beta$ in [0, 1).
+      drop_fraction: of "rigl", "set" and "momentum": the part that the first update replaces, 0.3 by default,
+        which falls along a cosine to 0 at `end_step`; or a schedule of it.
+      sparsity: of "magnitude": the share of each matrix that is not stored in the end, at least that of the
+        start. The arrays keep their size, until `refit` takes what is not used away.
+      initial_sparsity: of "magnitude": that of the cubic curve's start, 0 by default.
+      decay: of "momentum": $\beta$ in [0, 1), 0.9 by default.
       groups: groups of neighbouring block columns that keep their numbers of blocks. With as many as
         devices that share the blocks, each device drops and grows its own.
-      seed: of random growth and of ties, an integer.
+      seed: of random growth and of ties, an integer. It and `total_steps` are those of a run and go with any rule;
+        other options go with the rules that read them.
 
     Returns:
       A transformation of trees of which each stored matrix is siblings: `values`, `places`, `scores`,
       `due`, and `sketch` where there is one; or `values`, `rows`, `outputs`, `due` and, with candidates, `scores`. Gradients of integers may be `float0`, zeros, or missing (see `full_gradients`).
 
     Raises:
-      ValueError: an unknown rule, missing or contradictory arguments; at `init` parameters without
-        stored matrices, or with a pattern that is none; at `update` gradients that are missing.
+      ValueError: an unknown rule, missing or contradictory arguments, options that the rule does not read; at
+        `init` parameters without stored matrices, with a pattern that is none, or that store less than "magnitude"
+        is to end at; at `update` gradients that are missing, or the state of another rule or model.
 
     With gradients averaged by `pmean` the score of a block is the mean of the norms over the replicas, unless the
     layers know their `axis_name`, and over microbatches it is the mean of theirs; the masked methods take the
@@ -212,6 +228,7 @@ def stored(
         tree, leaves = find(params, groups), jax.tree.leaves(params)
         _check_rule(tree, recipe)
         check_patterns(tree, leaves, groups)
+        _check_end(recipe, tree, leaves)
         return StoredState(
             count=jnp.zeros((), jnp.int32),
             places=tuple(jnp.array(leaves[m.places], copy=True) for m in tree.matrices),
@@ -301,10 +318,10 @@ def stored(
             raise ValueError(
                 f"opt_state: {type(state).__name__} is not the state that `stored(...).init` returns"
             )
-        tree = find(params, groups)
-        _check_state(tree, state)
+        tree, leaves = find(params, groups), jax.tree.leaves(params)
         _check_rule(tree, recipe)
-        grads = tree.gradients(updates, jax.tree.leaves(params), recipe.probes(tree))
+        _check_state(tree, leaves, state, recipe)
+        grads = tree.gradients(updates, leaves, recipe.probes(tree))
         out, new = compiled(grads, state, params, **extra)
         if is_concrete(new.fault) and int(jnp.max(new.fault)):
             raise ValueError(f"params: {FAULTS[int(jnp.max(new.fault))]}")
@@ -313,53 +330,41 @@ def stored(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def recipe_of(
-    rule: Any,
-    *,
-    total_steps: StepCount | None = None,
-    update_every: StepCount = 100,
-    begin_step: StepCount | None = None,
-    end_step: StepCount | None = None,
-    drop_fraction: ScalarOrSchedule = 0.3,
-    sparsity: Scalar | None = None,
-    initial_sparsity: Scalar = 0.0,
-    decay: Scalar = 0.9,
-    seed: Seed = 0,
-) -> _Recipe:
-    """The recipe that the arguments of `stored` stand for, checked."""
+def recipe_of(rule: Any, *, total_steps: Any = None, seed: Any = 0, **options: Any) -> _Recipe:
+    """The recipe that the arguments of `stored` stand for, checked; None stands for an option's default."""
+    if not callable(rule) and rule not in tuple(READS):
+        raise ValueError(
+            f"rule={rule!r}: give {', '.join(map(repr, READS))}, or a function of a Step"
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name not in (TIMES if callable(rule) else READS[rule]):
+            readers = " and ".join(repr(r) for r, names in READS.items() if name in names)
+            raise ValueError(
+                f"{name}={value}: rule={rule!r} does not read it, {readers} would; leave it out"
+            )
     if rule == "static":
         return _Recipe(None)
-    if not callable(rule) and rule not in ("rigl", "set", "momentum", "magnitude"):
-        raise ValueError(
-            f"rule={rule!r}: give 'rigl', 'set', 'momentum', 'magnitude', 'static', or a function of a Step"
-        )
-    if is_concrete(decay) and not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}: must be at least 0 and less than 1")
-    if rule != "magnitude" and is_concrete(initial_sparsity) and initial_sparsity != 0:
-        raise ValueError(
-            f"initial_sparsity={initial_sparsity}: is where rule='magnitude' starts; others keep the number "
-            "of blocks that the layers store"
-        )
     if total_steps is None:
         raise ValueError(f"total_steps=None: rule={rule!r} needs the length of the run, in steps")
-    if (sparsity is None) == (rule == "magnitude"):
-        raise ValueError(
-            f"sparsity={sparsity}: rule='magnitude' needs the sparsity that it ends at; others keep the "
-            "number of blocks that the layers store"
-        )
-    times = total_steps, begin_step, end_step, update_every
+    every = given.get("update_every", 100)
+    times = total_steps, given.get("begin_step"), given.get("end_step"), every
     if rule == "magnitude":
-        sparsity = check_sparsity(sparsity)
+        if "sparsity" not in given:
+            raise ValueError(
+                "sparsity=None: rule='magnitude' needs the sparsity that it ends at, a number in [0, 1)"
+            )
+        sparsity = check_sparsity(given["sparsity"])
         at = Timing().updates(*times)
-        start = start_of_ramp(initial_sparsity, sparsity)
+        start = start_of_ramp(given.get("initial_sparsity", 0.0), sparsity)
         ramp = schedules.cubic(at.begin, at.end, initial=start)
         in_columns = _keep_largest_in_columns(sparsity, ramp)
-        return _Recipe(_keep_largest(sparsity, ramp), in_columns, at)
+        return _Recipe(_keep_largest(sparsity, ramp), in_columns, at, sparsity=sparsity)
     at = REWIRING.updates(*times)
     if callable(rule):
         own: Any = rule
         return _Recipe(own, own, at, scored=scores.needs_gradient(own), first=1, seed=seed)
-    fraction = schedules.drop_fraction(drop_fraction, at.end)
+    fraction = schedules.drop_fraction(given.get("drop_fraction", 0.3), at.end)
     grow = scores.random if rule == "set" else scores.gradient
     both = (
         drop_and_grow(scores.magnitude, grow, fraction, seed=seed),
@@ -367,14 +372,26 @@ def recipe_of(
     )
     by_gradient = rule == "rigl"
     if rule == "momentum":
-        return _Recipe(both[0], None, at, first=1, seed=seed, decay=decay)
-    return _Recipe(*both, at, scored=by_gradient, replaces=by_gradient, first=1, seed=seed)
+        decay = given.get("decay", 0.9)
+        if is_concrete(decay) and not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: must be at least 0 and less than 1")
+        return _Recipe(both[0], None, at, first=1, seed=seed, decay=decay, fraction=fraction)
+    return _Recipe(
+        *both,
+        at,
+        scored=by_gradient,
+        replaces=by_gradient,
+        first=1,
+        seed=seed,
+        fraction=fraction,
+    )
 
 
 def _average(decay: Any, old: Array, new: Array) -> Array:
-    """The momentum after one more step; gradients that are NaN leave it as it was."""
+    """The momentum after one more step; gradients that are not finite leave it as it was."""
+    decay = jnp.asarray(decay, jnp.float32)
     found = decay * old + (1 - decay) * new.astype(jnp.float32)
-    return jnp.where(jnp.any(jnp.isnan(found)), old, found)
+    return jnp.where(jnp.all(jnp.isfinite(found)), found, old)
 
 
 def _swap_in_columns(fraction: Schedule, seed: Any) -> BlockRule:
@@ -409,10 +426,7 @@ def _keep_largest(sparsity: Any, ramp: Schedule) -> BlockRule:
     """Of the stored blocks keep those of largest norm, as many as the masked method keeps."""
 
     def rule(step: Step) -> list[Array]:
-        matrices = [
-            Leaf(x.index, x.path, _matrix_shape(x, block), x.lead, structures.Block(*block))
-            for x, block in zip(step.leaves, step.aux)
-        ]
+        matrices = [_matrix_of(x, block) for x, block in zip(step.leaves, step.aux)]
         fraction: Any = ramp(step.count)
         budgets = unit_budgets(matrices, allocations.Uniform(), sparsity, fraction)
         rows = zip(step.leaves, budgets)
@@ -427,10 +441,11 @@ def _keep_largest(sparsity: Any, ramp: Schedule) -> BlockRule:
     return rule
 
 
-def _matrix_shape(grid: Leaf, block: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of the matrices whose blocks the grid holds."""
-    gr, gc = grid.layer_shape
-    return (*grid.stack_shape, gr * block[0], gc * block[1])
+def _matrix_of(grid: Leaf, block: tuple[int, int]) -> Leaf:
+    """The matrix, or the stack of them, whose blocks the grid holds, as a masked method sees it."""
+    (gr, gc), (bh, bw) = grid.layer_shape, block
+    shape = (*grid.stack_shape, gr * bh, gc * bw)
+    return Leaf(grid.index, grid.path, shape, grid.lead, structures.Block(bh, bw))
 
 
 def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, worth, due):
@@ -477,13 +492,66 @@ def _check_rule(tree: StoredTree, recipe: _Recipe) -> None:
             )
 
 
-def _check_state(tree: StoredTree, state: StoredState) -> None:
-    """Raises `ValueError` for the state of another model, or of other capacities."""
+def _check_end(recipe: _Recipe, tree: StoredTree, leaves: list[Any]) -> None:
+    """Checks that the rule has something to do.
+
+    Raises:
+      ValueError: less is stored than a rule that only drops is to end at.
+    """
+    stored = [_in_a_slice(m, leaves[m.places]) for m in tree.matrices]
+    if recipe.fraction is not None and recipe.at is not None:
+        with jax.ensure_compile_time_eval():  # known while `init` is traced, too
+            first = recipe.fraction(recipe.at.begin)
+        warn_of_idle([(m.leaf.path, n) for m, n in zip(tree.matrices, stored)], first, stacklevel=5)
+    if recipe.sparsity is None:
+        return
+    for m, most in zip(tree.matrices, stored):
+        matrix, parts, of = m.leaf, 1, "weights of an output"
+        if isinstance(m, Blocks):
+            matrix, parts, of = _matrix_of(m.leaf, m.block_shape), m.leaf.slices, "blocks"
+        (final,) = unit_budgets([matrix], allocations.Uniform(), recipe.sparsity)
+        if isinstance(final, int) and most * parts < final:
+            whole = parts * m.leaf.layer_size // m.leaf.slices
+            raise ValueError(
+                f"sparsity={recipe.sparsity}: {m.path!r} stores {most * parts} of {whole} {of}, and "
+                f"rule='magnitude' only drops, down to {final}; give more than "
+                f"{1 - most * parts / whole:.3g}, or the layer a larger density"
+            )
+
+
+def _in_a_slice(m: Blocks | Columns, places: Any) -> int:
+    """How much is stored in the fullest slice (a group of columns, an output) of the emptiest layer of a stack; as
+    much as there is room for where only shapes are known."""
+    slices = m.leaf.slices
+    room = m.capacity // slices if isinstance(m, Blocks) else m.capacity
+    if isinstance(places, jax.ShapeDtypeStruct) or not is_concrete(places):
+        return room
+    host: Any = np.asarray(places)
+    used: Any = m.used(host).reshape(m.leaf.layers, slices, room)
+    return int(used.sum(-1).max(-1).min())
+
+
+def _check_state(tree: StoredTree, leaves: list[Any], state: StoredState, recipe: _Recipe) -> None:
+    """Raises `ValueError` for the state of another model or rule, or of other capacities."""
     if len(state.places) != len(tree.matrices):
         raise ValueError(
             f"opt_state: the state of another model: it has {len(state.places)} stored matrices, the "
             f"parameters {len(tree.matrices)}"
         )
+    kept = len(state.momentum), 0 if recipe.decay is None else len(tree.matrices)
+    if kept[0] != kept[1]:
+        raise ValueError(
+            f"opt_state: the state of another rule: it keeps {kept[0]} averages of sketches, and this "
+            f"rule {kept[1]}; make it anew by `init`"
+        )
+    for m, average in zip(tree.matrices, state.momentum):
+        shape = jnp.shape(leaves[cast(int, m.sketch)])
+        if jnp.shape(average) != shape:
+            raise ValueError(
+                f"opt_state: the sketch of {m.path!r} has shape {shape}, its average in the state "
+                f"{jnp.shape(average)}; give the layer the sketch= of that run, or make the state anew "
+                "by `init`"
+            )
     for m, places in zip(tree.matrices, state.places):
         if (n := jnp.shape(places)[-1]) != m.capacity:
             what = "blocks" if isinstance(m, Blocks) else "weights of an output"

@@ -57,11 +57,7 @@ def block_scores(
     for name, a in (("x", x), ("dy", dy)):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             raise ValueError(f"{name}.dtype={a.dtype} must be a floating-point type")
-    if x.ndim < 1 or x.ndim != dy.ndim or x.shape[:-1] != dy.shape[:-1]:
-        raise ValueError(
-            f"x.shape={x.shape} and dy.shape={dy.shape} must be equal but for the last axis"
-        )
-    bh, bw = _checked(block_shape)
+    (bh, bw), grid = grid_of(x, dy, block_shape, name="dy")
     dtype = jnp.result_type(x.dtype, dy.dtype)
     x, dy = (jnp.reshape(a, (-1, a.shape[-1])).astype(dtype) for a in (x, dy))
     reasons = {
@@ -69,16 +65,30 @@ def block_scores(
     }
     name = choose(implementation, reasons)
     if x.size == 0 or dy.size == 0:
-        return jnp.zeros((-(-x.shape[1] // bh), -(-dy.shape[1] // bw)), jnp.float32)
+        return jnp.zeros(grid, jnp.float32)
     options: dict[str, Any] = {"interpret": True} if interpret else {}
     x, dy = vary_alike(x, dy)
     return IMPLEMENTATIONS[name].scores(x, dy, (bh, bw), precision=precision, **options)
 
 
-def _checked(block_shape: Any) -> tuple[int, int]:
-    if np.shape(block_shape) != (2,) or min(block_shape) < 1:
+def grid_of(
+    x: Array, y: Array, block_shape: Any, *, name: str = "y"
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The block shape, checked, and how many block rows and block columns a weight has that makes y of x.
+
+    Raises:
+      ValueError: x and y (called `name`) of other rows, a block shape that is no two positive integers.
+    """
+    if x.ndim < 1 or y.ndim < 1 or x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"x.shape={x.shape} and {name}.shape={y.shape} must be equal but for the last axis"
+        )
+    if np.shape(block_shape) != (2,) or not all(
+        isinstance(b, int | np.integer) and b >= 1 for b in block_shape
+    ):
         raise ValueError(f"block_shape={block_shape} must be two positive integers")
-    return tuple(block_shape)
+    bh, bw = map(int, block_shape)
+    return (bh, bw), (-(-x.shape[-1] // bh), -(-y.shape[-1] // bw))
 
 
 def score_blocks(
@@ -123,14 +133,9 @@ def score_blocks(
     >>> jax.grad(loss)(jnp.zeros((1, 2)), jnp.array([0, 1])).tolist()
     [[2.0, 2.0]]
     """
-    bh, bw = _checked(block_shape)
-    if x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
-            f"x.shape={x.shape} and y.shape={y.shape} must be equal but for the last axis"
-        )
+    (bh, bw), grid = grid_of(x, y, block_shape)
     if isinstance(axis_name, list) or axis_name == ():
         raise ValueError(f"axis_name={axis_name} must be a name, a tuple of names, or None")
-    grid = -(-x.shape[-1] // bh), -(-y.shape[-1] // bw)
     if probe.ndim != 2 or not 0 < probe.shape[0] <= grid[0] or probe.shape[1] != grid[1]:
         raise ValueError(
             f"probe.shape={probe.shape} must be {grid}, one number for each block, or have fewer rows"

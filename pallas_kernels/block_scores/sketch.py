@@ -9,6 +9,7 @@ from jax import lax
 
 from pallas_kernels._formats import Array
 from pallas_kernels._probe import probed
+from pallas_kernels.block_scores.api import grid_of
 
 # Of the signs of rows and columns, which never change: sketches of all steps add up.
 SEEDS = (1907, 4840)
@@ -41,7 +42,8 @@ def sketch_blocks(
       precision: of the products, which are summed in float32.
 
     Raises:
-      ValueError: a probe of another grid, or with an r above bh or a c above bw.
+      ValueError: x and y of other rows, a block shape that is no two positive integers, a probe of another grid,
+        or with an r above bh or a c above bw.
 
     Random signs keep norms: Achlioptas, Database-friendly random projections, 2003.
 
@@ -50,13 +52,13 @@ def sketch_blocks(
     >>> jax.grad(loss)(jnp.zeros((2, 2, 2, 1)))[:, :, 0, 0].tolist()
     [[1.0, 0.0], [2.0, 0.0]]
     """
-    grid = -(-x.shape[-1] // block_shape[0]), -(-y.shape[-1] // block_shape[1])
+    block_shape, grid = grid_of(x, y, block_shape)
     if probe.ndim != 4 or (probe.shape[0], probe.shape[2]) != grid:
         raise ValueError(
             f"probe.shape={probe.shape} must be ({grid[0]}, r, {grid[1]}, c): an r by c sketch of each block"
         )
     check_sketch((probe.shape[1], probe.shape[3]), block_shape)
-    static = tuple(block_shape), (probe.shape[1], probe.shape[3]), precision
+    static = block_shape, (probe.shape[1], probe.shape[3]), precision
     return probed(_sketch, static, x, y, probe, jnp.ones(grid[0], jnp.int32))
 
 
@@ -75,10 +77,17 @@ def _sketch(static: Any, x: Array, dy: Array, at: Array | None, places: None) ->
     block_shape, (r, c), precision = static
     z = _summed(x, block_shape[0], r, SEEDS[0], precision)
     e = _summed(dy, block_shape[1], c, SEEDS[1], precision)
+    dtype = jnp.result_type(z, e)
+    z, e = z.astype(dtype), e.astype(dtype)
     rows = (((0,), (0,)), ((), ()))
     options: Any = dict(precision=precision, preferred_element_type=jnp.float32)
     product = lax.dot_general(z.reshape(len(z), -1), e.reshape(len(e), -1), rows, **options)
     return product.reshape(z.shape[1], r, e.shape[1], c)
+
+
+def _key(seed: int) -> Array:
+    """A key whose bits do not depend on JAX's settings: a momentum that was saved fits later sketches."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def _summed(a: Array, side: int, r: int, seed: int, precision: lax.PrecisionLike) -> Array:
@@ -87,5 +96,8 @@ def _summed(a: Array, side: int, r: int, seed: int, precision: lax.PrecisionLike
     a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % side))).reshape(len(a), -1, side)
     if r == side:
         return a
-    signs = jax.random.rademacher(jax.random.key(seed), (a.shape[1], side, r), a.dtype)
+    if a.dtype == jnp.float16:  # which does not hold sums of many
+        a = a.astype(jnp.float32)
+    bits = jax.random.bits(_key(seed), (a.shape[1], side, r), jnp.uint32)
+    signs = jnp.where(bits >> 31 == 0, 1, -1).astype(a.dtype)
     return jnp.einsum("bij,ijr->bir", a, signs, precision=precision) / r**0.5

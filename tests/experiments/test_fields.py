@@ -16,6 +16,7 @@ BAD: dict[str, list[Any]] = {
     "method": ["riggl", "", None, 3],
     "sparsity": [-0.1, 1.0, NAN, "0.9", None],
     "storage": ["csr", "", None],
+    "sketch": [0, -1, 1.5, "2", 2],
     "structure": ["2x4", "5:4", "", 24],
     "options.update_every": [0, -1, 1.5, "5", True],
     "options.begin_step": [-1, 0.5, 4000],

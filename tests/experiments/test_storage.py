@@ -11,6 +11,7 @@ from experiments import datasets, fields, parallel, storage, train
 from experiments.configs import base
 from experiments.task import make_task
 from jaxsparse.nn import stored_blocks
+from jaxsparse.nn.stored import stored_states
 
 TARGETS = "layers/.*kernel"
 
@@ -28,9 +29,10 @@ def make_config(data_dir, **changes):
 
 
 @pytest.mark.slow
-def test_a_stored_run_resumes_to_the_bit_and_reports_the_matrices(data_dir, tmp_path):
-    whole = train.train(make_config(data_dir), tmp_path / "whole")
-    config = make_config(data_dir, keep_checkpoints=5)
+@pytest.mark.parametrize("sketch", [None, 2])
+def test_a_stored_run_resumes_to_the_bit_and_reports_the_matrices(sketch, data_dir, tmp_path):
+    whole = train.train(make_config(data_dir, sketch=sketch), tmp_path / "whole")
+    config = make_config(data_dir, keep_checkpoints=5, sketch=sketch)
     train.train(config, tmp_path / "again")
     (tmp_path / "again" / "checkpoints").rename(tmp_path / "kept")
     shutil.rmtree(tmp_path / "kept" / "16", ignore_errors=True)
@@ -89,6 +91,20 @@ def test_models_train_stored_on_one_device_and_on_several(
         config.options.drop_fraction = None
     evaluation = train.train(config, tmp_path)
     assert np.isfinite(evaluation["loss"])
+
+
+def test_with_a_sketch_blocks_grow_by_momentum(data_dir):
+    config = make_config(data_dir, sketch=2, clip_norm=1e-3)
+    data = datasets.load("digits", data_dir=data_dir)
+    task = make_task(config, data)
+    state, step = jax.jit(task.init)(), jax.jit(task.train_step)
+    first = stored_blocks(state.params)
+    for batch in datasets.batches(data, 64, start=0, stop=6, seed=0):
+        state, _ = step(state, batch)
+    (inside,) = stored_states(state.opt_state)
+    assert [m.shape for m in inside.momentum] == [(16, 2, 8, 2), (8, 2, 8, 2)]
+    assert all(m.any() for m in inside.momentum)
+    assert any((first[path] != m).any() for path, m in stored_blocks(state.params).items())
 
 
 def test_layers_that_are_stacked_for_a_scan_store_as_many_each(data_dir):
@@ -169,6 +185,8 @@ def test_1x1_convolutions_of_a_residual_network_are_stored(data_dir):
         dict(structure="fan_in", method="set", parallel="pmap"),
         dict(parallel="fsdp"),
         dict(method="set", parallel="pmap"),
+        dict(sketch=2, parallel="fsdp", clip_norm=1.0),
+        dict(sketch=2, parallel="pmap"),
     ],
 )
 def test_stacked_layers_and_single_weights_train(changes, data_dir, tmp_path):
@@ -186,6 +204,15 @@ def test_what_does_not_go_with_stored_layers_is_named(data_dir):
         (dict(structure="fan_in", parallel="fsdp"), "config.parallel='fsdp': must be none or pmap"),
         (dict(model="cnn"), "config.model='cnn': storage=stored knows linear layers and"),
         (dict(storage="csr"), "config.storage='csr': choose from masks, stored"),
+        (
+            dict(sketch=2, method="set"),
+            "config.sketch=2: growth by momentum needs method=rigl, not",
+        ),
+        (dict(sketch=2, storage="masks"), "sketch=2: growth by momentum needs storage=stored, not"),
+        (
+            dict(sketch=2, structure="fan_in"),
+            "sketch=2: growth by momentum needs blocks, .* fan_in",
+        ),
     ]
     for changes, message in cases:
         config = make_config(data_dir, **changes)

@@ -1,6 +1,8 @@
 """`stored`: the same run as under masks, with stored values only; and what it refuses."""
 
 import functools
+import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ from flax import nnx
 
 import jaxsparse
 from jaxsparse import scores
-from jaxsparse.nn import BlockSparseLinear, Trained, check_stored, full_gradients
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, check_stored, full_gradients
 from jaxsparse.structures import Block
 from pallas_kernels import BlockSparse
 
 BLOCK, SHAPE = (4, 4), (16, 16)
+SWAPPING = ("rigl", "set", "momentum")
 X = jax.random.normal(jax.random.key(0), (8, 16))
 
 
@@ -65,9 +68,9 @@ def weight(params):
 
 
 def moving(inner, **options):
-    options = (
-        dict(rule="rigl", total_steps=30, update_every=2, drop_fraction=lambda _: 0.3) | options
-    )
+    options = dict(rule="rigl", total_steps=30, update_every=2) | options
+    if options["rule"] in SWAPPING:
+        options = dict(drop_fraction=lambda _: 0.3) | options
     return jaxsparse.stored(inner, **options)
 
 
@@ -412,8 +415,6 @@ def test_arguments_are_checked_by_name():
         (dict(rule="rigl"), "total_steps=None: rule='rigl' needs the length"),
         (dict(rule="snip", total_steps=10), "rule='snip': give 'rigl', 'set'"),
         (dict(rule="magnitude", total_steps=10), "sparsity=None: rule='magnitude' needs"),
-        (dict(rule="set", total_steps=10, sparsity=0.5), "sparsity=0.5: .* the layers store"),
-        (dict(rule="rigl", total_steps=10, initial_sparsity=0.5), "initial_sparsity=0.5: is where"),
         (dict(rule="static", groups=0), "groups=0: give a number of groups"),
         (dict(total_steps=10, update_every=1, drop_fraction=2.0), "drop_fraction=2.0"),
         (dict(total_steps=10), "begin_step=100 is not within total_steps=10"),
@@ -423,6 +424,76 @@ def test_arguments_are_checked_by_name():
             jaxsparse.stored(inner, **options)
     with pytest.raises(ValueError, match="give an optax gradient transformation"):
         jaxsparse.stored(0.1, rule="static")
+
+
+MOVING = ("rigl", "set", "momentum", "magnitude", "a function")
+
+
+@pytest.mark.parametrize(
+    "option, value, readers",
+    [
+        ("total_steps", 30, (*MOVING, "static")),
+        ("seed", 3, (*MOVING, "static")),
+        ("groups", 2, (*MOVING, "static")),
+        ("update_every", 2, MOVING),
+        ("begin_step", 4, MOVING),
+        ("end_step", 20, MOVING),
+        ("drop_fraction", 0.3, SWAPPING),
+        ("decay", 0.9, ("momentum",)),
+        ("sparsity", 0.7, ("magnitude",)),
+        ("initial_sparsity", 0.0, ("magnitude",)),
+    ],
+)
+def test_an_option_goes_with_the_rules_that_read_it(option, value, readers):
+    for name in (*MOVING, "static"):
+        rule = (lambda step: step.masks) if name == "a function" else name
+        options = {} if name == "static" else dict(total_steps=30, update_every=5)
+        options |= dict(sparsity=0.8) if name == "magnitude" else {}
+        make = lambda rule=rule, options=options: jaxsparse.stored(
+            optax.sgd(0.1), rule=rule, **options | {option: value}
+        )
+        if name in readers:
+            make()
+        else:
+            with pytest.raises(ValueError, match=f"{option}={value}: rule=.* does not read it"):
+                make()
+    assert set(inspect.signature(jaxsparse.stored).parameters) == {
+        "inner", "rule", "total_steps", "seed", "groups", "update_every", "begin_step", "end_step",
+        "drop_fraction", "decay", "sparsity", "initial_sparsity",
+    }  # fmt: skip
+
+
+def test_pruning_to_more_than_is_stored_is_refused():
+    def init(model, sparsity):
+        tx = jaxsparse.stored(optax.sgd(0.1), rule="magnitude", sparsity=sparsity, total_steps=300)
+        return tx.init(split(model)[1])
+
+    message = r"sparsity=0.4: 'values' stores 8 of 16 blocks, .* down to 9; give more than 0.5, or"
+    with pytest.raises(ValueError, match=message):
+        init(layer(), 0.4)
+    with pytest.raises(ValueError, match=message):  # where only shapes are known
+        jax.jit(lambda: init(layer(), 0.4))()
+    init(layer(), 0.5)
+    columns = CondensedLinear(16, 8, density=0.25, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="sparsity=0.5: .* 4 of 16 weights of an output, .* to 8"):
+        init(columns, 0.5)
+    init(columns, 0.75)
+    two = nnx.List([layer(), layer(density=0.25)])
+    with pytest.raises(ValueError, match="sparsity=0.6: '1/values' stores 4 of 16 blocks"):
+        init(two, 0.6)
+
+
+def test_a_part_of_less_than_one_block_warns_that_nothing_moves():
+    _, params = split(layer(density=0.25))  # 4 blocks
+    make = lambda f, **o: moving(optax.sgd(0.1), drop_fraction=lambda _: f, **o).init(params)
+    message = "drop_fraction: 0.2 of the 4 units .* 'kernel' .* never changes .* give 0.25 or more"
+    with pytest.warns(UserWarning, match=message):
+        make(0.2)
+    with pytest.warns(UserWarning, match="0.25 of the 2 units"):
+        make(0.25, groups=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(0.26)
 
 
 def test_parameters_gradients_and_states_that_do_not_fit_are_named():
@@ -448,6 +519,17 @@ def test_parameters_gradients_and_states_that_do_not_fit_are_named():
     other = tx.init(split(layer(density=0.75))[1])
     with pytest.raises(ValueError, match="'values' has room for 8 blocks, its state for 12"):
         tx.update(grads, other, params)
+    momentum = moving(optax.sgd(0.1), rule="momentum")
+    sketched = lambda r: split(layer(sketch=(r, r)))[1]
+    ones = jax.tree.map(jnp.ones_like, sketched(2))
+    with pytest.raises(
+        ValueError, match=r"sketch of 'values' .* \(4, 2, 4, 2\), .* \(4, 1, 4, 1\)"
+    ):
+        momentum.update(ones, momentum.init(sketched(1)), sketched(2))
+    with pytest.raises(ValueError, match="another rule: it keeps 0 averages .* this rule 1"):
+        momentum.update(ones, tx.init(sketched(2)), sketched(2))
+    with pytest.raises(ValueError, match="another rule: it keeps 1 averages .* this rule 0"):
+        tx.update(ones, momentum.init(sketched(2)), sketched(2))
     with pytest.raises(ValueError, match="opt_state holds no state of `stored`"):
         check_stored(optax.sgd(0.1).init(params))
 

@@ -72,7 +72,9 @@ def layer(**options):
 
 
 def moving(inner=None, **options):
-    options = dict(total_steps=30, update_every=2, drop_fraction=lambda _: 0.25) | options
+    options = dict(total_steps=30, update_every=2) | options
+    if not callable(options.get("rule")):
+        options = dict(drop_fraction=lambda _: 0.25) | options
     return jaxsparse.stored(inner or optax.sgd(0.1, momentum=0.9), **options)
 
 

@@ -1,5 +1,7 @@
 """`stored(rule="momentum")`: growth by the sketched average of gradients, and the sketch itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,15 +187,92 @@ def test_replicas_that_average_gradients_move_as_one():
         np.testing.assert_array_equal(p["places"][i], one["places"])
 
 
-def test_gradients_that_are_nan_leave_momentum_and_pattern():
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_gradients_that_are_not_finite_leave_the_momentum(bad):
     tx, (_, params) = moving(), split(layer((2, 2)))
     grads = full_gradients(jax.tree.map(jnp.ones_like, params))
     good = tx.update(grads, tx.init(params), params)[1]
-    bad = grads | {"sketch": jnp.full_like(grads["sketch"], jnp.nan)}
+    wrong = grads | {"sketch": grads["sketch"].at[0, 0, 0, 0].set(bad)}
     state = good._replace(count=jnp.int32(EVERY))
-    updates, after = tx.update(bad, state, params)
+    updates, after = tx.update(wrong, state, params)
     np.testing.assert_array_equal(after.momentum[0], good.momentum[0])
-    assert not updates["places"].any() and int(after.skipped) == 1
+    if jnp.isnan(bad):  # which moves nothing
+        assert not updates["places"].any() and int(after.skipped) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sketches_of_half_precision_hold_large_sums_and_small_gradients(dtype):
+    # All signs are those of the same seeds, so that the sketch of float32 is the oracle.
+    def sketch(x, dy):
+        loss = lambda p: (sketch_blocks(x, jnp.zeros_like(dy), p, (128, 128)) * dy).sum()
+        return jax.grad(loss)(jnp.zeros((1, 2, 1, 2)))
+
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(64, 128)), dtype).astype(jnp.float32) for _ in "xy")
+    close = functools.partial(np.testing.assert_allclose, rtol=0.05, atol=1.0)
+    close(sketch(x.astype(dtype), dy.astype(dtype)), sketch(x, dy))
+    large = (dy * 16384).astype(dtype)
+    close(sketch(x.astype(dtype), large) / 16384, sketch(x, large.astype(jnp.float32)) / 16384)
+    close(sketch(x.astype(dtype), dy * 1e-9) * 1e9, sketch(x, dy))
+
+
+def test_signs_are_the_same_under_every_setting_of_jax():
+    def sketch():
+        x, dy = jnp.asarray(XS[0]), jnp.asarray(YS[0])
+        loss = lambda p: (sketch_blocks(x, jnp.zeros_like(dy), p, BLOCK) * dy).sum()
+        return jax.grad(loss)(jnp.zeros((4, 2, 6, 3), jnp.float32))
+
+    want = sketch()
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(sketch(), want, rtol=1e-4, atol=1e-4)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_allclose(sketch(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_under_x64_the_momentum_stays_float32():
+    with jax.enable_x64(True):
+        params, state = train(moving(decay=np.float64(0.8)), layer((2, 2)))
+    check_stored(state)
+    assert state.momentum[0].dtype == jnp.float32
+    again, _ = train(moving(decay=0.8), layer((2, 2)))
+    np.testing.assert_array_equal(params["places"], again["places"])
+
+
+def test_a_sketch_changes_no_step_that_clips_inside():
+    def step(model):
+        tx, (make, params) = clipping, split(model)
+        g = jax.grad(lambda p: ((make(p)(XS[0]) - YS[0]) ** 2).mean(), allow_int=True)(params)
+        return tx.update(full_gradients(g), tx.init(params), params)[0]["values"]
+
+    inner = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.1))
+    clipping = jaxsparse.stored(inner, rule="set", total_steps=300)
+    np.testing.assert_allclose(optax.global_norm(step(layer((2, 2)))), 1e-4, rtol=1e-5)
+    np.testing.assert_array_equal(step(layer((2, 2))), step(layer(None)))
+
+
+def test_it_moves_on_odd_shapes_and_in_every_seed_of_a_vmap():
+    odd = BlockSparseLinear(
+        17, 23, block_shape=(5, 4), density=0.5, sketch=(3, 1), use_bias=False, rngs=nnx.Rngs(0)
+    )
+    tx, (make, params) = moving(drop_fraction=lambda _: 0.5), split(odd)
+
+    def run(seed):
+        def step(carry, key):
+            p, s = carry
+            x = jax.random.normal(key, (8, 17))
+            g = jax.grad(lambda p: ((make(p)(x) - x.sum()) ** 2).mean(), allow_int=True)(p)
+            u, s = tx.update(full_gradients(g), s, p)
+            return (optax.apply_updates(p, u), s), None
+
+        keys = jax.random.split(jax.random.key(seed), STEPS)
+        return jax.lax.scan(step, (params, tx.init(params)), keys)[0]
+
+    many, states = jax.jit(jax.vmap(run))(jnp.arange(2))
+    check_stored(states)
+    for i in range(2):
+        one, _ = jax.jit(run)(i)
+        np.testing.assert_array_equal(many["places"][i], one["places"])
+        assert (one["places"] != params["places"]).any()
 
 
 def test_stacked_layers_keep_a_sketch_each():
