@@ -130,8 +130,8 @@ def damped(gram: Array, fraction: float | Array) -> Array:
 def inverse_factor(gram: Array, damping: float = 0.01, tries: int = 8) -> tuple[Array, Array]:
     """The upper triangular U with Uᵀ U = (gram + damping)⁻¹, and the damping that it took.
 
-    With gram = R Rᵀ, R upper triangular, U is R⁻¹: one Cholesky factor, of the matrix in reverse order,
-    and one triangular inverse, where the published code takes a factor, an inverse and a factor of that.
+    With L Lᵀ the matrix in reverse order, U is L⁻¹ in reverse order: one Cholesky factor and one triangular
+    inverse, where the published code takes a factor, an inverse and a factor of that.
     Where the factor is not finite (few tokens, rounding) the damping grows tenfold until it is.
 
     Args:
@@ -142,12 +142,10 @@ def inverse_factor(gram: Array, damping: float = 0.01, tries: int = 8) -> tuple[
     Returns:
       U and the fraction that was used.
     """
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
 
     def factor(fraction):
-        backwards = damped(gram, fraction)[::-1, ::-1]
-        upper = jnp.linalg.cholesky(backwards)[::-1, ::-1]
-        return jax.lax.linalg.triangular_solve(upper, eye, left_side=True, lower=False)
+        lower = jnp.linalg.cholesky(damped(gram, fraction)[::-1, ::-1], symmetrize_input=False)
+        return _inverse_of_lower(lower)[::-1, ::-1]
 
     def failed(state):
         u, _, i = state
@@ -160,7 +158,18 @@ def inverse_factor(gram: Array, damping: float = 0.01, tries: int = 8) -> tuple[
 
     start = jnp.float32(damping)
     u, used, _ = jax.lax.while_loop(failed, again, (factor(start), start, 0))
-    return jnp.triu(u), used
+    return u, used
+
+
+def _inverse_of_lower(a: Array) -> Array:
+    """The inverse of a lower triangular matrix, by halves: all but small triangles are products."""
+    n = a.shape[0]
+    if n <= 256:
+        eye = jnp.eye(n, dtype=a.dtype)
+        return jnp.tril(jax.lax.linalg.triangular_solve(a, eye, left_side=True, lower=True))
+    top, bottom = _inverse_of_lower(a[: n // 2, : n // 2]), _inverse_of_lower(a[n // 2 :, n // 2 :])
+    left = -matmul(bottom, matmul(a[n // 2 :, : n // 2], top))
+    return jnp.block([[top, jnp.zeros_like(left.T)], [left, bottom]])
 
 
 def rank(x: Array) -> Array:

@@ -43,7 +43,8 @@ from jaxsparse.post_training._layer import (
 )
 from jaxsparse.structures import NM, FanIn, Structure
 
-_PANEL = 8  # rows of w that are updated one by one
+_PANEL = 16  # rows of w that are updated one by one
+_TOGETHER = 4  # blocks of which errors are carried on in one product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +155,16 @@ def sweep(w, u, kept, mask, structure, block, quantize) -> tuple:
     """
     inputs, outputs = w.shape
     blocks = -(-inputs // block)
-    extra = blocks * block - inputs  # rows of zeros that nothing depends on
-    u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(
-        (jnp.arange(inputs + extra) >= inputs).astype(u.dtype)
-    )
-    w = jnp.pad(w, ((0, extra), (0, 0)))
-    mask = None if mask is None else jnp.pad(mask, ((0, extra), (0, 0)))
+    pad = lambda x, n: jnp.pad(x, ((0, n - inputs), (0, 0)))  # by rows that nothing depends on
+    w, mask = pad(w, blocks * block), None if mask is None else pad(mask, blocks * block)
+    padded = -(-blocks // _TOGETHER) * _TOGETHER * block
+    u = jnp.concatenate([pad(u, padded), jnp.eye(padded, dtype=u.dtype)[:, inputs:]], axis=1)
 
     def step(e, at):
         i, k = at
         rows = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block)
-        columns = jax.lax.dynamic_slice_in_dim(u, i * block, block, axis=1)
-        now = rows(w) - matmul(columns.T, e)
-        square = rows(columns)
+        now = rows(w) - _from_earlier(u, e, i, block)
+        square = jax.lax.dynamic_slice(u, (i * block, i * block), (block, block))
         if mask is not None:
             chosen = rows(mask)
         elif isinstance(structure, NM):
@@ -187,13 +185,26 @@ def sweep(w, u, kept, mask, structure, block, quantize) -> tuple:
         )
 
     e, (q, chosen, codes, scales) = jax.lax.scan(
-        step, jnp.zeros_like(w), (jnp.arange(blocks), kept)
+        step, jnp.zeros((padded, outputs), w.dtype), (jnp.arange(blocks), kept)
     )
     whole = lambda x: x.reshape(-1, outputs)[:inputs]
     if scales is None:
         return whole(q), whole(chosen), None, None, e[:inputs]
     scales = scales.reshape(-1, outputs)
     return whole(q), whole(chosen), whole(codes).astype(jnp.int8), scales, e[:inputs]
+
+
+def _from_earlier(u, e, i, block) -> Array:
+    """What the blocks before block `i` leave to it, `[block, out]`: a sum of products, some blocks at a time
+    (those from `i` on have no errors yet)."""
+
+    rows = _TOGETHER * block
+
+    def add(j, total):
+        above = jax.lax.dynamic_slice(u, (j * rows, i * block), (rows, block))
+        return total + matmul(above.T, jax.lax.dynamic_slice_in_dim(e, j * rows, rows))
+
+    return jax.lax.fori_loop(0, -(-i // _TOGETHER), add, jnp.zeros((block, e.shape[1]), e.dtype))
 
 
 def _saliency(w: Array, u: Array) -> Array:
@@ -203,28 +214,33 @@ def _saliency(w: Array, u: Array) -> Array:
 def _panels(w, u, mask, structure, quantize, scales) -> tuple:
     """A block, panel by panel; after each a product corrects what follows."""
     rows = w.shape[0]
-    panel = structure.m if isinstance(structure, NM) else math.gcd(rows, _PANEL)
+    panel = math.gcd(rows, _PANEL)
+    if mask is None:  # of whole groups
+        panel = structure.m * math.gcd(rows // structure.m, max(1, _PANEL // structure.m))
 
     def step(w, i):
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * panel, panel)
         now, above = part(w), part(u)
         square = jax.lax.dynamic_slice_in_dim(above, i * panel, panel, axis=1)
-        if mask is None:
-            chosen = selection.topk_mask(_saliency(now, square), structure.n, axis=0)
-        else:
-            chosen = part(mask)
-        found = _rows(now, square, chosen, quantize, scales)
+        chosen = None if mask is None else part(mask)
+        found = _rows(now, square, chosen, structure, quantize, scales)
         return w - matmul(above.T, found[3]), found  # above is 0 left of the panel
 
     _, found = jax.lax.scan(step, w, jnp.arange(rows // panel))
     return tuple(x.reshape(rows, -1) for x in found)
 
 
-def _rows(w, u, mask, quantize, scales) -> tuple:
-    """The update row by row: kept weights, mask, codes, errors."""
+def _rows(w, u, mask, structure, quantize, scales) -> tuple:
+    """The update row by row: kept weights, mask, codes, errors. Without a mask each group of N:M is chosen
+    when its first row is reached."""
+    chosen = [] if mask is None else list(mask)
     kept, codes, mine = [], [], []
     for i in range(w.shape[0]):
-        q = jnp.where(mask[i], w[i], 0.0)
+        if mask is None and i % structure.m == 0:
+            group = slice(i, i + structure.m)
+            scores = _saliency(w[group], u[group, group])
+            chosen.extend(selection.topk_mask(scores, structure.n, axis=0))
+        q = jnp.where(chosen[i], w[i], 0.0)
         code = q
         if quantize is not None:
             code = quantize.codes(q, scales[0])
@@ -234,4 +250,4 @@ def _rows(w, u, mask, quantize, scales) -> tuple:
         kept.append(q)
         codes.append(code)
         mine.append(e)
-    return jnp.stack(kept), mask, jnp.stack(codes), jnp.stack(mine)
+    return jnp.stack(kept), jnp.stack(chosen), jnp.stack(codes), jnp.stack(mine)

@@ -287,6 +287,15 @@ def test_the_error_is_the_sum_of_squares_of_what_is_pushed_on():
     assert float(jnp.sum(e**2)) == pytest.approx(true, rel=1e-3)
 
 
+def test_the_factor_of_a_large_gram_matrix_is_that_of_its_inverse():
+    x = np.random.default_rng(0).normal(size=(1500, 601))
+    h = x.T @ x
+    u, used = _layer.inverse_factor(jnp.asarray(h, jnp.float32), 0.01)
+    expected = np.linalg.inv(h + 0.01 * np.mean(np.diag(h)) * np.eye(601))
+    assert np.array_equal(u, np.triu(u)) and float(used) == pytest.approx(0.01)
+    np.testing.assert_allclose(u.T @ u, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_for_a_given_mask_the_block_does_not_matter():
     w, h = b1(1)
     k, gram = jnp.asarray(w.T, jnp.float32), jnp.asarray(h, jnp.float32)
