@@ -131,7 +131,13 @@ def adaspa(*, density: float = 0.2, head_step: float = 0.0, layout: Layout = VID
             raise ValueError("adaspa takes no lengths: videos of a batch have one length")
         grid = layout.grid(q.shape[2], k.shape[2])
         if isinstance(state.params, AdaSpaState):
-            return layout.mask(state.params.keep, grid)
+            keep = state.params.keep
+            if keep.shape[2:] != (grid.q_blocks, grid.kv_blocks):
+                raise ValueError(
+                    f"the state has {keep.shape[2]} by {keep.shape[3]} blocks, the layout cuts q and k into "
+                    f"{grid.q_blocks} by {grid.kv_blocks}: use the layout and the lengths that made the state"
+                )
+            return layout.mask(keep, grid)
         full = layout.mask(jnp.asarray(layout.visible(grid)), grid)
         _, lse = block_sparse_attention(q, k, k if v is None else v, full, return_lse=True)
         return layout.mask(method.search(q, k, lse), grid)

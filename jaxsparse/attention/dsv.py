@@ -15,6 +15,8 @@ cost model are recalled, not verified; what is here is derived. `budgets.balance
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -46,11 +48,15 @@ class LowRank(nnx.Module):
         if min(features, heads, rank) < 1:
             raise ValueError(f"features={features}, heads={heads}, rank={rank} must be positive")
         init = nnx.initializers.lecun_normal(in_axis=0, out_axis=2, batch_axis=(1,))
-        self.query = nnx.Param(init(rngs.params(), (features, heads, rank)))
-        self.key = nnx.Param(init(rngs.params(), (features, heads, rank)))
+        make = lambda: nnx.Param(init(rngs.params(), (features, heads, rank), jnp.float32))
+        self.query, self.key = make(), make()
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Low-rank queries and keys `[batch, heads, length, rank]`; no gradient into x."""
+        if x.ndim != 3 or x.shape[2] != self.query.shape[0]:
+            raise ValueError(
+                f"x has shape {x.shape}; give [batch, length, {self.query.shape[0]}], the layer's input"
+            )
         x = lax.stop_gradient(x)
         make = lambda p: jnp.einsum("btf,fhr->bhtr", x, p[...])
         return make(self.query), make(self.key)
@@ -75,16 +81,15 @@ def dsv_loss(
         raise ValueError(f"the predictor has {groups} heads, q {q.shape[1]}, k {k.shape[1]}")
     q = lax.stop_gradient(group(q, groups).mean(2))
     k = lax.stop_gradient(jnp.repeat(k, groups // k.shape[1], axis=1))
-    s = jnp.einsum("bhqd,bhkd->bhqk", q[:, :, at], k)
-    guess = jnp.einsum("bhqr,bhkr->bhqk", low_q[:, :, at], low_k)
+    scores = functools.partial(jnp.einsum, "bhqd,bhkd->bhqk", preferred_element_type=jnp.float32)
+    s, guess = scores(q[:, :, at], k), scores(low_q[:, :, at], low_k)
     seen = jnp.ones(s.shape[-2:], bool)
     if causal:
         seen = jnp.arange(s.shape[-1]) <= at[:, None]
 
     def centred(y: Array) -> Array:
-        return jnp.where(
-            seen, y - jnp.where(seen, y, 0).sum(-1, keepdims=True) / seen.sum(-1, keepdims=True), 0
-        )
+        number = seen.sum(-1, keepdims=True).astype(jnp.float32)
+        return jnp.where(seen, y - jnp.where(seen, y, 0).sum(-1, keepdims=True) / number, 0)
 
     a, b = centred(guess), centred(s)
     # A row with one visible key is constant: nothing to rank.
@@ -107,7 +112,7 @@ def head_sparsity(
     number = select.mass_count(p, mass - 1e-6, "reach")  # sums of float32 round
     kv_len, n = k.shape[2], p.shape[2]
     seen = np.arange(kv_len - n + 1, kv_len + 1) if causal else np.full(n, kv_len)
-    return 1 - (number / seen).mean(-1)
+    return 1 - (number.astype(jnp.float32) / seen.astype(np.float32)).mean(-1)
 
 
 def pays(sparsity: Array, head_dim: int, rank: int, *, overhead: float = 1.0) -> Array:
@@ -148,13 +153,25 @@ def dsv(
                 "dsv needs a predictor and the layer's input: State(params=LowRank(...), x=x)"
             )
         low_q, low_k = found(state.x)
+        heads = low_q.shape[1]
+        if heads not in (q.shape[1], k.shape[1]) or low_q.shape[2] != q.shape[2]:
+            raise ValueError(
+                f"the predictor has {heads} heads and x {low_q.shape[2]} positions; q has shape {q.shape}, k {k.shape}: "
+                "give the heads of one of them, and the layer's whole input"
+            )
         grid = layout.grid(q.shape[2], k.shape[2])
         mean_q = pool.mean(low_q, layout.block_q, state.lengths)
         mean_k = pool.mean(low_k, layout.block_kv, state.lengths)
         logits = jnp.einsum("bhir,bhjr->bhij", mean_q, mean_k)
         keep = layout.choose(logits, how, grid, state.lengths)
         if sparse_heads is not None:
-            keep = keep | ~jnp.asarray(sparse_heads)[:, None, None]
+            sparse = jnp.asarray(sparse_heads)
+            if sparse.shape != (heads,) or sparse.dtype != bool:
+                raise ValueError(
+                    f"sparse_heads has shape {sparse.shape} and dtype {sparse.dtype}; give booleans [{heads}], one for "
+                    "each head of the predictor"
+                )
+            keep = keep | ~sparse[:, None, None]
         if layout.share and keep.shape[1] > k.shape[1]:
             keep = group(keep, k.shape[1]).any(2)
         return layout.mask(

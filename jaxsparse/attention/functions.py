@@ -157,7 +157,7 @@ def dot_product_attention(
       implementation: of the kernel.
 
     Raises:
-      ValueError: a bias or a mask, a layout that is causal where the call is not or the other way round, lengths of
+      ValueError: a bias or a mask, arrays of other ranks, a layout that is causal where the call is not or the other way round, lengths of
         queries alone.
 
     >>> import jax
@@ -172,6 +172,11 @@ def dot_product_attention(
         raise ValueError(
             "bias and mask must be None: blocks are chosen by the predictor, causality by its Layout; for another "
             "pattern use attention.static or pallas_kernels.block_sparse_attention"
+        )
+    if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
+        raise ValueError(
+            f"query has shape {query.shape}, key {key.shape}, value {value.shape}; give [batch, length, heads, dim], or "
+            "all without the batch"
         )
     if is_causal != checked(choose).layout.causal:
         raise ValueError(

@@ -65,7 +65,8 @@ class Layout:
         """
         if self.causal and q_len > kv_len:
             raise ValueError(
-                f"q_len={q_len} is more than kv_len={kv_len}: under a causal mask the queries are the last positions"
+                f"q_len={q_len} is more than kv_len={kv_len}: under a causal mask the queries are the last positions "
+                "(arrays are [batch, heads, length, dim])"
             )
         return Grid(q_len, kv_len, self.block_q, self.block_kv)
 
@@ -144,6 +145,12 @@ def check_heads(q: Array, k: Array, v: Array | None = None) -> Sizes:
     Raises:
       ValueError: shapes that do not fit.
     """
+    for name, x in (("q", q), ("k", k)):
+        if not hasattr(x, "ndim"):
+            raise ValueError(
+                f"{name} is a {type(x).__name__}; give an array [batch, heads, length, dim], in which sequences of different "
+                "lengths are padded to one, with lengths="
+            )
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q has shape {q.shape} and k {k.shape}; give [batch, heads, q_len, dim] and "
@@ -171,10 +178,12 @@ def checked_lengths(lengths: Array, batch: int, most: int) -> Array:
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; give integers [{batch}], one for each "
             "sequence"
         )
-    if is_concrete(lengths) and batch and (int(lengths.min()) < 0 or int(lengths.max()) > most):
-        raise ValueError(
-            f"lengths={np.asarray(lengths).tolist()} must lie in [0, {most}], the tokens of this call"
-        )
+    if is_concrete(lengths):
+        known = np.asarray(lengths)  # operations of jax would be traced
+        if ((known < 0) | (known > most)).any():
+            raise ValueError(
+                f"lengths={known.tolist()} must lie in [0, {most}], the tokens of this call"
+            )
     return jnp.clip(lengths, 0, most).astype(jnp.int32)
 
 

@@ -78,7 +78,7 @@ def block_mass(
         w = w.reshape(batch, heads, bq, nk, bk)
         if reduce == "max":
             return w.max((2, 4))
-        return w.sum((2, 4)) / jnp.minimum(bq, grid.q_len - i * bq)
+        return w.sum((2, 4)) / jnp.minimum(bq, grid.q_len - i * bq).astype(jnp.float32)
 
     return jnp.moveaxis(lax.map(row, jnp.arange(nq)), 0, 2)
 

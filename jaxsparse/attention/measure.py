@@ -51,6 +51,8 @@ def density(mask: BlockMask, *, causal: bool = True) -> Array:
 
 def sampled_rows(q_len: int, samples: int) -> np.ndarray:
     """Rows that stand for all: evenly spaced, the last one among them."""
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
     number = min(samples, q_len)
     return (np.arange(1, number + 1) * q_len) // number - 1
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxsparse._control import is_concrete
 from jaxsparse.attention import pool, select
 from jaxsparse.attention.layout import DEFAULT, Layout, Sizes, check_heads, group
 from jaxsparse.attention.mass import block_mass, sample_scores
@@ -40,6 +41,12 @@ class AShape:
     sinks: int = 100
     window: int = 800
 
+    def __post_init__(self) -> None:
+        if min(self.sinks, self.window) < 0 or self.sinks + self.window == 0:
+            raise ValueError(
+                f"sinks={self.sinks}, window={self.window} must not be negative, one of them at least 1"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class VerticalSlash:
@@ -52,12 +59,21 @@ class VerticalSlash:
     first: int = 30
     near: int = 100
 
+    def __post_init__(self) -> None:
+        for name in ("vertical", "slash", "sample", "unit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class TopBlocks:
     """Blocks by pooled queries and keys, a share of the blocks of a row."""
 
     share: float = 1 / 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must lie in (0, 1]")
 
 
 Pattern = AShape | VerticalSlash | TopBlocks
@@ -77,7 +93,12 @@ def candidates(density: float, kv_len: int, unit: int) -> tuple[Pattern, ...]:
     units, an A-shape, and blocks.
 
     Where slashes and verticals of a row overlap, the density is less.
+
+    Raises:
+      ValueError: a density outside (0, 1].
     """
+    if not 0 < density <= 1:
+        raise ValueError(f"density={density} must lie in (0, 1]")
     width = (1 - math.sqrt(1 - density)) * kv_len  # keys per late row
     number = max(2, round(width / unit))
     pairs = {max(1, round(number * share)) for share in (0.25, 0.5, 0.75)}
@@ -122,6 +143,10 @@ def minference(
         raise ValueError(f"density={density}, patterns={patterns}: give one of them")
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density={density} must lie in (0, 1]")
+    if patterns is not None and (not patterns or not all(isinstance(p, Pattern) for p in patterns)):
+        raise ValueError(
+            f"patterns={patterns} must be AShape, VerticalSlash or TopBlocks, at least one"
+        )
 
     def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
         grid = layout.grid(q.shape[2], k.shape[2])
@@ -135,13 +160,31 @@ def minference(
             pattern = lines[len(lines) // 2 if patterns is None else 0]
             keep = pattern_blocks(q, k, pattern, layout, state.lengths)
         else:
+            index = _checked_index(heads, q.shape[1], len(found)).reshape(1, -1, 1, 1, 1)
             each = [pattern_blocks(q, k, p, layout, state.lengths) for p in found]
-            index = jnp.asarray(heads, jnp.int32).reshape(1, -1, 1, 1, 1)
             keep = jnp.take_along_axis(jnp.stack(each, 2), index, axis=2)[:, :, 0]
         return _finish(keep, k.shape[1], layout, grid)
 
     cost = lambda sizes: _sample_cost(sizes, layout, 64) + pooled_cost(sizes, layout)
     return Predictor("minference", run, layout, cost)
+
+
+def _checked_index(heads: Array | np.ndarray | Sequence[int], number: int, patterns: int) -> Array:
+    """The pattern of each head.
+
+    Raises:
+      ValueError: not one for each head, or one that is not there (where values can be looked at).
+    """
+    index = jnp.asarray(heads, jnp.int32)
+    if index.shape != (number,):
+        raise ValueError(
+            f"heads has shape {index.shape}; give a pattern for each of the {number} query heads"
+        )
+    if is_concrete(heads):
+        known = np.asarray(heads)
+        if ((known < 0) | (known >= patterns)).any():
+            raise ValueError(f"heads={known.tolist()} must lie in [0, {patterns}), the patterns")
+    return index
 
 
 def flexprefill(

@@ -65,7 +65,7 @@ class Compressor(nnx.Module):
         _check_blocks(length, stride)
         self.length, self.stride = length, stride
         hidden = dim if hidden is None else hidden
-        self.positions = nnx.Param(jnp.zeros((length, dim)))
+        self.positions = nnx.Param(jnp.zeros((length, dim), jnp.float32))
         self.first = nnx.Linear(length * dim, hidden, rngs=rngs)
         self.second = nnx.Linear(hidden, dim, rngs=rngs)
 
@@ -242,6 +242,10 @@ def nsa_attention(
 
     near = Grid(sizes.q_len, sizes.kv_len, layout.block_kv, layout.block_kv)
     k_win, v_win = (k, v) if window_kv is None else window_kv
+    if k_win.shape != k.shape or v_win.shape != v.shape:
+        raise ValueError(
+            f"window_kv has shapes {k_win.shape} and {v_win.shape}; k has {k.shape}, v {v.shape}"
+        )
     out_swa = block_sparse_attention(q, k_win, v_win, BlockMask.local(near, window=window))
     mixed = sum(
         gates[..., i, None].astype(jnp.float32) * branch.astype(jnp.float32)

@@ -150,7 +150,7 @@ class SnapKV(Policy):
         if self.pooling == "max":
             return shift(jnp.where(there, entries.scores, -jnp.inf), -jnp.inf).max(0)
         total = shift(jnp.where(there, entries.scores, 0), 0).sum(0)
-        return total / jnp.maximum(shift(there, False).sum(0), 1)
+        return total / jnp.maximum(shift(there, False).sum(0), 1).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class ZipVL(Policy):
         if queries <= self.probes:
             looking = seen.index >= 0
         p = jnp.where(looking[:, None, None, :, None], seen.p, 0).mean(2).sum(2)
-        visits = jnp.sum(seen.visible & looking[:, None, :, None], 2)
+        visits = jnp.sum(seen.visible & looking[:, None, :, None], 2, dtype=jnp.float32)
         return entries._replace(scores=entries.scores + p, visits=entries.visits + visits)
 
     def keep(self, entries, number, capacity):

@@ -70,6 +70,10 @@ class Predictor:
           ValueError: shapes that do not fit, a budget below the forced blocks, a state without what it needs.
         """
         check_heads(q, k, v)
+        if state is not None and not isinstance(state, State):
+            raise ValueError(
+                f"state is a {type(state).__name__}; give an attention.State(x=..., params=...)"
+            )
         return self.run(q, k, v, State() if state is None else state)
 
 
@@ -103,6 +107,12 @@ def by_scores(
     def run(q: Array, k: Array, v: Array | None, state: State) -> BlockMask:
         grid = layout.grid(q.shape[2], k.shape[2])
         logits = scores(q, k, state)
+        sizes = (grid.q_blocks, grid.kv_blocks)
+        if logits.shape[2:] != sizes or logits.shape[1] not in (q.shape[1], k.shape[1]):
+            raise ValueError(
+                f"scores of {name} have shape {logits.shape}; give [batch, {q.shape[1]} or {k.shape[1]} heads, "
+                f"{sizes[0]} blocks of queries, {sizes[1]} of keys]"
+            )
         if state.lengths is not None:
             logits = jnp.where(layout.filled(grid, state.lengths), logits, -jnp.inf)
         if layout.share:

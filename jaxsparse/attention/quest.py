@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse.attention import pool
-from jaxsparse.attention.layout import DEFAULT, Layout, Sizes, group
+from jaxsparse.attention.layout import DEFAULT, Layout, Sizes, checked_lengths, group
 from jaxsparse.attention.predictor import Predictor, State
 from jaxsparse.attention.static import dense
 from jaxsparse.selection import topk_mask
@@ -122,6 +122,7 @@ def quest(
         lengths = state.lengths
         if lengths is None:
             lengths = jnp.full(k.shape[0], capacity, jnp.int32)
+        lengths = checked_lengths(lengths, k.shape[0], capacity)
         bounds = state.params if isinstance(state.params, Pages) else pages(k, page, lengths)
         if bounds.low.shape[2] != capacity // page:
             raise ValueError(

@@ -55,13 +55,19 @@ class SeerGate(nnx.Module):
         if width < 1 or (rope_base is not None and width % 2):
             raise ValueError(f"width={width} must be positive, and even with rotary positions")
         init = nnx.initializers.lecun_normal(batch_axis=(0,))
-        self.query = nnx.Param(init(rngs.params(), (heads, head_dim, width)))
-        self.key = nnx.Param(init(rngs.params(), (kv_heads, 3 * head_dim, width)))
+        make = lambda *shape: nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.query, self.key = make(heads, head_dim, width), make(kv_heads, 3 * head_dim, width)
         self.rope_base, self.layout = rope_base, layout
 
     def __call__(self, q: Array, k: Array, lengths: Array | None = None) -> Array:
         """float32 `[batch, heads, q_blocks, kv_blocks]` of q and k before positions; -inf where nothing is visible."""
         layout = self.layout
+        heads, kv_heads, dim = self.query.shape[0], self.key.shape[0], self.query.shape[1]
+        if (q.shape[1], k.shape[1], q.shape[3], k.shape[3]) != (heads, kv_heads, dim, dim):
+            raise ValueError(
+                f"q has shape {q.shape} and k {k.shape}; the gate is for {heads} heads of queries and {kv_heads} of keys, "
+                f"of size {dim}"
+            )
         pooled_q = pool.mean(q, layout.block_q, lengths)
         parts = [f(k, layout.block_kv, lengths) for f in (pool.maximum, pool.minimum, pool.mean)]
         pooled_k = jnp.concatenate([jnp.where(jnp.isfinite(x), x, 0) for x in parts], -1)
@@ -83,7 +89,8 @@ class SeerGate(nnx.Module):
 def rotary(x: Array, positions: Array | np.ndarray, base: float = 10000.0) -> Array:
     """Rotary positions by halves: x `[..., length, dim]`, positions that broadcast to `[..., length]`."""
     half = x.shape[-1] // 2
-    angle = jnp.asarray(positions)[..., None] * base ** (-jnp.arange(half) / half)
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.asarray(positions, jnp.float32)[..., None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)

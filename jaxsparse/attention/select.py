@@ -267,7 +267,8 @@ def mass_count(
     short = (p - jnp.sum(jnp.where(above, mass, 0.0), -1, keepdims=True)) / value
     room = jnp.ceil(short) if rule == "reach" else jnp.floor(short)
     ties = jnp.sum(equal, -1, keepdims=True, dtype=jnp.int32)
-    room = jnp.where(found == 0, ties, jnp.clip(room, 0, ties).astype(jnp.int32))
+    room = jnp.clip(room, 0, ties.astype(jnp.float32)).astype(jnp.int32)
+    room = jnp.where(found == 0, ties, room)
     number = (jnp.sum(above, -1, keepdims=True, dtype=jnp.int32) + room)[..., 0]
     none = p[..., 0] <= 0 if rule == "reach" else p[..., 0] < 0
     return jnp.where(none, 0, number)

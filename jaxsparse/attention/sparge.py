@@ -107,9 +107,16 @@ def tune_sparge(
 
     Returns:
       A pair per query head. Where none stays below the bound, (2, 1): dense.
+
+    Raises:
+      ValueError: nothing to try, or nothing to try it on.
     """
     import dataclasses
 
+    if not samples or not similarities or not masses:
+        raise ValueError(
+            "samples, similarities and masses must not be empty: nothing could be compared"
+        )
     each = dataclasses.replace(layout, share=False)
     dense = [
         block_sparse_attention(q, k, v, each.mask(jnp.asarray(each.visible(g)), g))

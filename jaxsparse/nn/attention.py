@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxsparse._control import is_concrete
 from jaxsparse.attention import Info, Pages, Predictor, State, append_page, pages
 from jaxsparse.attention.functions import padding
 from jaxsparse.attention.measure import inform
@@ -300,8 +301,8 @@ class BlockSparseAttention(nnx.Module):
 
         Per head of the keys: the newest block, the first `num_sinks` ones and those whose mean
         key agrees best with the queries (the newest and the first count inside `num_blocks`).
-        Only the means and the chosen blocks are read. A token beyond the cache's capacity is not
-        stored; keep `lengths` below it.
+        Only the means and the chosen blocks are read. A token that finds the cache full is an error; under `jit`,
+        where lengths cannot be looked at, it is not stored: keep `lengths` below the capacity there.
         """
         if x.shape[1] != 1:
             raise ValueError(f"x has {x.shape[1]} positions; decode takes one, prefill many")
@@ -337,6 +338,11 @@ class BlockSparseAttention(nnx.Module):
 
     def _append(self, x: Array, cache: BlockCache) -> tuple[Array, BlockCache]:
         """Queries of one token per sequence, and the cache with it."""
+        capacity = cache.k.shape[2]
+        if is_concrete(cache.lengths) and (np.asarray(cache.lengths) >= capacity).any():
+            raise ValueError(
+                f"the cache is full: lengths={cache.lengths.tolist()}, capacity={capacity}; give init_cache more"
+            )
         q, k, v, _ = self._heads(x, cache.lengths[:, None, None])
         entry, at = jnp.arange(x.shape[0]), cache.lengths
         block = cache.k.shape[2] // cache.sums.shape[2]

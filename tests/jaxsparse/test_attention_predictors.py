@@ -1,7 +1,7 @@
 """Block predictors: the closed forms and goldens of each, and what all of them promise."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -561,6 +561,23 @@ def test_quest_finds_a_needle_and_a_full_budget_is_dense():
         (lambda: attention.mra(density=0.3, layout=LAYOUT)(Q, K), "fewer than the 15 forced ones"),
         (lambda: attention.AdaSpa(warm_up=3, searches=(2,)), "a dense step must come first"),
         (lambda: attention.nsa(density=0.5, layout=Layout(B, B, causal=False))(Q, K), "causal=False: nsa"),
+        (lambda: attention.minference(density=0.5, heads=[0, 1], layout=LAYOUT)(Q, K), r"heads has shape \(2,\); give a pattern for each of the 4"),
+        (lambda: jax.jit(attention.minference(density=0.5, heads=[0, 1, 9, 2], layout=LAYOUT))(Q, K), r"heads=\[0, 1, 9, 2\] must lie in \[0, 4\)"),
+        (lambda: attention.minference(patterns=[]), r"patterns=\[\] must be AShape, VerticalSlash or TopBlocks"),
+        (lambda: attention.candidates(2.0, 64, 8), r"density=2.0 must lie in \(0, 1\]"),
+        (lambda: attention.VerticalSlash(0, 1), "vertical=0 must be at least 1"),
+        (lambda: attention.AShape(0, 0), "sinks=0, window=0 must not be negative, one of them"),
+        (lambda: attention.TopBlocks(1.5), r"share=1.5 must lie in \(0, 1\]"),
+        (lambda: GATE(Q[:, :2], K), "the gate is for 4 heads of queries and 2 of keys, of size 8"),
+        (lambda: LOW(X[..., :8]), r"x has shape .* give \[batch, length, 16\]"),
+        (lambda: attention.dsv(density=0.5, model=LOW, layout=LAYOUT)(Q, K, None, State(x=X[:, :9])), "the predictor has 2 heads and x 9 positions"),
+        (lambda: attention.dsv(density=0.5, model=LOW, sparse_heads=[True] * 4, layout=LAYOUT)(Q, K, None, State(x=X)), r"sparse_heads has shape \(4,\) .* give booleans \[2\]"),
+        (lambda: attention.by_scores("mine", lambda q, k, s: jnp.ones((2, 4, 8, 7)), select.density(0.5), LAYOUT, lambda s: 0.0)(Q, K), r"scores of mine have shape \(2, 4, 8, 7\); give \[batch, 4 or 2 heads, 8"),
+        (lambda: attention.adaspa(density=0.5, layout=LAYOUT)(Q, K, None, State(params=attention.AdaSpa(layout=Layout(16, 16)).init(Q, K))), "the state has 4 by 4 blocks"),
+        (lambda: attention.nsa_attention(Q, K, V, jnp.ones((2, HEADS, N, 3)), window_kv=(K[:, :1], V)), "window_kv has shapes"),
+        (lambda: attention.tune_sparge([]), "must not be empty"),
+        (lambda: attention.quest(budget=48, page=16)(Q[:, :, :1], K, state=State(lengths=jnp.array([65, 1]))), r"lengths=\[65, 1\] must lie in \[0, 64\]"),
+        (lambda: attention.moba(density=0.5)(Q, K, None, cast(Any, X)), "state is a .*; give an attention.State"),
         (lambda: attention.mean_blocks(4, 8), "length=4, stride=8"),
         (lambda: attention.nsa_attention(Q, K, V, jnp.ones((2, HEADS, N, 2))), r"gates \(2, 4, 64, 2\)"),
     ],
