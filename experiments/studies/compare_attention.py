@@ -13,7 +13,7 @@ calibration half of the text. Writes `results.json` after every run (a run that 
 
 With `--shortest=n` it also asks what Nawrot et al., The Sparse Frontier, 2025, ask: at equal cost of attention, is a longer
 and sparser context better, or a shorter and denser one? The last n / 2 tokens of the text are predicted from its last n
-tokens densely, from 2 n at a quarter, 4 n at a sixteenth, up to the whole text.
+tokens densely, from 2 n at a quarter, 4 n at a sixteenth, up to the whole text; and densely from all of these, at more cost.
 """
 
 from __future__ import annotations
@@ -435,9 +435,8 @@ def write(out: pathlib.Path, results: dict[str, Any]) -> None:
             ylabel="recall",
         )
         figure.savefig(out / f"attention_recall_{length}.png", dpi=150, bbox_inches="tight")
-    costs = {row["name"]: row["cost"] for row in results["predictors"]}
-    parts.append("Cost of the choice over dense causal attention, in operations: " + ", ".join(
-        f"{name} {cost:.3f}" for name, cost in costs.items()) + ".\n")  # fmt: skip
+        costs = ", ".join(f"{name} {some[0]['cost']:.3f}" for name, some in by_name.items())
+        parts.append(f"Cost of the choice over dense causal attention, in operations: {costs}.\n")
     if results["policies"]:
         parts.append("## Cache policies\n")
         parts.append("Perplexity of the continuation, by entries per head:\n")
@@ -525,7 +524,7 @@ def main(arguments: list[str] | None = None) -> None:
         if _find(results["predictors"], name, budget, options.length) is None
     ]
     points = [] if options.shortest is None else equal_cost(options.length, options.shortest)
-    wanted = [("dense", 1.0, context) for context, _ in points[:1]]
+    wanted = [("dense", 1.0, context) for context, _ in points]
     wanted += [(name, budget, context) for context, budget in points[1:] for name in names]
     unread = [
         (name, budget, context)
