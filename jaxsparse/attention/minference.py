@@ -92,7 +92,8 @@ def candidates(density: float, kv_len: int, unit: int) -> tuple[Pattern, ...]:
     """Patterns of about a density of the causal area at this length: verticals and slashes 1:3, 1:1 and 3:1, in whole
     units, an A-shape, and blocks.
 
-    Where slashes and verticals of a row overlap, the density is less.
+    Where slashes and verticals of a row overlap, the density is less. There are as many, in the same order, at every
+    length: what a search found at one length is used at another.
 
     Raises:
       ValueError: a density outside (0, 1].
@@ -101,10 +102,10 @@ def candidates(density: float, kv_len: int, unit: int) -> tuple[Pattern, ...]:
         raise ValueError(f"density={density} must lie in (0, 1]")
     width = (1 - math.sqrt(1 - density)) * kv_len  # keys per late row
     number = max(2, round(width / unit))
-    pairs = {max(1, round(number * share)) for share in (0.25, 0.5, 0.75)}
+    pairs = (max(1, round(number * share)) for share in (0.25, 0.5, 0.75))
     lines = [
         VerticalSlash(n * unit, max(1, number - n) * unit, unit=unit, first=unit, near=unit)
-        for n in sorted(pairs)
+        for n in pairs
     ]
     shape = AShape(unit, max(1, number - 1) * unit)
     return (shape, *lines, TopBlocks(width / kv_len))

@@ -30,7 +30,7 @@ PREDICTORS = {
     "oracle": attention.oracle(**HALF),
     "moba": attention.moba(**HALF),
     "sparge": attention.sparge(**HALF, similarity=0.1),
-    "minference": attention.minference(**HALF, heads=[0, 1, 2, 3]),
+    "minference": attention.minference(**HALF, heads=[0, 1, 2, 4]),
     "flexprefill": attention.flexprefill(alpha=0.3, minimum=8, sample=16, unit=B, layout=LAYOUT),
     "nsa": attention.nsa(**HALF),
     "mra": attention.mra(**HALF),

@@ -347,6 +347,15 @@ def test_every_head_has_the_pattern_that_it_was_given():
         np.testing.assert_array_equal(got[:, h], alone[:, h])
 
 
+def test_candidates_stand_in_the_same_order_at_every_length():
+    lines = (attention.VerticalSlash,) * 3
+    for length in (64, 1024, 4096, 8192):  # 2, 3 and more units of keys a row
+        found = attention.candidates(0.05, length, 32)
+        assert tuple(map(type, found)) == (attention.AShape, *lines, attention.TopBlocks)
+        share = [p.vertical / (p.vertical + p.slash) for p in found[1:4]]
+        assert share == sorted(share)
+
+
 @pytest.mark.slow
 def test_the_search_finds_planted_patterns():
     n = 128
@@ -562,7 +571,7 @@ def test_quest_finds_a_needle_and_a_full_budget_is_dense():
         (lambda: attention.AdaSpa(warm_up=3, searches=(2,)), "a dense step must come first"),
         (lambda: attention.nsa(density=0.5, layout=Layout(B, B, causal=False))(Q, K), "causal=False: nsa"),
         (lambda: attention.minference(density=0.5, heads=[0, 1], layout=LAYOUT)(Q, K), r"heads has shape \(2,\); give a pattern for each of the 4"),
-        (lambda: jax.jit(attention.minference(density=0.5, heads=[0, 1, 9, 2], layout=LAYOUT))(Q, K), r"heads=\[0, 1, 9, 2\] must lie in \[0, 4\)"),
+        (lambda: jax.jit(attention.minference(density=0.5, heads=[0, 1, 9, 2], layout=LAYOUT))(Q, K), r"heads=\[0, 1, 9, 2\] must lie in \[0, 5\)"),
         (lambda: attention.minference(patterns=[]), r"patterns=\[\] must be AShape, VerticalSlash or TopBlocks"),
         (lambda: attention.candidates(2.0, 64, 8), r"density=2.0 must lie in \(0, 1\]"),
         (lambda: attention.VerticalSlash(0, 1), "vertical=0 must be at least 1"),
