@@ -1,17 +1,22 @@
 """What pruning a block of a 7B decoder takes on a slice of TPUs, read off the programs of the TPU compiler.
 
     python -m experiments.benchmarks.post_training_compile [--topology=v5e:4x4] [--sequences=16] [--length=2048]
+    python -m experiments.benchmarks.post_training_compile --schedule 1024 2048
 
 No TPU is needed: `libtpu` compiles for the described chips. A block of the shape of Llama 7B (width 4096, hidden 11008,
 32 heads, bfloat16) has its kernels sharded over "model", by outputs where it reads the stream and by inputs where it
 writes to it, and its tokens over "data". Compiled are the programs that `prune` runs: the statistics of a block's
 kernels for one batch (`calibration`), and of SparseGPT the factor of a Gram matrix, which is on every chip, and the
 sweep of each kind of kernel, its outputs spread over all chips, since they are independent. Memory is that of one chip.
+The second form counts cycles of the static schedule on one chip (see `tools.tpu_static`) of a square layer: the Cholesky
+factor alone, the inverse factor, and the sweeps. A loop whose length is data counts once: that of the factor, which a
+good Gram matrix runs once, and that over earlier blocks in the sweep, which is a product of half of the layer's size.
 """
 
 import argparse
 import functools
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -99,6 +104,38 @@ def together(mesh: Mesh, inputs: int) -> Any:
     return jax.jit(run).lower(w, gram, kept).compile()
 
 
+def alone(name: str, size: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """A step of SparseGPT on a square layer, and what it takes, as `tools.tpu_static` asks for them."""
+    matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    kept = jax.ShapeDtypeStruct((size // 128,), jnp.int32)
+    structure = NM(2, 4) if name == "sweep, 2:4" else Unstructured()
+    run = lambda w, u, kept: sparsegpt.sweep(w, u, kept, None, structure, 128, None)
+    return {
+        "Cholesky factor": (functools.partial(jnp.linalg.cholesky, symmetrize_input=False), (matrix,)),
+        "inverse factor": (_layer.inverse_factor, (matrix,)),
+    }.get(name, (run, (matrix, matrix, kept)))  # fmt: skip
+
+
+def schedule(sizes: list[int], topology: str) -> None:
+    """Cycles of the static schedule of each step, in thousands, with the model of the memory."""
+    from tools.tpu_static import analyze
+
+    root = str(pathlib.Path(__file__).parents[2])
+    print("| thousands of cycles | " + " | ".join(map(str, sizes)) + " |")
+    print("| :--- |" + " ---: |" * len(sizes))
+    for name in ("Cholesky factor", "inverse factor", "sweep", "sweep, 2:4"):
+        cells = []
+        for size in sizes:
+            report = analyze(
+                f"{__spec__.name if __spec__ else __name__}:alone", topology=topology, paths=[root],
+                kwargs={"name": name, "size": size}, all_kernels=True,
+            )  # fmt: skip
+            if not report["ok"]:
+                raise RuntimeError(f"{name} of {size}: {report['error'][-300:]}")
+            cells.append(f"{report['schedule_total_cycles_dma'] / 1e3:,.0f}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
 def memory(compiled: Any) -> dict[str, float]:
     """GiB of one chip."""
     m = compiled.memory_analysis()
@@ -125,7 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         help="sizes of factor and sweep in one program",
     )
+    parser.add_argument("--schedule", type=int, nargs="*", default=[], help="sizes of layers")
     options = parser.parse_args(arguments)
+    if options.schedule:
+        return schedule(options.schedule, "v5e:2x2")
     devices = devices_of(options.topology)
     mesh = Mesh(np.asarray(devices).reshape(-1, 4), ("data", "model"))
     cases = {

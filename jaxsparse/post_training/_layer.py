@@ -149,15 +149,15 @@ def inverse_factor(gram: Array, damping: float = 0.01, tries: int = 8) -> tuple[
 
     def failed(state):
         u, _, i = state
-        return ~jnp.all(jnp.isfinite(u)) & (i < tries)
+        return ~jnp.all(jnp.isfinite(u)) & (i <= tries)
 
-    def again(state):
+    def attempt(state):
         _, fraction, i = state
-        fraction = jnp.maximum(10 * fraction, 1e-4)
+        fraction = jnp.where(i > 0, jnp.maximum(10 * fraction, 1e-4), fraction)
         return factor(fraction), fraction, i + 1
 
-    start = jnp.float32(damping)
-    u, used, _ = jax.lax.while_loop(failed, again, (factor(start), start, 0))
+    start = (jnp.full_like(gram, jnp.nan), jnp.float32(damping), 0)
+    u, used, _ = jax.lax.while_loop(failed, attempt, start)
     return u, used
 
 
