@@ -55,7 +55,8 @@ def store(
 
     Raises:
       ValueError: a state without masks or with several methods; a mask that is no union of blocks, of
-        nothing, or of a leaf that is not the kernel of an `nnx.Linear`; the options of `stored`.
+        nothing, or of a leaf that is not the kernel of an `nnx.Linear`; a sketch for another rule; the options of
+        `stored`.
 
     >>> import jaxsparse
     >>> model = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
@@ -67,6 +68,10 @@ def store(
     >>> sparse.values.shape
     (4, 8, 8)
     """
+    if sketch is not None and (rule := options.get("rule", "rigl")) != "momentum":
+        raise ValueError(
+            f"sketch={sketch!r}: rule={rule!r} does not read it, 'momentum' would; leave it out"
+        )
     found = find_states(opt_state)
     if len(found) != 1:
         raise ValueError(

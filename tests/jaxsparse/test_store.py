@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, store
+from jaxsparse.nn import BlockSparseLinear, CondensedLinear, Trained, check_stored, store
 from pallas_kernels import BlockSparse
 
 X = jax.random.normal(jax.random.key(0), (16, 16))
@@ -83,6 +83,21 @@ def test_so_it_does_with_weights_that_are_stored_one_by_one(rule):
     check_goes_on(method, "fan_in", rule, 20, read)
 
 
+def test_a_masked_run_goes_on_by_momentum():
+    model = Model()
+    tx = jaxsparse.rigl(INNER, 0.5, structure="block:4x4", allocation="uniform", **OPTIONS)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    options = dict(rule="momentum", block_shape=(4, 4), sketch=(2, 2))
+    sparse, tx, state = store(model, optimizer, INNER, **options, **OPTIONS)
+    other = nnx.Optimizer(sparse, tx, wrt=Trained)
+    nnx.update(other.opt_state, nnx.state(state))
+    before, places = loss(sparse), jnp.copy(sparse.layers[0].places[...])
+    for _ in range(12):
+        step(sparse, other)
+    check_stored(other)
+    assert loss(sparse) < before and (sparse.layers[0].places[...] != places).any()
+
+
 def test_slots_are_those_of_the_stored_blocks():
     model = Model()
     tx = jaxsparse.static(optax.adam(1e-2), 0.5, structure="block:4x4")
@@ -109,6 +124,8 @@ def test_what_cannot_be_stored_is_named():
         store(model, optimizer, INNER, block_shape=(8, 8), rule="static")
     with pytest.raises(ValueError, match=r"block_shape=\(5, 4\) does not tile"):
         store(model, optimizer, INNER, block_shape=(5, 4), rule="static")
+    with pytest.raises(ValueError, match=r"sketch=\(2, 2\): rule='rigl' does not read it"):
+        store(model, optimizer, INNER, block_shape=(4, 4), sketch=(2, 2), total_steps=60)
     with pytest.raises(ValueError, match="states of 0 methods"):
         store(model, INNER.init({"w": X}), INNER, block_shape=(4, 4), rule="static")
     conv = nnx.Conv(4, 4, (1,), rngs=nnx.Rngs(0))
