@@ -17,6 +17,7 @@ density.
 train: stored blocks, JAX's BCOO, and PyTorch's CSR where PyTorch is installed. The schedule of the scores of absent blocks on a TPU:
 
     python -m tools.tpu_static experiments.benchmarks.stored:tpu_scores --topology v5e:2x2
+    python -m tools.tpu_static experiments.benchmarks.stored:tpu_gradient --topology v5e:2x2
 
 and that of a whole step between two updates, stored or (`"stored": false`) under masks:
 
@@ -270,6 +271,13 @@ def tpu_scores(rows: int = 2048, width: int = 4096, block: int = 128):
     a = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
     meta = {"useful_flops": 2 * rows * width * width}
     return functools.partial(block_scores, block_shape=(block, block)), (a, a), meta
+
+
+def tpu_gradient(rows: int = 2048, width: int = 4096):
+    """For `tools.tpu_static`: the gradient itself, which scores do without."""
+    a = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    product = lambda x, dy: jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
+    return product, (a, a), {"useful_flops": 2 * rows * width * width}
 
 
 def tpu_step(

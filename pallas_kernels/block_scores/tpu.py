@@ -14,11 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import target_platform
 from pallas_kernels._formats import Array
-from pallas_kernels._tpu import LANES, compiler_params, in_32_bits, result, round_up
+from pallas_kernels._tpu import LANES, chip, compiler_params, in_32_bits, result, round_up
 
-_TILE = (
-    512  # rows and columns of the gradient that are summed at a time, or those of a larger block
-)
+# Most rows and columns of the gradient that are summed at a time, or those of a larger block. With tiles of 512
+# a v6e waits for memory; the vector memory of a v4 holds no larger ones.
+_TILE, _SMALL_TILE, _ROOM = 1024, 512, 64 << 20
 _TOKENS = 2048  # long sums keep the matrix units fed: 512 cost a seventh more
 _LARGEST = 1024  # side of a block
 
@@ -46,7 +46,8 @@ def scores(
     """`[block rows, block columns]`, float32, for x and dy of one dtype."""
     (bh, bw), (rows, cols) = block_shape, (x.shape[1], dy.shape[1])
     gr, gc = -(-rows // bh), -(-cols // bw)
-    high, wide = (min(n, max(1, _TILE // b)) for n, b in ((gr, bh), (gc, bw)))  # of a tile
+    tile = _TILE if chip().vmem >= _ROOM else _SMALL_TILE
+    high, wide = _share(gr, tile // bh), _share(gc, tile // bw)
     tokens = min(_TOKENS, round_up(x.shape[0], 32 // x.dtype.itemsize))
     pad = lambda a, n: jnp.pad(a, ((0, -a.shape[0] % tokens), (0, -a.shape[1] % n)))
     x, dy = pad(x, high * bh), pad(dy, wide * bw)
@@ -77,6 +78,12 @@ def scores(
     )(x, dy)
     corner = found[:, :, :high, :wide].transpose(0, 2, 1, 3)
     return corner.reshape(tiles[0] * high, tiles[1] * wide)[:gr, :gc]
+
+
+def _share(blocks: int, most: int) -> int:
+    """How many of the blocks along an axis a tile has, `most` of them or 1: all alike, so that little is padded."""
+    tiles = -(-blocks // max(1, most))
+    return -(-blocks // tiles)
 
 
 def _kernel(block, blocks, precision, x_ref, dy_ref, out_ref, sum_ref):
