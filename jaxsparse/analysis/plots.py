@@ -85,10 +85,9 @@ def curves(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if ylim is not None:  # None would freeze the limits as they are now
         axes.set_ylim(ylim)
-    if len(series) > 1:
-        axes.legend(
-            frameon=False, labelcolor=_INK, ncols=math.ceil(len(series) / 10), fontsize="small"
-        )
+    if len(series) > 1:  # many names would cover lines: they stand beside
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(series) > 10 else {}
+        axes.legend(frameon=False, labelcolor=_INK, fontsize="small", **place)
     return figure
 
 
