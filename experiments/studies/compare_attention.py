@@ -3,6 +3,8 @@
     python -m experiments.studies.compare_attention --workdir=runs/compare_attention --out=docs/results
     python -m experiments.studies.compare_attention --workdir=runs/compare_attention --out=docs/results --policies= \
         --length=8192 --shortest=2048 --predictors=oracle,streaming,minference,moba,seer --budgets= --calibration=4096
+    python -m experiments.studies.compare_attention --workdir=runs/compare_attention --out=docs/results --policies= \
+        --length=8192 --prompt=7168 --budgets=0.1,0.05 --no-perplexity --calibration=4096
 
 Every predictor chooses blocks of 32 by 32 at several budgets: recall and relative error against dense attention, on
 the dense model's own queries and keys of every third layer; its cost in operations; and the perplexity of the whole model
