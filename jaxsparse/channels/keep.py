@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import selection
+from jaxsparse._checks import check_count
 from jaxsparse.channels.adapt import Adapted
 from jaxsparse.channels.collect import Group, Member
 from jaxsparse.channels.groups import Groups
@@ -129,8 +130,7 @@ def rounded(
 ) -> dict[str, np.ndarray]:
     """Adds channels, those of the largest weights first, until their number is a multiple of `round_to` (or
     all), at least one, and equal where groups are tied. Nothing is removed."""
-    if not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r}: give a positive integer")
+    check_count("round_to", round_to)
     counts = {}
     for name, group in groups.items():
         count = max(1, int(kept[name].sum()))

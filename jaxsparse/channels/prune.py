@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsparse import selection
+from jaxsparse._checks import check_count
 from jaxsparse._counts import kept_count
 from jaxsparse.channels.adapt import adapt, is_array
 from jaxsparse.channels.groups import Groups, groups_of
@@ -234,7 +235,6 @@ def _check(sparsity: float, allocation: str, target: str, steps: int, tolerance:
         raise ValueError(f"allocation={allocation!r}: use 'uniform' or 'global'")
     if target not in ("channels", "params", "flops"):
         raise ValueError(f"target={target!r}: use 'channels', 'params' or 'flops'")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}: give a positive integer")
+    check_count("steps", steps)
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance}: must not be negative")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_count
+from jaxsparse._checks import check_count
 
 
 def complete(
@@ -42,7 +42,7 @@ def complete(
         raise ValueError(
             f"known has shape {known.shape} and the matrix {matrix.shape}: give a mask of it"
         )
-    check_count("rank", rank, min(matrix.shape))
+    check_count("rank", rank, most=min(matrix.shape), arrays=True)
     seen = jnp.where(known, matrix, 0)
     mask = known.astype(matrix.dtype)
     tiny = jnp.finfo(matrix.dtype).eps

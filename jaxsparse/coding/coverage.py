@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_count, check_positive
+from jaxsparse._checks import check_count
+from jaxsparse.coding.operators import check_positive
 
 
 def coverage(similarity: Array, chosen: Array) -> Array:
@@ -46,7 +47,7 @@ def cover_greedily(similarity: Array, k: int) -> Array:
     >>> cover_greedily(jnp.array([[1.0, 0.0], [0.5, 2.0], [0.4, 1.9]]), 2).tolist()
     [1, 0]
     """
-    check_count("k", k, similarity.shape[0])
+    check_count("k", k, most=similarity.shape[0], arrays=True)
     check_positive("similarity", similarity, zero=True)
 
     def step(carry, _):
@@ -77,7 +78,7 @@ def cover_stream(similarity: Array, k: int, *, epsilon: float = 0.1) -> Array:
     >>> cover_stream(jnp.array([[1.0, 0.0], [0.5, 2.0], [0.4, 1.9]]), 2).tolist()
     [True, True, False]
     """
-    check_count("k", k, similarity.shape[0])
+    check_count("k", k, most=similarity.shape[0], arrays=True)
     check_positive("epsilon", epsilon)
     check_positive("similarity", similarity, zero=True)
     guesses = 1 + math.ceil(math.log(max(k, 1)) / math.log1p(epsilon))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.coding.greedy import omp
-from jaxsparse.coding.operators import check_count, check_matrix, check_signals, check_steps
+from jaxsparse.coding.operators import check_matrix, check_signals, check_steps
 
 
 class Learned(NamedTuple):
@@ -47,7 +48,7 @@ def ksvd(signals: Array, dictionary: Array, k: int, *, steps: int = 30, powers: 
     signals = check_signals(dictionary, signals)
     if signals.ndim != 2 or not len(signals):
         raise ValueError(f"signals have shape {signals.shape}: give a matrix [samples, m]")
-    check_count("k", k, min(dictionary.shape))
+    check_count("k", k, most=min(dictionary.shape), arrays=True)
     check_steps("steps", steps)
     check_steps("powers", powers)
 

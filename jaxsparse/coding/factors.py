@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_count, check_matrix
+from jaxsparse._checks import check_count
+from jaxsparse.coding.operators import check_matrix
 from jaxsparse.selection import topk_mask
 
 Projection = Callable[[Array], Array]
@@ -39,7 +40,7 @@ def keep(k: int) -> Projection:
     >>> keep(1)(jnp.array([[3.0, -4.0]])).tolist()
     [[0.0, -1.0]]
     """
-    check_count("k", k, 1 << 62)
+    check_count("k", k)
     return lambda s: _unit(jnp.where(topk_mask(jnp.abs(s), k), s, 0))
 
 
@@ -49,7 +50,7 @@ def keep_in_rows(k: int) -> Projection:
     >>> (keep_in_rows(1)(jnp.array([[3.0, 1.0], [2.0, 4.0]])) != 0).tolist()
     [[True, False], [False, True]]
     """
-    check_count("k", k, 1 << 62)
+    check_count("k", k)
     return lambda s: _unit(jnp.where(_largest_in_rows(s, k), s, 0))
 
 
@@ -59,7 +60,7 @@ def keep_in_columns(k: int) -> Projection:
     >>> (keep_in_columns(1)(jnp.array([[3.0, 1.0], [2.0, 4.0]])) != 0).tolist()
     [[True, False], [False, True]]
     """
-    check_count("k", k, 1 << 62)
+    check_count("k", k)
     return lambda s: _unit(jnp.where(_largest_in_rows(s.T, k).T, s, 0))
 
 
@@ -69,7 +70,7 @@ def keep_in_rows_or_columns(k: int) -> Projection:
     >>> keep_in_rows_or_columns(1)(jnp.array([[3.0, 2.0], [4.0, 1.0]])).tolist()[1][1]
     0.0
     """
-    check_count("k", k, 1 << 62)
+    check_count("k", k)
     either = lambda s: _largest_in_rows(s, k) | _largest_in_rows(s.T, k).T
     return lambda s: _unit(jnp.where(either(s), s, 0))
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
+from jaxsparse._checks import check_count
 from jaxsparse.coding.operators import (
     Dense,
     Dictionary,
     Operator,
-    check_count,
     check_positive,
     check_signals,
 )
@@ -52,7 +52,7 @@ def omp(
     Source: Pati, Rezaiifar, Krishnaprasad, 1993; Tropp & Gilbert, 2007.
     """
     op, y = _flat(dictionary, signals, norms)
-    check_count("k", k, min(op.rows, op.columns))
+    check_count("k", k, most=min(op.rows, op.columns), arrays=True)
     check_positive("tolerance", tolerance, zero=True)
     batch, dtype = y.shape[0], y.dtype
     inverse = _inverse_norms(op, norms, dtype)
@@ -131,7 +131,7 @@ def gradient_pursuit(
     dictionary_learning.
     """
     op, y = _flat(dictionary, signals, norms)
-    check_count("k", k, op.columns)
+    check_count("k", k, most=op.columns, arrays=True)
     inverse = _inverse_norms(op, norms, y.dtype)
 
     def step(_, carry):

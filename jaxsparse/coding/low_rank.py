@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_count, check_positive
+from jaxsparse._checks import check_count
+from jaxsparse.coding.operators import check_positive
 
 
 def singular_soft(v: Array, t: Array | float) -> Array:
@@ -178,7 +179,7 @@ def truncated_svd(matrix: Array, rank: int) -> GrowingSVD:
     Source: Deng, Yang, Feng, Liu, Yang, "Fast updating truncated SVD for representation learning with sparse
     matrices", 2024, the exact variant; edits by a product of two factors are not here.
     """
-    check_count("rank", rank, min(matrix.shape))
+    check_count("rank", rank, most=min(matrix.shape), arrays=True)
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     eye = jnp.eye(rank, dtype=matrix.dtype)
     return GrowingSVD(u[:, :rank], eye, s[:rank], vt[:rank].T, eye)

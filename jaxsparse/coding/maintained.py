@@ -16,7 +16,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_count, check_positive
+from jaxsparse._checks import check_count
+from jaxsparse.coding.operators import check_positive
 from jaxsparse.selection import topk_mask
 
 
@@ -85,7 +86,7 @@ def reweigh(
     check_positive("weights", weights)
     check_positive("factor", factor, zero=True)
     most = n if most is None else most
-    check_count("most", most, n)
+    check_count("most", most, most=n, arrays=True)
     change = jnp.abs(weights / state.weights - 1)
     due = topk_mask(change, most) & (change > factor)
     (at,) = jnp.nonzero(due, size=most, fill_value=n)

@@ -17,8 +17,9 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.coding.low_rank import singular_soft
-from jaxsparse.coding.operators import Operator, check_count, check_positive, check_signals
+from jaxsparse.coding.operators import Operator, check_positive, check_signals
 from jaxsparse.coding.thresholds import soft
 
 
@@ -39,7 +40,7 @@ def spline_matrix(knots: int, points: int) -> np.ndarray:
     >>> spline_matrix(3, 5)[2].tolist()
     [0.0, 1.0, 0.0]
     """
-    check_count("knots - 2", knots - 2, knots)
+    check_count("knots", knots, 3)
     n = knots - 2  # second derivatives m at inner knots: m' + 4 m + m'' = 6 (y' - 2 y + y'')
     bends = np.zeros((knots, knots))
     system = 4 * np.eye(n) + np.eye(n, k=1) + np.eye(n, k=-1)

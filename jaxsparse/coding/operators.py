@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxsparse import selection
+from jaxsparse._checks import check_count
 from jaxsparse._control import is_concrete
 
 Map = Callable[[Array], Array]
@@ -134,6 +136,24 @@ def norm_bound(
     return 1.05 * jnp.linalg.norm(forward(v))
 
 
+def has_non_finite(x: Array) -> bool:
+    """Whether an array that is known has NaN or infinite entries; False of a traced one. One number reaches
+    the host, not the array.
+
+    >>> has_non_finite(jnp.array([1.0, jnp.nan])), has_non_finite(jnp.ones(3))
+    (True, False)
+    """
+    if not is_concrete(x):
+        return False
+    with jax.ensure_compile_time_eval():  # a known array in a traced function
+        return bool(_non_finite(x))
+
+
+@jax.jit
+def _non_finite(x: Array) -> Array:
+    return selection.count(~jnp.isfinite(x)) > 0
+
+
 def check_matrix(matrix: Array) -> None:
     """Raises unless it is a float matrix with at least one row and one column, finite if it is known."""
     if isinstance(matrix, Dense | Operator) or not hasattr(matrix, "ndim"):
@@ -147,7 +167,7 @@ def check_matrix(matrix: Array) -> None:
         )
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise ValueError(f"dictionary has dtype {matrix.dtype}: cast it to a float")
-    if is_concrete(matrix) and not np.isfinite(np.asarray(matrix)).all():
+    if has_non_finite(matrix):
         raise ValueError("dictionary has NaN or infinite entries: mend its atoms first")
 
 
@@ -166,7 +186,7 @@ def check_signals(op: Dense | Operator | Array, signals: Array) -> Array:
             f"signals have shape {signals.shape} and the dictionary {rows} rows: the last axis of "
             "the signals must be that long"
         )
-    if is_concrete(signals) and not np.isfinite(np.asarray(signals)).all():
+    if has_non_finite(signals):
         raise ValueError("signals have NaN or infinite entries: remove or mask them first")
     return jnp.asarray(signals)
 
@@ -178,22 +198,11 @@ def check_codes(op: Dense | Operator, signals: Array, codes: Array) -> None:
         raise ValueError(f"codes have shape {codes.shape}: those of these signals have {shape}")
 
 
-def check_count(name: str, value: Array | int, most: int) -> None:
-    """Raises unless a number of atoms that is known is an integer between 1 and `most`."""
-    if not is_concrete(value):
-        return
-    known = np.asarray(value)
-    if not (known.dtype.kind in "iu" and ((known >= 1) & (known <= most)).all()):
-        raise ValueError(f"{name}={value}: use 1 to {most} atoms here, a whole number")
-
-
 def check_steps(name: str, value: Array | int) -> None:
     """Raises unless a number of steps that is known is an integer that is not negative."""
-    if not is_concrete(value):
-        return
-    known = np.asarray(value)
-    if not (known.ndim == 0 and known.dtype.kind in "iu" and known >= 0):
-        raise ValueError(f"{name}={value}: give a whole number that is not negative")
+    if is_concrete(value) and np.ndim(value):
+        raise ValueError(f"{name}={value!r}: give one integer for all signals")
+    check_count(name, value, 0, arrays=True)
 
 
 def check_strength(strength: Array | float, signals: Array, *, each: int = 1) -> None:

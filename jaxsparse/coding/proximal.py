@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.coding.operators import (
     Dense,
     Dictionary,
     Operator,
     as_operator,
     check_codes,
-    check_count,
     check_matrix,
     check_positive,
     check_signals,
@@ -222,7 +222,7 @@ def iht(
     Source: Blumensath & Davies, 2009.
     """
     op, signals, x, lipschitz = _start(dictionary, signals, 0.0, init, steps)
-    check_count("k", k, op.columns)
+    check_count("k", k, most=op.columns, arrays=True)
     step = lambda _, x: keep_largest(x - op.adjoint(op.forward(x) - signals) / lipschitz, k)
     return jax.lax.fori_loop(0, steps, step, x)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.coding.operators import check_count
+from jaxsparse._checks import check_count
 from jaxsparse.selection import topk_indices
 
 
@@ -123,7 +123,7 @@ def local_codes(dictionary: Array, signals: Array, k: int, *, ridge: float = 1e-
     >>> local_codes(jnp.array([[0.0, 1.0, 5.0]]), jnp.array([0.25]), 2).round(2).tolist()
     [0.75, 0.25, 0.0]
     """
-    check_count("k", k, dictionary.shape[1])
+    check_count("k", k, most=dictionary.shape[1], arrays=True)
     flat = signals.reshape(-1, signals.shape[-1])
 
     def one(y):

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsparse._control import is_concrete
-from jaxsparse.coding.operators import Operator, check_positive
+from jaxsparse.coding.operators import Operator, check_positive, has_non_finite
 from jaxsparse.coding.proximal import fista
 from jaxsparse.coding.thresholds import group_soft
 
@@ -182,7 +181,7 @@ def fit_signatures(
     n = len(paths)
     if targets.ndim not in (1, 2) or len(targets) != n:
         raise ValueError(f"targets have shape {targets.shape}: give [{n}] or [{n}, q]")
-    if is_concrete(targets) and not np.isfinite(np.asarray(targets)).all():
+    if has_non_finite(targets):
         raise ValueError("targets have NaN or infinite entries: leave these paths out")
     if not isinstance(folds, int) or not 2 <= folds <= n:
         raise ValueError(f"folds={folds}: use 2 to {n}, the number of paths")

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.coding.operators import (
     Dense,
     Operator,
@@ -84,8 +84,7 @@ def working_set(
     op = _light(dictionary)
     if isinstance(op, Operator):
         raise ValueError("dictionary is of type Operator: give a matrix; functions have fista")
-    if not isinstance(size, int | np.integer) or size < 1:
-        raise ValueError(f"size={size}: give a positive integer")
+    check_count("size", size)
     signals = check_signals(op, signals)
     check_positive("strength", strength)
     check_strength(strength, signals)

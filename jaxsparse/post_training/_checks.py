@@ -45,14 +45,6 @@ def check_layer(
             )
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises `ValueError` if a value is no integer, or less than `least`."""
-    if not _control.is_concrete(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
-
-
 def check_damping(damping: Any) -> None:
     """Raises `ValueError` if it is no finite number of at least 0."""
     if not _control.is_concrete(damping):

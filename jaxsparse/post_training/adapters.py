@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import targets as targets_
+from jaxsparse._checks import check_count
 from jaxsparse.post_training import models
-from jaxsparse.post_training._checks import check_count, check_pattern
+from jaxsparse.post_training._checks import check_pattern
 from jaxsparse.post_training.report import Result
 
 

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import selection, structures
-from jaxsparse.post_training._checks import check_count, check_damping
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_damping
 from jaxsparse.post_training._layer import Pruned, damped, kept_units, matmul, only, prepare
 from jaxsparse.post_training.refit import refit_core
 from jaxsparse.structures import Structure

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
-from jaxsparse.post_training._checks import check_count, check_damping, check_layer
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_damping, check_layer
 from jaxsparse.post_training._layer import Pruned, kept_units, matmul
 from jaxsparse.structures import Structure
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax import Array
 
 from jaxsparse import allocations, structures
+from jaxsparse._checks import check_count
 from jaxsparse.choose import check_sparsity
 from jaxsparse.post_training import _registry, budgets, gradients, models
-from jaxsparse.post_training._checks import check_count
 from jaxsparse.post_training._layer import Pruned, relative_error
 from jaxsparse.post_training.budgets import ECoFLaP
 from jaxsparse.post_training.calibration import Stream, TokenMask, finite, finite_weights

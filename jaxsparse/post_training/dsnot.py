@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
-from jaxsparse.post_training._checks import check_count, check_layer
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_layer
 from jaxsparse.post_training._layer import Pruned, errors, keep, only
 from jaxsparse.post_training.wanda import wanda_scores
 from jaxsparse.structures import NM, FanIn, Structure

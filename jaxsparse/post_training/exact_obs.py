@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import _counts, selection, structures
-from jaxsparse.post_training._checks import check_count, check_damping
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_damping
 from jaxsparse.post_training._layer import (
     Pruned,
     inverse_factor,

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import _counts, structures
-from jaxsparse.post_training._checks import check_count, check_damping, check_layer
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_damping, check_layer
 from jaxsparse.post_training._layer import Pruned, keep, kept_units
 from jaxsparse.post_training.obs import inverse_fisher, obd_saliency, obs_saliency
 from jaxsparse.structures import Structure

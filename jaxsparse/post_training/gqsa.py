@@ -28,7 +28,8 @@ import numpy as np
 from jax import Array
 
 from jaxsparse import structures
-from jaxsparse.post_training._checks import check_count, check_damping
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_damping
 from jaxsparse.post_training._layer import (
     Pruned,
     damped,

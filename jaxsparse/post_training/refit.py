@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsparse.post_training._checks import check_count, check_damping, check_layer
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_damping, check_layer
 from jaxsparse.post_training._layer import Pruned, damped, errors, matmul, prepare
 
 

@@ -20,7 +20,8 @@ import optax
 from jax import Array
 
 from jaxsparse import selection, structures
-from jaxsparse.post_training._checks import check_count, check_layer
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_layer
 from jaxsparse.post_training._layer import Pruned, keep, only, rank
 from jaxsparse.structures import NM, Structure
 

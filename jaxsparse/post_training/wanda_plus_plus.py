@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsparse import structures
-from jaxsparse.post_training._checks import check_count, check_layer
+from jaxsparse._checks import check_count
+from jaxsparse.post_training._checks import check_layer
 from jaxsparse.post_training._layer import Pruned, keep
 from jaxsparse.post_training.calibration import Stream
 from jaxsparse.post_training.gradients import distance

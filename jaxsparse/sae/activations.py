@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.sae import hooks
 
 
@@ -94,8 +95,7 @@ class Activations:
         seed: int = 0,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("buffer", buffer, 2)):
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}={value}: give a whole number of at least {least}")
+            check_count(name, value, least)
         if skip_first < 0:
             raise ValueError(f"skip_first={skip_first}: give a number that is not negative")
         self.site, self.batches, self.batch_size = site, batches, batch_size

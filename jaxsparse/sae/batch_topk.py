@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.sae.relu import JumpReLU
-from jaxsparse.sae.scaffold import SAE, Statistic, check_k
+from jaxsparse.sae.scaffold import SAE, Statistic
 from jaxsparse.sae.topk import aux_k, aux_slots
 from jaxsparse.selection import topk_mask
 
@@ -61,7 +62,7 @@ class BatchTopK(SAE):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
-        check_k("k", k, d_sae)
+        k = check_count("k", k, most=d_sae, limit="d_sae")
         aux_k = aux_slots(aux_k, self.d_out, d_sae)
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay={threshold_decay}: give a number in [0, 1)")

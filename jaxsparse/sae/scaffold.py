@@ -12,29 +12,18 @@ Counters and running thresholds are `Statistic` variables, which no optimizer se
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxsparse._checks import check_count
+
 
 class Statistic(nnx.Variable):
     """A counter or a running threshold: saved with the module, not trained."""
-
-
-def check_sizes(d_model: int, d_sae: int) -> None:
-    """Raises: ValueError: a size is not a positive integer."""
-    for name, value in (("d_model", d_model), ("d_sae", d_sae)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: give a positive integer")
-
-
-def check_k(name: str, k: Any, d_sae: int) -> None:
-    """Raises: ValueError: k is not an integer from 1 to d_sae."""
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
-        raise ValueError(f"{name}={k!r}: give an integer from 1 to d_sae={d_sae}")
 
 
 def check_weight(name: str, value: float) -> None:
@@ -70,11 +59,12 @@ class SAE(nnx.Module):
         dead_after: int = 10_000_000,
         rngs: nnx.Rngs,
     ):
-        check_sizes(d_model, d_sae)
+        check_count("d_model", d_model)
+        check_count("d_sae", d_sae)
         if skip and d_out is None:
             raise ValueError("skip=True: is for transcoders; give d_out, the width of the target")
         if d_out is not None:
-            check_sizes(d_out, d_sae)
+            check_count("d_out", d_out)
         self.d_model, self.d_sae, self.dead_after = d_model, d_sae, dead_after
         self.transcodes = d_out is not None
         self.d_out = d_model if d_out is None else d_out

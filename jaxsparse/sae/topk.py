@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxsparse._checks import check_count
 from jaxsparse.sae.decode import sparse_decode, topk_encode
-from jaxsparse.sae.scaffold import SAE, check_k
+from jaxsparse.sae.scaffold import SAE
 from jaxsparse.selection import topk_indices, topk_mask
 
 
@@ -38,8 +39,7 @@ def aux_slots(aux_k: int | None, d_out: int, d_sae: int) -> int:
       ValueError: not an integer from 1 to d_sae.
     """
     slots = min(max(d_out // 2, 1), d_sae) if aux_k is None else aux_k
-    check_k("aux_k", slots, d_sae)
-    return slots
+    return check_count("aux_k", slots, most=d_sae, limit="d_sae")
 
 
 def aux_k(
@@ -114,7 +114,7 @@ class TopK(SAE):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, d_sae, d_out=d_out, skip=skip, dead_after=dead_after, rngs=rngs)
-        check_k("k", k, d_sae)
+        k = check_count("k", k, most=d_sae, limit="d_sae")
         aux_k = aux_slots(aux_k, self.d_out, d_sae)
         if sparse and by_norm:
             raise ValueError("sparse=True: by_norm=True ranks with the atoms; leave one of the two")
@@ -190,8 +190,8 @@ class KSparse(SAE):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, d_sae, dead_after=dead_after, rngs=rngs)
-        check_k("k", k, d_sae)
-        check_k("alpha", alpha, d_sae)
+        k = check_count("k", k, most=d_sae, limit="d_sae")
+        alpha = check_count("alpha", alpha, most=d_sae, limit="d_sae")
         self.k, self.alpha = k, alpha
         del self.W_enc
 
@@ -316,14 +316,13 @@ class MatryoshkaTopK(SAE):
         if ks is None:
             ks = [64 * 2**i for i in range(d_sae.bit_length()) if 64 * 2**i < d_sae]
         ks = tuple(ks) if ks and ks[-1] == d_sae else (*ks, d_sae)
-        for value in ks:
-            check_k("ks", value, d_sae)
+        ks = tuple(check_count("ks", value, most=d_sae, limit="d_sae") for value in ks)
         if list(ks) != sorted(set(ks)):
             raise ValueError(f"ks={ks}: give increasing numbers")
         if weights not in ("uniform", "reverse"):
             raise ValueError(f'weights={weights!r}: give "uniform" or "reverse"')
         self.ks, self.k = ks, ks[0] if k is None else k
-        check_k("k", self.k, d_sae)
+        self.k = check_count("k", self.k, most=d_sae, limit="d_sae")
         n = len(ks)
         self.weights = tuple(1.0 if weights == "uniform" else float(n - j) for j in range(n))
 

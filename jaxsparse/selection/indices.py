@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsparse._checks import check_count
+
 
 def topk_indices(scores: Array, k: int, *, where: Array | None = None) -> tuple[Array, Array]:
     """Where the k largest scores of each row stand, from the largest on.
@@ -32,8 +34,7 @@ def topk_indices(scores: Array, k: int, *, where: Array | None = None) -> tuple[
     ([1, 2], [[True, True], [True, False]])
     """
     n = scores.shape[-1] if scores.ndim else 0
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
-        raise ValueError(f"k={k}: give an integer from 1 to {n}, the length of a row")
+    check_count("k", k, most=n)
     if where is not None and (where.shape != scores.shape or where.dtype != jnp.bool_):
         raise ValueError(
             f"where: {where.dtype}{list(where.shape)}; give booleans of shape {list(scores.shape)}"

@@ -13,6 +13,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 FLOORS = [
     "_version",
     "_control",
+    "_checks",
     "_counts",
     "selection",
     "coding",

@@ -181,7 +181,7 @@ def test_groups_are_a_structure_that_methods_train_and_shrink_cuts_exactly():
         (dict(sparsity=1.0), r"sparsity=1.0: must be in \[0, 1\)"),
         (dict(allocation="erk"), "allocation='erk': use 'uniform' or 'global'"),
         (dict(target="bytes"), "target='bytes': use"),
-        (dict(steps=0), "steps=0: give a positive integer"),
+        (dict(steps=0), "steps=0: give an integer of at least 1"),
         (dict(tolerance=-1), "tolerance=-1: must not be negative"),
         (dict(score="wanda"), "score='wanda': use one of magnitude, taylor"),
         (dict(score="taylor"), "score='taylor' needs gradients"),

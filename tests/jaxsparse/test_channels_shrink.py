@@ -352,7 +352,7 @@ def test_widths_are_multiples_and_at_least_one_channel_stays():
     nothing = jax.tree.map(jnp.zeros_like, params)
     assert channels.shrink(net, groups, params=nothing).sizes["a"] == (5, 1)
     assert channels.shrink(net, groups, params=nothing, round_to=4).sizes["a"] == (5, 4)
-    with pytest.raises(ValueError, match="round_to=0: give a positive integer"):
+    with pytest.raises(ValueError, match="round_to=0: give an integer of at least 1"):
         width([0], 0)
 
 

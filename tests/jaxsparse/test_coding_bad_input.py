@@ -73,8 +73,11 @@ OPERATOR = coding.Operator(lambda x: x, lambda r: r, 1.0, M, M)
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda a, y: coding.fista(a, y, 0.1, steps=-1), "steps=-1: give a whole number"),
-        (lambda a, y: coding.ista(a, y, 0.1, steps=1.5), "steps=1.5: give a whole number"),
+        (lambda a, y: coding.fista(a, y, 0.1, steps=-1), "steps=-1: give an integer of at least 0"),
+        (
+            lambda a, y: coding.ista(a, y, 0.1, steps=1.5),
+            "steps=1.5: give an integer of at least 0",
+        ),
         (lambda a, y: coding.iht(a, y, 2, steps=-1), "steps=-1"),
         (lambda a, y: coding.admm(a, y, 0.1, steps=-1), "steps=-1"),
         (lambda a, y: coding.sbl(a, y, 0.1, steps=-1), "steps=-1"),
@@ -93,7 +96,7 @@ OPERATOR = coding.Operator(lambda x: x, lambda r: r, 1.0, M, M)
         (lambda a, y: coding.admm(a, y, 0.1, relaxation=3.0), "relaxation=3.0"),
         (lambda a, y: coding.admm(coding.dense(a), y, 0.1), "dictionary is of type Dense"),
         (lambda a, y: coding.sbl(OPERATOR, y, 0.1), "dictionary is of type Operator"),
-        (lambda a, y: coding.omp(a, y, 2.0), "k=2.0: use 1 to 6 atoms here, a whole number"),
+        (lambda a, y: coding.omp(a, y, 2.0), "k=2.0: give an integer from 1 to 6"),
         (lambda a, y: coding.omp(a, y, True), "k=True"),
         (lambda a, y: coding.gradient_pursuit(a, y, 2.0), "k=2.0"),
         (lambda a, y: coding.ksvd(y, a, 0), "k=0"),

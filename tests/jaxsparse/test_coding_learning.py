@@ -233,7 +233,7 @@ def test_training_makes_lista_better_than_ista():
         (lambda a: coding.sbl(a, jnp.ones(3), 0.0), "noise=0.0"),
         (lambda a: coding.sbl(a, jnp.ones(3), 1.0, rule="best"), "em, fixed_point"),
         (lambda a: coding.ksvd(jnp.ones(3), a, 1), "give a matrix"),
-        (lambda a: coding.ksvd(jnp.ones((5, 3)), a, 4), "k=4: use 1 to 3"),
+        (lambda a: coding.ksvd(jnp.ones((5, 3)), a, 4), "k=4: give an integer from 1 to 3"),
         (lambda a: coding.lista_init(a, 0.1, 0), "layers=0"),
         (lambda a: coding.analytic_weights(a[:, :2]), "as many atoms as rows"),
     ],

@@ -497,7 +497,7 @@ REFUSED = [
         lambda: coding.sinkhorn_newton(jnp.ones((3, 3)), ONES, ONES, 1.0, density=2.0),
         "density=2.0: use a share",
     ),
-    (lambda: coding.keep(0), "k=0: use 1 to"),
+    (lambda: coding.keep(0), "k=0: give an integer of at least 1"),
     (
         lambda: coding.factorize(jnp.eye(4), [coding.keep(2)], []),
         "factors, residuals and sizes: 1, 0 and 1",

@@ -293,8 +293,8 @@ def test_proximal_operators_minimise_what_they_say():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda a, y: coding.omp(a, y, 61), "k=61: use 1 to 60"),
-        (lambda a, y: coding.iht(a, y, 81), "k=81: use 1 to 80"),
+        (lambda a, y: coding.omp(a, y, 61), "k=61: give an integer from 1 to 60"),
+        (lambda a, y: coding.iht(a, y, 81), "k=81: give an integer from 1 to 80"),
         (lambda a, y: coding.fista(a, y[:, :-1], 0.1), "the dictionary 60 rows"),
         (lambda a, y: coding.fista(a, y * np.nan, 0.1), "signals have NaN"),
         (lambda a, y: coding.fista(a[:, :0], y, 0.1), "at least one atom"),
