@@ -24,6 +24,8 @@ import optax
 from flax import nnx
 from jax import Array
 
+from jaxsparse.selection import topk_mask
+
 TAKEN = 1e6  # what is subtracted from the logits of features that are known
 
 
@@ -43,9 +45,8 @@ class Masked(nnx.Module):
 def random_subsets(key: Array, shape: tuple[int, ...]) -> Array:
     """Masks `[examples, features]`, float32, whose number of ones is uniform from 0 to all."""
     few, order = jax.random.split(key)
-    count = jax.random.randint(few, (shape[0], 1), 0, shape[1] + 1)
-    ranks = jnp.argsort(jax.random.uniform(order, shape), axis=-1)
-    return (ranks < count).astype(jnp.float32)
+    count = jax.random.randint(few, shape[:1], 0, shape[1] + 1)
+    return topk_mask(jax.random.uniform(order, shape), count, axis=-1).astype(jnp.float32)
 
 
 def predictor_loss(predictor: Masked, x: Array, y: Array, key: Array) -> Array:
@@ -176,11 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     policy, predictor = fit(*planted(8192, 0), budget=args.budget, classes=2, steps=args.steps)
     x, y = planted(4096, 1)
     order, masks = reveal(policy, x, args.budget)
-    at_random = jax.random.uniform(jax.random.key(2), x.shape).argsort(-1).argsort(-1)
+    at_random = jax.random.uniform(jax.random.key(2), x.shape)
     print("| features | the policy's | best fixed subset | random |\n|---|---|---|---|")
     for i, mask in enumerate(masks):
         hit = lambda m: float((predictor(x, m).argmax(-1) == y).mean())
-        fixed, random = best_fixed(i + 1), hit((at_random <= i).astype(jnp.float32))
+        fixed, random = best_fixed(i + 1), hit(topk_mask(-at_random, i + 1, axis=-1) * 1.0)
         print(f"| {i + 1} | {hit(mask):.3f} | {fixed:.3f} | {random:.3f} |")
     for i, column in enumerate(np.asarray(order).T):
         counts = np.bincount(column, minlength=x.shape[1]) / len(column)
