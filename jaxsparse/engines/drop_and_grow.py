@@ -81,7 +81,7 @@ def drop_and_grow(
             step.leaves,
             step.masks,
             [worth(v) for v in step.views],
-            [promise(v) for v in step.views],
+            None if promise is scores.random else [promise(v) for v in step.views],
             fraction(step.count),
             drop_ties=scores.ties(worth),
             salts=step.salts(seed),
@@ -95,20 +95,21 @@ def swap(
     leaves: Sequence[Leaf],
     masks: Sequence[Array],
     drop_scores: Sequence[Array],
-    grow_scores: Sequence[Array],
+    grow_scores: Sequence[Array] | None,
     fraction,
     *,
     drop_ties: str = "position",
     salts: Sequence[Any],
     inside: Sequence[Array] | None = None,
 ) -> list[Array]:
-    """The new masks of all leaves, see `drop_and_grow`; all of them `inside`, where that is given."""
+    """The new masks of all leaves, see `drop_and_grow`; all of them `inside`, where that is given.
+    Without `grow_scores` what grows is drawn at random."""
     if (together := coupling(leaves)) is not None:
         units = swap(
             together.leaves,
             together.units(masks),
             together.pool(drop_scores),
-            together.pool(grow_scores),
+            None if grow_scores is None else together.pool(grow_scores),
             fraction,
             drop_ties=drop_ties,
             salts=together.salts(salts),
@@ -139,23 +140,27 @@ def refill(
     leaves: Sequence[Leaf],
     keep: Sequence[Array],
     numbers: Sequence,
-    grow_scores: Sequence[Array],
+    grow_scores: Sequence[Array] | None,
     *,
     salts: Sequence[Any],
     inside: Sequence[Array] | None = None,
 ) -> list[Array]:
     """The masks of all leaves with the units `keep` and, in each slice, the `number` (int32, one per
     slice or for all) units of highest score among the others (and `inside`, where that is given);
-    equal scores by a seeded hash."""
+    equal scores, or all units without `grow_scores`, by a seeded hash."""
     free = [~k for k in keep]
     if inside is not None:
         free = [f & leaf.units(m) for f, leaf, m in zip(free, leaves, inside)]
+    ranked, score = free, selection.equal_scores
+    if grow_scores is not None:
+        ranked, score = [leaf.pool(x) for leaf, x in zip(leaves, grow_scores)], None
     grown = selection.topk_masks(
-        [leaf.pool(x) for leaf, x in zip(leaves, grow_scores)],
+        ranked,
         numbers,
         where=free,
         ties="hash",
         seed=[salt ^ jnp.uint32(GROWTH) for salt in salts],
         axis=[leaf.axes for leaf in leaves],
+        score=score,
     )
     return [leaf.expand(k | g) for leaf, k, g in zip(leaves, keep, grown)]

@@ -118,8 +118,7 @@ def itop(
         if growth == "unfired":
             grow = [(~fired.unpack()).astype(jnp.float32) for fired in step.aux.masks]
         else:
-            worth = scores.gradient if by_gradient else scores.random
-            grow = [worth(v) for v in step.views]
+            grow = [scores.gradient(v) for v in step.views] if by_gradient else None
         masks = swap(
             step.leaves,
             step.masks,

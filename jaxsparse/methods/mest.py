@@ -126,8 +126,7 @@ def mest(
             axis=axes,
         )
         missing = [n - selection.count(k, axis=a) for n, k, a in zip(high, keep, axes)]
-        anywhere = [jnp.zeros_like(v.w) for v in step.views]
-        return refill(leaves, keep, missing, anywhere, salts=step.salts(seed), inside=step.inside)
+        return refill(leaves, keep, missing, None, salts=step.salts(seed), inside=step.inside)
 
     def denser(step: Step):
         inside = step.inside or [None] * len(step.views)

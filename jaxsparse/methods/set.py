@@ -117,7 +117,7 @@ def set_(
             step.leaves,
             keep,
             missing,
-            [scores.random(v) for v in step.views],
+            None,
             salts=step.salts(seed),
             inside=step.inside,
         )

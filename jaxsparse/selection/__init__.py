@@ -19,6 +19,7 @@ stored: on CPU, storing an array of the size of the data costs more than the sea
 """
 
 from jaxsparse._counts import kept_count, no_less, scale_count
+from jaxsparse.selection._arguments import equal_scores
 from jaxsparse.selection._hash import as_seed, hash_at, mix, position_hash
 from jaxsparse.selection.indices import topk_indices
 from jaxsparse.selection.quantile import quantile
@@ -27,6 +28,7 @@ from jaxsparse.selection.topk import count, topk_mask, topk_masks
 __all__ = [
     "as_seed",
     "count",
+    "equal_scores",
     "kept_count",
     "mix",
     "no_less",

@@ -81,6 +81,18 @@ def identity(x: Array) -> Array:
     return x
 
 
+def equal_scores(x: Array) -> Array:
+    """`score=equal_scores` ranks entries by what breaks ties alone: with `ties="hash"` it draws k of them at
+    random, and no score is searched for.
+
+    >>> import jaxsparse.selection as selection
+    >>> free = jnp.array([True, False, True, True])
+    >>> selection.topk_mask(free, 2, where=free, score=selection.equal_scores).tolist()
+    [True, False, True, False]
+    """
+    return jnp.zeros(x.shape, jnp.int32)
+
+
 def shape_and_dtype(arrays: Sequence[Array], score: Score) -> tuple[tuple[int, ...], Any]:
     """Those of the scores of some operands."""
     made = jax.eval_shape(score, *arrays)

@@ -14,7 +14,7 @@ from jax import Array
 from jaxsparse import _counts
 from jaxsparse._counts import Count
 from jaxsparse.selection import _search
-from jaxsparse.selection._arguments import Score, shape_and_dtype
+from jaxsparse.selection._arguments import Score, equal_scores, shape_and_dtype
 from jaxsparse.selection._hash import hashed, outer_inner, position
 from jaxsparse.selection._keys import (
     INT_MIN,
@@ -57,25 +57,30 @@ def entries(
     shape, _ = shape_and_dtype(arrays, score)
     ranked = tuple(range(len(shape))) if axes is None else axes
 
-    def levels(arrays, where, seed, zero, own):
-        x = score(*arrays)
-        out, inside = value_levels(x if dtype is None else x.astype(dtype))
+    by_hash = seed is not None
+
+    def levels(seed, arrays, where, zero, own):
+        out, inside = [], None
+        if score is not equal_scores:
+            x = score(*arrays)
+            out, inside = value_levels(x if dtype is None else x.astype(dtype))
         if own is not None:
             out = [own.astype(jnp.int32), *out]
         if where is not None:
             inside = where if inside is None else inside & where
-        if seed is not None:
+        if by_hash:
             out.append(as_int(hashed(shape, seed, zero, offset % (1 << 32))) ^ INT_MIN)
         if leaf is not None:
             out.append(jnp.broadcast_to(as_int(zero) - leaf, (1,) * len(shape)))
         if wide:
             parts = outer_inner(shape, ranked, _counts.WIDE)
             out += [~as_int(position(shape, axes, zero)) for axes in parts]
-        elif seed is None:
+        elif not by_hash:
             out.append(~as_int(position(shape, ranked, zero) + jnp.uint32(offset)))
         return out, inside
 
-    return Entries(shape, ranked, (tuple(arrays), where, seed, jnp.uint32(0), own), levels)
+    operands = tuple(arrays), where, jnp.uint32(0), own
+    return Entries(shape, ranked, operands, levels, jnp.uint32(0) if seed is None else seed)
 
 
 def tie_bounds(rankings: Sequence[Ranking], by_hash: bool, wide: bool) -> list[Bounds]:
@@ -96,12 +101,10 @@ def tie_bounds(rankings: Sequence[Ranking], by_hash: bool, wide: bool) -> list[B
 def masks(rankings: Sequence[Ranking], k: Count, bounds: Sequence[Bounds]) -> list[list[Array]]:
     """The masks of the k largest entries in each slice of each ranking; k is a row of counts."""
     found = _search.search(rankings, k, bounds)
-    some = _counts.positive(k)
 
     def mask(e: Entries, i: int) -> Array:
-        levels, inside = e.levels(*e.operands)
-        lo = [_search.part(rankings, i, row) for row in found.lo]
-        chosen = at_or_above(levels, lo) & _search.part(rankings, i, some)
+        levels, inside = e.levels(found.seed[i], *e.operands)
+        chosen = at_or_above(levels, found.lo[i]) & found.some[i]
         return jnp.broadcast_to(chosen if inside is None else chosen & inside, e.shape)
 
     return [[mask(e, i) for e in ranking] for i, ranking in enumerate(rankings)]
@@ -129,4 +132,5 @@ def together(
         options = dict(dtype=dtype, offset=offset, wide=wide, leaf=leaf, own=o)
         ranking.append(entries(arrays, score, w, seed, **options))
         offset += n
-    return ranking, value_bounds(dtype) + tie_bounds([ranking], seed is not None, wide)
+    bounds = [] if score is equal_scores else value_bounds(dtype)
+    return ranking, bounds + tie_bounds([ranking], seed is not None, wide)

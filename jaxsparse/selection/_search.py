@@ -49,14 +49,16 @@ class Entries:
       shape: its shape.
       axes: the axes that are ranked; the others count slices that are ranked apart.
       operands: the arrays that levels are computed from, a tuple.
-      levels: `levels(*operands)` gives the levels, int32 arrays of `shape` (or broadcastable to
-        it), most significant first, and a bool array of the eligible entries or None.
+      levels: `levels(seed, *operands)` gives the levels, int32 arrays of `shape` (or broadcastable
+        to it), most significant first, and a bool array of the eligible entries or None.
+      seed: of what breaks ties, uint32 scalar; those of all arrays of a ranking are the same.
     """
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     operands: tuple[Any, ...]
     levels: Callable[..., tuple[list[Array], Array | None]]
+    seed: Array
 
     @property
     def ranked(self) -> int:
@@ -95,21 +97,47 @@ class Found(NamedTuple):
     """The search's answer: the k largest are lexicographically at or above `lo`.
 
     Attributes:
-      lo: one row per level.
-      exact: whether exactly k entries are there (else there are fewer than k in all, or the last
+      lo: for each ranking one array per level, as they stand against its entries.
+      some: for each ranking whether k is positive.
+      seed: for each ranking its seed.
+      exact: a row, whether exactly k entries are there (else there are fewer than k in all, or the last
         level has equal numbers).
     """
 
-    lo: list[Array]
+    lo: list[list[Array]]
+    some: list[Array]
+    seed: list[Array]
     exact: Array
 
 
+class _Own(NamedTuple):
+    """What the entries of one ranking are compared with, see `_State`."""
+
+    seed: Array
+    some: Array
+    level: Array
+    lo: Array
+    last: Array
+    thresholds: list[Array]
+    found: list[Array]
+
+
 class _State(NamedTuple):
+    """Where the search stands, of every slice of every ranking.
+
+    What a ranking reads of the rows is cut out of them before a pass, not in it: so arrays of one shape
+    have one and the same kernel, which XLA for CPU and GPU compiles once.
+    """
+
+    level: Array  # the one that is searched; their number: no more of them
+    found: Array  # [levels, slices], the answers so far; INT_MIN accepts everything
+    above: Count  # entries above the answers at the levels before
     lo: Array
     last: Array
     c_lo: Count  # entries at or above lo (at first: no fewer than these)
     c_hi: Count  # entries above last
     thresholds: Array  # [8, slices], in (lo, last]
+    own: list[Array]  # of each ranking, the numbers that `_own` unpacks
 
 
 def search(rankings: Sequence[Ranking], k: Count, bounds: Sequence[Bounds]) -> Found:
@@ -122,7 +150,6 @@ def search(rankings: Sequence[Ranking], k: Count, bounds: Sequence[Bounds]) -> F
       bounds: the range of each level.
     """
     sizes = np.concatenate([np.full(slices(r), size(r)) for r in rankings])
-    wide = len(k) == 2
     operands = [[e.operands for e in r] for r in rankings]
     plain = _nothing((operands, k)) == 0
 
@@ -131,84 +158,93 @@ def search(rankings: Sequence[Ranking], k: Count, bounds: Sequence[Bounds]) -> F
         return jnp.where(plain, x, x)
 
     k = tuple(map(row, k))
-    some = _counts.positive(k)
-    every = np.divmod(sizes, 1 << _counts.BASE_BITS) if wide else (sizes,)
-    c_lo = tuple(row(jnp.asarray(c, jnp.int32)) for c in every)
-    c_hi = tuple(row(jnp.int32(0)) for _ in k)
-    found: list[Array] = []
+    every = np.divmod(sizes, 1 << _counts.BASE_BITS) if len(k) == 2 else (sizes,)
+    zero = row(jnp.int32(0))
+    lows = [row(jnp.asarray(bound.lo, jnp.int32)) for bound in bounds]
+    seeds = [jnp.broadcast_to(as_int(r[0].seed), (slices(r),)) for r in rankings]
+    step = _Step(rankings, operands, bounds, lows, row(jnp.concatenate(seeds)), k)
+    start = _State(
+        level=zero - 1,
+        found=jnp.stack([lows[0], *[zero + INT_MIN for _ in bounds[1:]]]),
+        above=tuple(zero for _ in k),
+        lo=zero,
+        last=zero,
+        c_lo=tuple(row(jnp.asarray(c, jnp.int32)) for c in every),
+        c_hi=tuple(zero for _ in k),
+        thresholds=jnp.stack([zero] * THRESHOLDS),
+        own=[],
+    )
+    end = lax.while_loop(step.goes_on, step, step.advance(start))
+    own = [_own(numbers) for numbers in end.own]
+    exact = _counts.equal(end.c_lo, k)
+    return Found([x.found for x in own], [x.some > 0 for x in own], [x.seed for x in own], exact)
 
-    for j, bound in enumerate(bounds):
-        step = _Step(rankings, operands, j, tuple(found), k, some, c_hi)
-        lo, last = row(jnp.asarray(bound.lo, jnp.int32)), row(jnp.int32(bound.last))
-        if bound.smooth:
-            thresholds = _next_thresholds(lo, last, c_lo, c_hi, k)
-        else:
-            given = _first_thresholds(bound)[:, None]
-            thresholds = row(jnp.broadcast_to(given, (THRESHOLDS, *sizes.shape)))
-        start = _State(lo, last, c_lo, c_hi, thresholds)
-        done = some & _counts.equal(c_lo, k)
-        end = lax.while_loop(step.goes_on, step, start)
-        # Where the levels before have told the k-th from the next, this one accepts everything.
-        found.append(jnp.where(done, jnp.int32(INT_MIN), end.lo) if j else end.lo)
-        c_lo, c_hi = end.c_lo, end.c_hi
-    return Found(found, _counts.equal(c_lo, k))
+
+def _own(numbers: Array) -> _Own:
+    seed, some, level, lo, last, *more = numbers
+    seed = lax.bitcast_convert_type(seed, jnp.uint32)
+    return _Own(seed, some, level, lo, last, more[:THRESHOLDS], more[THRESHOLDS:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """One pass over the data: the counts at eight thresholds, and the narrower bracket."""
+    """One pass over the data: the counts at eight thresholds, and the narrower bracket.
+
+    Every slice is at a level of its own: one loop has a kernel for each array, where a loop for each
+    level would have as many again.
+    """
 
     rankings: Sequence[Ranking]
     operands: Any
-    j: int  # the level that is searched
-    found: tuple[Array, ...]  # the answer at the levels before
+    bounds: Sequence[Bounds]
+    lows: Sequence[Array]  # those of `bounds`, as rows
+    seeds: Array  # int32, a row
     k: Count
-    some: Array
-    base: Count  # entries above the answer at the levels before
 
     def busy(self, s: _State) -> Array:
-        return self.some & (s.lo < s.last) & ~_counts.equal(s.c_lo, self.k)
+        return _counts.positive(self.k) & (s.lo < s.last) & ~_counts.equal(s.c_lo, self.k)
 
     def goes_on(self, s: _State) -> Array:
-        return jnp.any(self.busy(s))
+        return jnp.any(s.level < len(self.bounds))
 
     def __call__(self, s: _State) -> _State:
         s, operands = lax.optimization_barrier((s, self.operands))
         parts = []
-        for i, (ranking, given) in enumerate(zip(self.rankings, operands)):
-            own = functools.partial(part, self.rankings, i)
-            counts, low, high = self.read(ranking[0], given[0], s, own)
+        for ranking, given, numbers in zip(self.rankings, operands, s.own):
+            own = _own(numbers)
+            counts, low, high = self.read(ranking[0], given[0], own)
             for e, arrays in zip(ranking[1:], given[1:]):
-                more, a, b = self.read(e, arrays, s, own)
+                more, a, b = self.read(e, arrays, own)
                 counts = _counts.add(counts, more)
                 low, high = jnp.minimum(low, a), jnp.minimum(high, b)
             parts.append((counts, low, high))
         # Each [8, slices] or [slices].
         counts, low, high = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *parts)
-        base = tuple(jnp.broadcast_to(c[None], s.thresholds.shape) for c in self.base)
-        return self.narrow(s, _counts.add(base, counts), low, high)
+        above = tuple(jnp.broadcast_to(c[None], s.thresholds.shape) for c in s.above)
+        return self.advance(self.narrow(s, _counts.add(above, counts), low, high))
 
-    def read(self, e: Entries, arrays: Any, s: _State, own: Callable) -> tuple[Count, Array, Array]:
+    def read(self, e: Entries, arrays: Any, own: _Own) -> tuple[Count, Array, Array]:
         """Of the slices of an array: the entries at or above each of the thresholds, and how far the
         least and the greatest number in the bracket are from its ends."""
-        levels, inside = e.levels(*arrays)
-        for level, value in zip(levels, self.found):
-            same = level == own(value)
-            inside = same if inside is None else inside & same
-        x = levels[self.j]
-        x = x if inside is None else jnp.where(inside, x, jnp.int32(INT_MIN))
+        levels, inside = e.levels(own.seed, *arrays)
+        x = levels[0] if inside is None else jnp.where(inside, levels[0], jnp.int32(INT_MIN))
+        same: Any = True
+        for j in range(1, len(levels)):
+            # What a level before has told from the k-th lies below all thresholds.
+            same &= levels[j - 1] == own.found[j - 1]
+            kept = same if inside is None else same & inside
+            x = jnp.where(own.level < j, x, jnp.where(kept, levels[j], jnp.int32(INT_MIN)))
         x = jnp.broadcast_to(x, e.shape)
         # Distances from the ends of the bracket wrap around for numbers outside.
-        distances = [span(own(s.lo), x), span(x, own(s.last))]
-        if inside is not None:
-            distances = [jnp.where(inside, d, FARTHEST) for d in distances]
-        flags = [x >= threshold for threshold in own(s.thresholds)]
+        distances = [span(own.lo, x), span(x, own.last)]
+        flags = [x >= threshold for threshold in own.thresholds]
         more, ends = totals(flags, distances, e.axes, wide=len(self.k) == 2)
         low, high = (_unsharded(d).reshape(-1) for d in ends)
         digits = zip(*[[_unsharded(d).reshape(-1) for d in c] for c in more])
         return tuple(jnp.stack(d) for d in digits), low, high
 
     def narrow(self, s: _State, counts: Count, low: Array, high: Array) -> _State:
+        """The part of the bracket that holds the k-th."""
         # The higher a threshold, the fewer entries: the counts that belong to the highest threshold
         # that has enough, and to the lowest that has not, are the least and the greatest.
         busy = self.busy(s)
@@ -225,7 +261,30 @@ class _Step:
         greatest_one = s.last - as_int(jnp.minimum(high, width))
         lo = jnp.where(busy, jnp.maximum(lo, jnp.minimum(least_one, last)), lo)
         last = jnp.where(busy, jnp.minimum(last, jnp.maximum(greatest_one, lo)), last)
-        return _State(lo, last, c_lo, c_hi, _next_thresholds(lo, last, c_lo, c_hi, self.k))
+        return s._replace(lo=lo, last=last, c_lo=c_lo, c_hi=c_hi)
+
+    def advance(self, s: _State) -> _State:
+        """The thresholds of the next pass. A slice whose bracket is one number goes to its next level;
+        to none, if so many entries are above or at it."""
+        number = len(self.bounds)
+        over = (s.level < number) & ~self.busy(s)
+        found = [jnp.where(over & (s.level == j), s.lo, x) for j, x in enumerate(s.found)]
+        ended = ~_counts.positive(self.k) | _counts.equal(s.c_lo, self.k)
+        level = jnp.where(over, jnp.where(ended, number, s.level + 1), s.level)
+        above = _counts.choose(over, s.c_hi, s.above)
+        lo, last, given = s.lo, s.last, []
+        for j, (bound, low) in enumerate(zip(self.bounds, self.lows)):
+            first = over & (level == j)
+            lo, last = jnp.where(first, low, lo), jnp.where(first, bound.last, last)
+            if not bound.smooth:
+                given.append((first, _first_thresholds(bound)))
+        thresholds = _next_thresholds(lo, last, s.c_lo, s.c_hi, self.k)
+        for first, probes in given:
+            thresholds = jnp.where(first[None], probes[:, None], thresholds)
+        some = _counts.positive(self.k).astype(jnp.int32)
+        rows = jnp.stack([self.seeds, some, level, lo, last, *thresholds, *found])
+        own = [part(self.rankings, i, rows) for i in range(len(self.rankings))]
+        return _State(level, jnp.stack(found), above, lo, last, s.c_lo, s.c_hi, thresholds, own)
 
 
 def totals(

@@ -64,14 +64,13 @@ def _neighbours(operands, k: Count, *, score) -> tuple[Array, Array]:
     ranking, _ = _entries.together(operands, none, None, none, score, jnp.float32)
     (bound,) = value_bounds(jnp.float32)
     found = _search.search([ranking], tuple(d[None] for d in k), [bound])
-    (lo,), some = found.lo, _counts.positive(k)
-    lo, exact = lo.reshape(()), found.exact.reshape(())
+    lo, some, exact = (x.reshape(()) for x in (found.lo[0][0], found.some[0], found.exact))
     # The least score at or above lo and the greatest below it (of all, where k is 0). In integers: on
     # CPU the reduction is vectorised, and seven times as fast as that of the scores.
     last = jnp.where(some, lo - 1, bound.last)
     ups, downs = [], []
     for e in ranking:
-        (x, *_), _ = e.levels(*e.operands)
+        (x, *_), _ = e.levels(e.seed, *e.operands)
         x = jnp.broadcast_to(x, e.shape)
         # Distances from lo and from last wrap around on the other side.
         up, down = lax.reduce(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxsparse import _counts
@@ -54,7 +55,7 @@ def topk_masks(
       minimum: with `together`, for each array how many of its own largest come before all others.
         If k is less than the sum of the minima, the largest of those come first.
       score: elementwise function that makes scores of the operands; it is evaluated in each pass,
-        and its result never stored.
+        and its result never stored. `selection.equal_scores`: none, ties decide.
 
     >>> a, b = jnp.array([3.0, 1.0, 3.0]), jnp.array([[5.0, 4.0], [7.0, 6.0]])
     >>> [m.tolist() for m in topk_masks([a, b], [2, 1], axis=[None, 1])]
@@ -131,9 +132,12 @@ def count(mask: Array, *, axis: Axis = None, keepdims: bool = False) -> Array:
     2
     """
     axes = arguments.check_axes(axis, mask.ndim)
-    # Two different sums at once: one alone is not vectorised on CPU.
-    (found, _), _ = _search.totals([mask, ~mask], [], axes)
-    return found[0] if keepdims else lax.squeeze(found[0], axes)
+    # Two sums, both of which are read: of one alone XLA for CPU first stores an int32 array of the size of
+    # the mask, and adds that up.
+    (some, rest), _ = _search.totals([mask, ~mask], [], axes)
+    size = np.uint32(math.prod(mask.shape[a] for a in axes) % 2**32).astype(np.int32)
+    found = jnp.minimum(some[0], size - rest[0])
+    return found if keepdims else lax.squeeze(found, axes)
 
 
 def _per_slice(k: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> Count:
@@ -165,7 +169,8 @@ def _masks_apart(operands, ks, where, seeds, *, score, axes) -> list[Array]:
         for r, k in zip(rankings, ks)
     ]
     k = tuple(map(jnp.concatenate, zip(*rows)))
-    bounds = value_bounds(dtype) + _entries.tie_bounds(rankings, by_hash, wide)
+    bounds = [] if score is arguments.equal_scores else value_bounds(dtype)
+    bounds += _entries.tie_bounds(rankings, by_hash, wide)
     return [mask for (mask,) in _entries.masks(rankings, k, bounds)]
 
 
