@@ -1,6 +1,7 @@
 """What a sparse training method adds to a step of the bare inner optimizer.
 
     python -m experiments.benchmarks.overhead [--methods=static,rigl] [--inner=adamw,momentum]
+    python -m experiments.benchmarks.overhead --compile [--methods=static,rigl]
     python -m experiments.benchmarks.overhead --mlp
     python -m experiments.benchmarks.overhead --resnet50 [--batch=16] [--methods=static,rigl]
 
@@ -8,10 +9,11 @@ The first form times the optimizer's step alone (`update` and `apply_updates`, d
 the parameters of a ResNet-50, 25.6M in 161 leaves: an ordinary step, a step that updates the masks,
 and the bytes that the state holds besides the inner one's. JaxPruner's algorithm (an argsort and a
 scatter per leaf at an update, `uint8` masks multiplied to the parameters) is timed in the same
-rounds. The second form times whole training steps of the default MLP, 40-256-256-10 at a batch of
+rounds. The second form times the compilation of that step instead, in seconds of all cores, and prints
+the memory that it takes besides its arguments. The third form times whole training steps of the default MLP, 40-256-256-10 at a batch of
 128: methods that hold masks, between two of their updates, and straight-through methods at their
 full sparsity, next to JaxPruner's straight-through step, which sorts every leaf at every step.
-The third form times whole training steps of a ResNet-50 on images of 224 x 224; dense steps have two
+The fourth form times whole training steps of a ResNet-50 on images of 224 x 224; dense steps have two
 turns in each round, and by how much their medians differ is what the other ratios may be off by.
 Ratios are to the step without sparsity in the same rounds.
 """
@@ -145,6 +147,30 @@ def overhead(inner_name: str, args: argparse.Namespace) -> None:
     print()
 
 
+def compilation(inner_name: str, args: argparse.Namespace) -> None:
+    """The time that the step of the optimizer takes to be traced and compiled, without any arrays."""
+    params, inner = jax.eval_shape(resnet50), INNERS[inner_name]()
+    print(f"### {inner_name}: compilation for one device\n")
+    print("| | traced (s) | compiled (s) | temporary MB |\n|---|---|---|---|")
+    for name in ["without sparsity", *args.methods]:
+        tx = inner if name == "without sparsity" else build(name, inner)
+
+        def step(params, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        start = time.process_time()
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+        middle = time.process_time()
+        compiled: Any = lowered.compile()
+        end, size = time.process_time(), compiled.memory_analysis().temp_size_in_bytes
+        print(
+            f"| {name} | {middle - start:.1f} | {end - middle:.1f} | {size / 1e6:.0f} |", flush=True
+        )
+    print()
+
+
 # -- The small network -----------------------------------------------------------------------------
 
 
@@ -260,6 +286,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inner", type=names, default=["adamw", "momentum"], help="inner optimizers")
     add("--packed", action=switch, default=True, help="also with pack_masks=True")
     add("--jaxpruner", action=switch, default=True, help="also JaxPruner's algorithm")
+    add("--compile", action=switch, default=False, help="the compilation of that step instead")
     add("--mlp", action=switch, default=False, help="training steps of a small network instead")
     add("--resnet50", action=switch, default=False, help="whole training steps of a ResNet-50")
     add("--batch", type=int, default=16, help="images in a step of the ResNet-50")
@@ -272,14 +299,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    unit = "seconds of all cores" if args.cpu_time else "wall clock"
+    unit = "seconds of all cores" if args.cpu_time or args.compile else "wall clock"
     print(f"{machine()}; {unit}, medians of interleaved rounds, ratios to the bare step\n")
     if args.mlp:
         return mlp(args)
     if args.resnet50:
         return training_step(args)
     for name in args.inner:
-        overhead(name, args)
+        (compilation if args.compile else overhead)(name, args)
 
 
 if __name__ == "__main__":
