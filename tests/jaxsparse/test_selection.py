@@ -519,3 +519,11 @@ def test_counts_and_minima_of_separate_reductions_are_those_of_one(axes):
     np.testing.assert_equal(
         jax.device_get(_search._totals_apart(flags, [x], axes=axes)), jax.device_get(one)
     )
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_equal_scores_draw_the_masks_that_zeros_have(axis):
+    free = jax.random.bernoulli(jax.random.key(0), 0.6, (40, 7))
+    options = dict(where=free, ties="hash", seed=3, axis=axis)
+    drawn = selection.topk_mask(free, 5, score=selection.equal_scores, **options)
+    np.testing.assert_array_equal(drawn, selection.topk_mask(jnp.zeros((40, 7)), 5, **options))
