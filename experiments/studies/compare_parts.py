@@ -94,12 +94,12 @@ def split(
     {'a': 0.6, 'b': 0.2}
     """
     levels = (0.0, *SPARSITIES)
-    kept = lambda n, s: n - round(s * n)
-    budget = sum(kept(n, sparsity) for n in sizes.values())
+    fifths = lambda n, s: n * round(5 * (1 - s))  # of the weights that are kept, in whole numbers
     chosen = pt.knapsack(
         [[0.0, *curves[k]] for k in sizes],
-        [[kept(n, s) for s in levels] for n in sizes.values()],
-        budget,
+        [[fifths(n, s) for s in levels] for n in sizes.values()],
+        sum(fifths(n, sparsity) for n in sizes.values()),
+        buckets=100_000,
     )
     return {k: levels[i] for k, i in zip(sizes, chosen)}
 

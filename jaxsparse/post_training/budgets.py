@@ -134,8 +134,9 @@ def knapsack(
 ) -> list[int]:
     """For each layer the level by which all errors together are least within a budget of costs.
 
-    Dynamic programming over costs in equal buckets, rounded up, so that the budget is never passed; exact
-    where the budget is at most `buckets`.
+    Dynamic programming over costs, counted in their greatest common divisor and, where that is more than
+    `buckets` for the budget, in equal buckets, rounded up, so that the budget is never passed. Exact without
+    buckets: rounding may refuse choices that spend the budget to the last.
 
     Args:
       errors: of each layer at each of its levels.
@@ -152,7 +153,8 @@ def knapsack(
     >>> knapsack([[0.0, 1.0], [0.0, 5.0]], [[3, 1], [3, 1]], 4)
     [1, 0]
     """
-    unit = max(1, -(-budget // buckets))
+    common = math.gcd(*(int(c) for row in costs for c in row)) or 1
+    unit = common * max(1, -(-(budget // common) // buckets))
     prices = [[-(-int(c) // unit) for c in row] for row in costs]
     room = budget // unit
     if sum(min(row) for row in prices) > room:

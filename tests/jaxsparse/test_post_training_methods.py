@@ -341,7 +341,9 @@ def test_the_knapsack_is_the_best_of_all_choices():
                 pt.knapsack(errors.tolist(), costs.tolist(), budget)
             continue
         assert tuple(pt.knapsack(errors.tolist(), costs.tolist(), budget)) == min(tried)[1]
-    coarse = pt.knapsack(errors.tolist(), (costs * 1000).tolist(), 20_500, buckets=100)
+    large = pt.knapsack(errors.tolist(), (costs * 1000).tolist(), 20_500, buckets=100)
+    assert large == pt.knapsack(errors.tolist(), costs.tolist(), 20)  # counted in thousands
+    coarse = pt.knapsack(errors.tolist(), (costs * 1000 + 1).tolist(), 20_500, buckets=100)
     assert sum(costs[i, l] * 1000 for i, l in enumerate(coarse)) <= 20_500
 
 
