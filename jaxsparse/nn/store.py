@@ -12,11 +12,12 @@ from flax import nnx
 
 from jaxsparse.masking import by_path
 from jaxsparse.nn._linear import Trained
+from jaxsparse.nn._stored_rules import recipe_of
 from jaxsparse.nn._stored_tree import find
 from jaxsparse.nn.block_sparse_linear import BlockSparseLinear
 from jaxsparse.nn.compact import replace_module
 from jaxsparse.nn.condensed import CondensedLinear
-from jaxsparse.nn.stored import StoredState, recipe_of, stored
+from jaxsparse.nn.stored import StoredState, stored
 from jaxsparse.state import find_states, get_masks
 from jaxsparse.targets import named_leaves
 from pallas_kernels import BlockSparse

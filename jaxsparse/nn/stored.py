@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -11,34 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
-from jaxsparse import allocations, schedules, scores, selection, structures
+from jaxsparse import allocations
 from jaxsparse._control import is_concrete, when
-from jaxsparse.choose import check_sparsity, unit_budgets
-from jaxsparse.engines import Step, View, check_inner, drop_and_grow, is_placeholder, swap
+from jaxsparse.choose import unit_budgets
+from jaxsparse.engines import Step, View, check_inner, is_placeholder
 from jaxsparse.engines._checks import compiled_once
 from jaxsparse.engines._slots import restart, stand_still
-from jaxsparse.engines.drop_and_grow import GROWTH, warn_of_idle
+from jaxsparse.engines.drop_and_grow import warn_of_idle
 from jaxsparse.engines.step import any_nan
-from jaxsparse.leaves import Leaf
-from jaxsparse.methods.pruning import start_of_ramp
-from jaxsparse.methods.timing import REWIRING, Timing
-from jaxsparse.nn._stored_tree import Blocks, Columns, Matrix, StoredTree, check_patterns, find
-from jaxsparse.schedules import Schedule, Updates
+from jaxsparse.nn._stored_rules import BlockRule, Recipe, matrix_of, recipe_of
+from jaxsparse.nn._stored_tree import Blocks, Columns, StoredTree, check_patterns, find
 from jaxsparse.typing import Scalar, ScalarOrSchedule, Seed, StepCount
 
-CANDIDATES = 0x2545F491  # what the seed of a leaf is mixed with, where candidates are drawn
-BlockRule = Callable[[Step], list[Array]]
-TIMES = ("update_every", "begin_step", "end_step")
-READS = {
-    "rigl": (*TIMES, "drop_fraction"),
-    "set": (*TIMES, "drop_fraction"),
-    "momentum": (*TIMES, "drop_fraction", "decay"),
-    "magnitude": (*TIMES, "sparsity", "initial_sparsity"),
-    "static": (),
-}
-"""The options of each rule; a function of a Step has `TIMES`."""
 FAULTS = (
     "",
     "places were changed by something else than `stored`: an average, noise or decay outside of it; put "
@@ -67,45 +51,6 @@ class StoredState(NamedTuple):
     skipped: Array
     inner: Any
     momentum: tuple[Array, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-    """The rule of grids of blocks, that of outputs which store weights one by one, when they run, whether
-    they read scores, whether they take the place of the step, and how fast the momentum forgets that is read in
-    place of scores (None: there is none), the sparsity that a rule which only drops ends at, and the part that one
-    which grows replaces."""
-
-    rule: BlockRule | None
-    in_columns: BlockRule | None = None
-    at: Updates | None = None
-    scored: bool = False
-    replaces: bool = False
-    first: int = 0  # no update before this step
-    seed: Any = 0
-    decay: Any = None
-    sparsity: Any = None
-    fraction: Schedule | None = None
-
-    def fires(self, count) -> Array:
-        """Whether the pattern moves at this step (bool scalar)."""
-        if self.rule is None or self.at is None:
-            return jnp.zeros((), bool)
-        return self.at.fires(count) & (jnp.asarray(count) >= self.first)
-
-    def due(self, count) -> Array:
-        """Whether the layers have to compute scores at this step (bool scalar)."""
-        return self.fires(count) if self.scored else jnp.zeros((), bool)
-
-    def probes(self, tree: StoredTree) -> list[int]:
-        """The numbers of the leaves whose gradients the rule reads."""
-        found = [m.scores for m in tree.matrices] if self.scored else []
-        found += [m.sketch for m in tree.matrices] if self.decay is not None else []
-        return [i for i in found if i is not None]
-
-    def flags(self, m: Matrix, count) -> Array:
-        """What `due` of a matrix is at this step: its candidates are drawn anew at each update."""
-        return m.drawn(self.due(count), m.leaf.salt(self.seed, count) ^ jnp.uint32(CANDIDATES))
 
 
 def stored(
@@ -330,63 +275,6 @@ def stored(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def recipe_of(rule: Any, *, total_steps: Any = None, seed: Any = 0, **options: Any) -> _Recipe:
-    """The recipe that the arguments of `stored` stand for, checked; None stands for an option's default."""
-    if not callable(rule) and rule not in tuple(READS):
-        raise ValueError(
-            f"rule={rule!r}: give {', '.join(map(repr, READS))}, or a function of a Step"
-        )
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, value in given.items():
-        if name not in (TIMES if callable(rule) else READS[rule]):
-            readers = " and ".join(repr(r) for r, names in READS.items() if name in names)
-            raise ValueError(
-                f"{name}={value}: rule={rule!r} does not read it, {readers} would; leave it out"
-            )
-    if rule == "static":
-        return _Recipe(None)
-    if total_steps is None:
-        raise ValueError(f"total_steps=None: rule={rule!r} needs the length of the run, in steps")
-    every = given.get("update_every", 100)
-    times = total_steps, given.get("begin_step"), given.get("end_step"), every
-    if rule == "magnitude":
-        if "sparsity" not in given:
-            raise ValueError(
-                "sparsity=None: rule='magnitude' needs the sparsity that it ends at, a number in [0, 1)"
-            )
-        sparsity = check_sparsity(given["sparsity"])
-        at = Timing().updates(*times)
-        start = start_of_ramp(given.get("initial_sparsity", 0.0), sparsity)
-        ramp = schedules.cubic(at.begin, at.end, initial=start)
-        in_columns = _keep_largest_in_columns(sparsity, ramp)
-        return _Recipe(_keep_largest(sparsity, ramp), in_columns, at, sparsity=sparsity)
-    at = REWIRING.updates(*times)
-    if callable(rule):
-        own: Any = rule
-        return _Recipe(own, own, at, scored=scores.needs_gradient(own), first=1, seed=seed)
-    fraction = schedules.drop_fraction(given.get("drop_fraction", 0.3), at.end)
-    grow = scores.random if rule == "set" else scores.gradient
-    both = (
-        drop_and_grow(scores.magnitude, grow, fraction, seed=seed),
-        _swap_in_columns(fraction, seed),
-    )
-    by_gradient = rule == "rigl"
-    if rule == "momentum":
-        decay = given.get("decay", 0.9)
-        if is_concrete(decay) and not 0 <= decay < 1:
-            raise ValueError(f"decay={decay}: must be at least 0 and less than 1")
-        return _Recipe(both[0], None, at, first=1, seed=seed, decay=decay, fraction=fraction)
-    return _Recipe(
-        *both,
-        at,
-        scored=by_gradient,
-        replaces=by_gradient,
-        first=1,
-        seed=seed,
-        fraction=fraction,
-    )
-
-
 def _average(decay: Any, old: Array, new: Array) -> Array:
     """The momentum after one more step; gradients that are not finite leave it as it was."""
     decay = jnp.asarray(decay, jnp.float32)
@@ -394,61 +282,7 @@ def _average(decay: Any, old: Array, new: Array) -> Array:
     return jnp.where(jnp.all(jnp.isfinite(found)), found, old)
 
 
-def _swap_in_columns(fraction: Schedule, seed: Any) -> BlockRule:
-    """`drop_and_grow` of some outputs of a matrix, each by itself: by the gradient where there is one, and
-    what has none of its own at random, in the order of the whole matrix."""
-
-    def rule(step: Step) -> list[Array]:
-        (view,), (salt,) = step.views, step.salts(seed)
-        number = selection.hash_at(view.stats, salt ^ jnp.uint32(GROWTH))
-        promise = lax.bitcast_convert_type(number >> 1, jnp.int32) + jnp.iinfo(jnp.int32).min
-        if view.g is not None:  # positive numbers are ordered like their bits
-            size = lax.bitcast_convert_type(jnp.abs(view.g).astype(jnp.float32), jnp.int32)
-            promise = jnp.where(size > 0, size, promise)
-        drop = [scores.magnitude(view)]
-        return swap(step.leaves, step.masks, drop, [promise], fraction(step.count), salts=[salt])
-
-    return rule
-
-
-def _keep_largest_in_columns(sparsity: Any, ramp: Schedule) -> BlockRule:
-    """Of the stored weights of some outputs keep the largest of each, as many as the masked method."""
-
-    def rule(step: Step) -> list[Array]:
-        view, fraction = step.views[0], cast(Any, ramp(step.count))
-        (n,) = unit_budgets([step.aux], allocations.Uniform(), sparsity, fraction)
-        return [view.leaf.best(scores.magnitude(view), n, where=view.m)]
-
-    return rule
-
-
-def _keep_largest(sparsity: Any, ramp: Schedule) -> BlockRule:
-    """Of the stored blocks keep those of largest norm, as many as the masked method keeps."""
-
-    def rule(step: Step) -> list[Array]:
-        matrices = [_matrix_of(x, block) for x, block in zip(step.leaves, step.aux)]
-        fraction: Any = ramp(step.count)
-        budgets = unit_budgets(matrices, allocations.Uniform(), sparsity, fraction)
-        rows = zip(step.leaves, budgets)
-        kept = selection.topk_masks(
-            [v.leaf.pool(v.w) for v in step.views],
-            [n if leaf.slices == 1 else n // leaf.slices for leaf, n in rows],
-            where=[v.leaf.units(v.m) for v in step.views],
-            axis=[leaf.axes for leaf in step.leaves],
-        )
-        return [leaf.expand(k) for leaf, k in zip(step.leaves, kept)]
-
-    return rule
-
-
-def _matrix_of(grid: Leaf, block: tuple[int, int]) -> Leaf:
-    """The matrix, or the stack of them, whose blocks the grid holds, as a masked method sees it."""
-    (gr, gc), (bh, bw) = grid.layer_shape, block
-    shape = (*grid.stack_shape, gr * bh, gc * bw)
-    return Leaf(grid.index, grid.path, shape, grid.lead, structures.Block(bh, bw))
-
-
-def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, worth, due):
+def _choose(recipe: Recipe, tree: StoredTree, carry, count: Array, values, worth, due):
     """The pattern that the rule chooses: new places, which values stay, and whether there is a fault."""
     places, kept, fault = list(carry[0]), list(carry[1]), carry[2]
     fits, views, blocks = [], [], []
@@ -473,7 +307,7 @@ def _choose(recipe: _Recipe, tree: StoredTree, carry, count: Array, values, wort
     return places, kept, jnp.where(jnp.all(jnp.stack(fits)), fault, jnp.int32(2))
 
 
-def _check_rule(tree: StoredTree, recipe: _Recipe) -> None:
+def _check_rule(tree: StoredTree, recipe: Recipe) -> None:
     """Raises `ValueError` for matrices that the rule is not for."""
     for m in tree.matrices:
         if isinstance(m, Columns) and recipe.decay is not None:
@@ -492,7 +326,7 @@ def _check_rule(tree: StoredTree, recipe: _Recipe) -> None:
             )
 
 
-def _check_end(recipe: _Recipe, tree: StoredTree, leaves: list[Any]) -> None:
+def _check_end(recipe: Recipe, tree: StoredTree, leaves: list[Any]) -> None:
     """Checks that the rule has something to do.
 
     Raises:
@@ -508,7 +342,7 @@ def _check_end(recipe: _Recipe, tree: StoredTree, leaves: list[Any]) -> None:
     for m, most in zip(tree.matrices, stored):
         matrix, parts, of = m.leaf, 1, "weights of an output"
         if isinstance(m, Blocks):
-            matrix, parts, of = _matrix_of(m.leaf, m.block_shape), m.leaf.slices, "blocks"
+            matrix, parts, of = matrix_of(m.leaf, m.block_shape), m.leaf.slices, "blocks"
         (final,) = unit_budgets([matrix], allocations.Uniform(), recipe.sparsity)
         if isinstance(final, int) and most * parts < final:
             whole = parts * m.leaf.layer_size // m.leaf.slices
@@ -531,7 +365,7 @@ def _in_a_slice(m: Blocks | Columns, places: Any) -> int:
     return int(used.sum(-1).max(-1).min())
 
 
-def _check_state(tree: StoredTree, leaves: list[Any], state: StoredState, recipe: _Recipe) -> None:
+def _check_state(tree: StoredTree, leaves: list[Any], state: StoredState, recipe: Recipe) -> None:
     """Raises `ValueError` for the state of another model or rule, or of other capacities."""
     if len(state.places) != len(tree.matrices):
         raise ValueError(
