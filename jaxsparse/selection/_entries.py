@@ -83,9 +83,11 @@ def entries(
     return Entries(shape, ranked, operands, levels, jnp.uint32(0) if seed is None else seed)
 
 
-def tie_bounds(rankings: Sequence[Ranking], by_hash: bool, wide: bool) -> list[Bounds]:
-    """The bounds of the levels after the score, of entries made with the same options."""
-    bounds = []
+def bounds_of(
+    rankings: Sequence[Ranking], score: Score, dtype: Any, by_hash: bool, wide: bool
+) -> list[Bounds]:
+    """The bounds of the levels of entries made with the same options, but for those of `own`."""
+    bounds = [] if score is equal_scores else value_bounds(dtype)
     if by_hash:
         bounds.append(Bounds(INT_MIN, INT_MIN + 2**32 - 1, smooth=True))
     if wide:
@@ -132,5 +134,4 @@ def together(
         options = dict(dtype=dtype, offset=offset, wide=wide, leaf=leaf, own=o)
         ranking.append(entries(arrays, score, w, seed, **options))
         offset += n
-    bounds = [] if score is equal_scores else value_bounds(dtype)
-    return ranking, bounds + tie_bounds([ranking], seed is not None, wide)
+    return ranking, bounds_of([ranking], score, dtype, seed is not None, wide)

@@ -17,7 +17,7 @@ from jaxsparse._counts import Count, Wide
 from jaxsparse.selection import _arguments as arguments
 from jaxsparse.selection import _entries, _search
 from jaxsparse.selection._arguments import Axis, Score
-from jaxsparse.selection._keys import Bounds, native, value_bounds
+from jaxsparse.selection._keys import Bounds, native
 from jaxsparse.selection._pairwise import is_short, pairwise
 
 
@@ -169,8 +169,7 @@ def _masks_apart(operands, ks, where, seeds, *, score, axes) -> list[Array]:
         for r, k in zip(rankings, ks)
     ]
     k = tuple(map(jnp.concatenate, zip(*rows)))
-    bounds = [] if score is arguments.equal_scores else value_bounds(dtype)
-    bounds += _entries.tie_bounds(rankings, by_hash, wide)
+    bounds = _entries.bounds_of(rankings, score, dtype, by_hash, wide)
     return [mask for (mask,) in _entries.masks(rankings, k, bounds)]
 
 
