@@ -110,10 +110,13 @@ def alone(name: str, size: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     kept = jax.ShapeDtypeStruct((size // 128,), jnp.int32)
     structure = NM(2, 4) if name == "sweep, 2:4" else Unstructured()
     run = lambda w, u, kept: sparsegpt.sweep(w, u, kept, None, structure, 128, None)
-    return {
+    steps = {
         "Cholesky factor": (functools.partial(jnp.linalg.cholesky, symmetrize_input=False), (matrix,)),
         "inverse factor": (_layer.inverse_factor, (matrix,)),
-    }.get(name, (run, (matrix, matrix, kept)))  # fmt: skip
+        "sweep": (run, (matrix, matrix, kept)),
+        "sweep, 2:4": (run, (matrix, matrix, kept)),
+    }  # fmt: skip
+    return steps[name]
 
 
 def schedule(sizes: list[int], topology: str) -> None:
@@ -165,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedule", type=int, nargs="*", default=[], help="sizes of layers")
     options = parser.parse_args(arguments)
     if options.schedule:
-        return schedule(options.schedule, "v5e:2x2")
+        return schedule(options.schedule, options.topology)
     devices = devices_of(options.topology)
     mesh = Mesh(np.asarray(devices).reshape(-1, 4), ("data", "model"))
     cases = {
